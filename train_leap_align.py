@@ -1,0 +1,522 @@
+"""One trainer for every task and every method.
+
+    python train_leap_align.py                                     the 2-D toy with LeapAlign, from nothing
+    python train_leap_align.py --task digits                       the same on 8x8 images of real digits
+    python train_leap_align.py --method drtune --out runs/drtune   another method
+    torchrun --nproc_per_node=2 train_leap_align.py                on two processes, to the same result
+    python train_leap_align.py --task digits --help                every flag of a task
+
+A run's folder holds config.json, metrics.csv (a row an iteration), evaluations.csv, result.json (the evaluators before
+and after), the pictures, checkpoint/ and model/ (the aligned weights, an average over training).
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import pkgutil
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, make_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import torch
+import torch.distributed as dist
+import tyro
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from leap_align import METHODS, BadInput, BatchGenerator, Hyper, Velocity, objective, uniform_times
+
+TASKS = {"toy": "toy.modes:Modes", "digits": "toy.digits:Digits"}
+"""Where each task lives; it is imported only when asked for."""
+
+
+class Task(Protocol):
+    """What the trainer asks of a task: a flow model, its prompts, a reward, evaluators.  Nothing of a method."""
+
+    Options: type
+    """A dataclass of the task's own flags; Task(options, T) builds the task on a grid of T steps."""
+    defaults: dict[str, Any]
+    """Fields of Config and Hyper that suit this task better than the general defaults."""
+    held_out: dict[str, float]
+    """The evaluators that training never sees, each with the change for the worse that is worth a warning."""
+    model: nn.Module
+    times: Tensor
+
+    def noise(self, n: int, generator: torch.Generator) -> Tensor:
+        """x_T (n, *S)."""
+
+    def conditions(self, n: int, generator: torch.Generator) -> Any:
+        """n prompts, in whatever form; conditions[rows] are those of some samples."""
+
+    def velocity(self, condition: Any) -> Velocity:
+        """v_theta under these prompts."""
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        """What the reward sees; differentiable."""
+
+    def reward(self, sample: Tensor, condition: Any) -> Tensor:
+        """(B,), with gradient to the sample."""
+
+    def evaluate(self, folder: Path | None, iteration: int) -> dict[str, float]:
+        """The evaluators, always on the same noise and prompts; `reward` and all of held_out among them.
+
+        Every process calls it, the first with the run's folder, in which it draws its pictures.
+        """
+
+    def save(self, folder: Path) -> None:
+        """Writes the model; every process calls it."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The run."""
+
+    task: str = "toy"
+    """Model and reward: toy or digits."""
+    method: str = "leap_align"
+    """How the reward's gradient reaches the model: leap_align, refl, draft_lv, drtune or full_backprop."""
+    iterations: int = 300
+    """Optimizer steps."""
+    batch_size: int = 256
+    """Samples an iteration, over all processes (B)."""
+    accumulate: int = 1
+    """Parts in which each process works through its share of the batch; more need less memory."""
+    T: int = 25
+    """Steps of a sampling run (T)."""
+    lr: float = 1e-4
+    """AdamW's learning rate (eta)."""
+    weight_decay: float = 1e-4
+    """AdamW's weight decay."""
+    clip: float = 1.0
+    """Greatest norm of the gradient, above which it is scaled down."""
+    ema: float = 0.995
+    """Decay of the averaged weights, which are what is evaluated and saved."""
+    evaluate_every: int = 50
+    """Iterations between evaluations."""
+    checkpoint_every: int = 100
+    """Iterations between checkpoints."""
+    seed: int = 0
+    """Seed of noise, prompts and timesteps."""
+    out: Path | None = None
+    """The run's folder; runs/TASK-METHOD if not given."""
+    resume: bool = False
+    """Continue the run in this folder from its checkpoint."""
+
+
+METRICS = ("loss", "reward", "grad_norm", "weight", "d_j", "d_0", "hinge_active", "i_k", "i_j", "seconds")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def lookup(kind: str, name: str, table: dict[str, Any]) -> Any:
+    """table[name], or one line that lists what there is."""
+    if name not in table:
+        raise BadInput(f"unknown {kind} {name!r}: choose from {', '.join(table)}")
+    return table[name]
+
+
+def parse(arguments: list[str] | None) -> tuple[Config, Hyper, Any, type]:
+    """The command line as configuration of run, method and task, and the task's class.
+
+    The task is read first, for its own flags and defaults.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--task", default=Config.task)
+    known, _ = first.parse_known_args(arguments)
+    task_class = pkgutil.resolve_name(lookup("task", known.task, TASKS))
+    names = {f: cls for cls in (Config, Hyper) for f in cls.__dataclass_fields__}
+    own = {cls: {f: v for f, v in task_class.defaults.items() if names[f] is cls} for cls in (Config, Hyper)}
+    groups = {
+        "run": replace(Config(task=known.task), **own[Config]),
+        "method": replace(Hyper(), **own[Hyper]),
+        "task": task_class.Options(),
+    }
+    everything = make_dataclass("Flags", [(name, type(value), field(default=value)) for name, value in groups.items()])
+    flags = tyro.cli(
+        Annotated[everything, tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff],
+        args=arguments,
+        description=__doc__,
+    )
+    return flags.run, flags.method, flags.task, task_class
+
+
+def check(config: Config, hyper: Hyper, world: int) -> None:
+    """Refuses what cannot work before anything expensive is built."""
+    method = lookup("method", config.method, METHODS)
+    for name, least in (("iterations", 0), ("batch_size", 1), ("accumulate", 1), ("evaluate_every", 1)):
+        if getattr(config, name) < least:
+            raise BadInput(f"{name}={getattr(config, name)} must be at least {least}")
+    if config.checkpoint_every < 1:
+        raise BadInput(f"checkpoint_every={config.checkpoint_every} must be at least 1")
+    if not config.lr > 0 or not config.clip > 0 or not 0 <= config.ema < 1:
+        raise BadInput(f"lr={config.lr} and clip={config.clip} must be positive, ema={config.ema} in [0, 1)")
+    if config.batch_size % (world * config.accumulate):
+        raise BadInput(
+            f"batch_size={config.batch_size} must be a multiple of {world} processes x accumulate={config.accumulate}"
+        )
+    # The method itself says whether its hyperparameters suit T: a rehearsal with a model that costs nothing.
+    rehearsal = method(
+        lambda x, t: torch.zeros_like(x), torch.zeros(1, 1), uniform_times(config.T), hyper, torch.Generator()
+    )
+    for _ in rehearsal:
+        pass
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class EMA:
+    """Exponential moving average of the parameters, in their own precision, which is float32."""
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
+        self.parameters = parameters
+        self.average = get_ema_multi_avg_fn(decay)
+        with torch.no_grad():
+            self.mean = [p.clone() for p in parameters]
+
+    def update(self) -> None:
+        """mean <- decay * mean + (1 - decay) * parameters."""
+        self.average(self.mean, self.parameters, None)
+
+    @contextmanager
+    def swapped(self):
+        """The model with the averaged weights, for as long as the context lasts."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for parameter, mean in zip(self.parameters, self.mean):
+            kept = parameter.clone()
+            parameter.copy_(mean)
+            mean.copy_(kept)
+
+
+def checked_reward(task: Task, x_0: Tensor, condition: Any) -> Tensor:
+    """The reward of the decoded x_0, (B,); BadInput if no training could follow from it."""
+    reward = task.reward(task.decode(x_0), condition)
+    if reward.shape != x_0.shape[:1]:
+        raise BadInput(f"the reward has shape {tuple(reward.shape)}; it must be (B,) = {tuple(x_0.shape[:1])}")
+    if x_0.requires_grad and not reward.requires_grad:
+        raise BadInput("the reward does not require grad though its sample does: look for no_grad, detach or PIL in it")
+    if not reward.isfinite().all():
+        bad = (~reward.isfinite()).nonzero()[:, 0].tolist()
+        raise BadInput(f"the reward is not finite for samples {bad[:5]} of {len(reward)}: lower lr, or look at them")
+    return reward
+
+
+class Run:
+    """Everything that a run changes as it goes, and the steps that change it."""
+
+    def __init__(self, config: Config, hyper: Hyper, task: Task, folder: Path) -> None:
+        self.config, self.hyper, self.task, self.folder = config, hyper, task, folder
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.method = METHODS[config.method]
+        self.parameters = [p for p in task.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
+        self.ema = EMA(self.parameters, config.ema)
+        self.generator = BatchGenerator()
+        self.generator.manual_seed(config.seed)
+        self.generator.size = config.batch_size
+        self.iteration, self.evaluations, self.signs, self.seconds = 0, [], {}, 0.0
+
+    def parts(self) -> list[slice]:
+        """This process's rows of the batch, cut into `accumulate` parts."""
+        n = self.config.batch_size // (self.world * self.config.accumulate)
+        first = self.rank * self.config.accumulate
+        return [slice(i * n, (i + 1) * n) for i in range(first, first + self.config.accumulate)]
+
+    def step(self) -> dict[str, float]:
+        """One iteration: draw the whole batch, work through this process's parts of it, take one optimizer step."""
+        start, config, generator = time.perf_counter(), self.config, self.generator
+        condition = self.task.conditions(config.batch_size, generator)
+        x_T = self.task.noise(config.batch_size, generator)
+        drawn, logs = generator.get_state(), []
+        for rows in self.parts():
+            # Every part draws the same timesteps, as if it had gone through the method with all the others.
+            generator.set_state(drawn)
+            generator.rows = rows
+            logs.append(self.backward(condition[rows], x_T[rows].to(self.task.times.device)))
+        grad_norm = self.descend()
+        self.iteration += 1
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        return {**self.gathered(average(logs)), "grad_norm": grad_norm, "seconds": seconds}
+
+    def backward(self, condition: Any, x_T: Tensor) -> dict[str, float]:
+        """Adds the gradient of one part of the batch; returns what there is to log of it."""
+        lam, drawn, logs = self.hyper.lam, {}, []
+
+        def endpoints():
+            velocity = self.task.velocity(condition)
+            drawn.update((yield from self.method(velocity, x_T, self.task.times, self.hyper, self.generator)))
+
+        for x_0, weight in endpoints():
+            reward = checked_reward(self.task, x_0, condition)
+            loss = objective(reward, weight, lam)
+            (loss / self.config.accumulate).backward()
+            active = 1.0 if lam is None else (reward < lam).float().mean().item()
+            logs.append({"reward": reward.mean().item(), "weight": weight.mean().item(), "hinge_active": active})
+            drawn["loss"] = drawn.get("loss", 0.0) + loss.item()
+        return average(logs) | {name: torch.as_tensor(value).float().mean().item() for name, value in drawn.items()}
+
+    def descend(self) -> float:
+        """Clips the gradient and takes one step; returns the norm before clipping.  A broken gradient stops the run."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        if not math.isfinite(norm):
+            raise BadInput(
+                f"the gradient's norm is {norm} at iteration {self.iteration + 1}; weights untouched: lower lr"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update()
+        return norm
+
+    def gathered(self, log: dict[str, float]) -> dict[str, float]:
+        """The mean of a log over all processes."""
+        if self.world == 1:
+            return log
+        values = torch.tensor(list(log.values()), dtype=torch.float64, device=self.task.times.device)
+        dist.all_reduce(values)
+        return dict(zip(log, (values / self.world).tolist()))
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluates the averaged weights, notes it, and points out what looks like reward hacking."""
+        with self.ema.swapped():
+            figures = self.task.evaluate(self.folder if self.rank == 0 else None, self.iteration)
+        self.evaluations.append({"iteration": self.iteration, **figures})
+        signs = hacking_signs(self.evaluations, self.task.held_out)
+        if self.rank == 0:
+            for name in signs.keys() - self.signs.keys():
+                tqdm.write(signs[name])
+        self.signs = signs
+        return figures
+
+    # Checkpoints
+
+    def save(self) -> None:
+        """Writes checkpoint/state.pt, renamed into place; every process calls it."""
+        model, optimizer = get_state_dict(self.task.model, self.optimizer, options=WHOLE)
+        with self.ema.swapped():
+            mean = get_model_state_dict(self.task.model, options=WHOLE)
+        if self.rank == 0:
+            state = {"model": model, "optimizer": optimizer, "mean": mean, "generator": self.generator.get_state()}
+            state |= {name: getattr(self, name) for name in PROGRESS}
+            write(self.folder / "checkpoint" / "state.pt", lambda path: torch.save(state, path))
+
+    def restore(self) -> None:
+        """Reads what `save` wrote, on any number of processes."""
+        path = self.folder / "checkpoint" / "state.pt"
+        if not path.exists():
+            raise BadInput(f"{path} does not exist: nothing to resume; start the run without --resume")
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        with self.ema.swapped():
+            set_model_state_dict(self.task.model, state["mean"], options=WHOLE)
+        optimizer = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+        set_state_dict(self.task.model, self.optimizer, **optimizer, options=WHOLE)
+        self.generator.set_state(state["generator"])
+        for name in PROGRESS:
+            setattr(self, name, state[name])
+
+
+PROGRESS = ("iteration", "evaluations", "signs", "seconds")
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def average(logs: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each entry over several logs with the same entries."""
+    return {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
+
+
+def hacking_signs(evaluations: list[dict[str, float]], held_out: dict[str, float]) -> dict[str, str]:
+    """Held-out evaluators that got worse than at their best while the reward rose: name -> what happened.
+
+    held_out: the change of each that counts, positive where higher is better.
+    """
+    now, signs = evaluations[-1], {}
+    for name, change in held_out.items():
+        sign = math.copysign(1, change)
+        best = max(evaluations, key=lambda row: sign * row[name])
+        if now["reward"] > best["reward"] and sign * (best[name] - now[name]) > abs(change):
+            signs[name] = (
+                f"a sign of reward hacking, iteration {best['iteration']} -> {now['iteration']}: "
+                f"reward {best['reward']:.3g} -> {now['reward']:.3g}, but {name} {best[name]:.3g} -> {now[name]:.3g}"
+            )
+    return signs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run's folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, fill: Callable[[Path], Any]) -> None:
+    """fill(a file beside path), then renames that to path: a reader finds the old or the new, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    fill(part)
+    os.replace(part, path)
+
+
+def claim(folder: Path, settings: dict[str, Any], resume: bool) -> None:
+    """Makes the folder this run's own; refuses one with another run, or to resume under other settings."""
+    path = folder / "config.json"
+    if resume:
+        if not path.exists():
+            raise BadInput(f"{path} does not exist: nothing to resume; start the run without --resume")
+        old = json.loads(path.read_text())
+        changed = [
+            f"{name} was {old.get(name)}, is {value}" for name, value in settings.items() if old.get(name) != value
+        ]
+        if changed := [line for line in changed if not line.startswith(("iterations ", "resume ", "out "))]:
+            raise BadInput(f"{folder} was run under other settings: {'; '.join(changed)}")
+    elif path.exists():
+        raise BadInput(
+            f"{folder} holds another run: choose another folder with --out, continue with --resume, or delete it"
+        )
+    write(path, lambda part: part.write_text(json.dumps(settings, indent=2) + "\n"))
+
+
+class Table:
+    """A CSV file, a row a call; a resumed run drops the rows that come after its checkpoint."""
+
+    def __init__(self, path: Path, columns: tuple[str, ...], iteration: int) -> None:
+        rows = []
+        if path.exists():
+            with path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["iteration"]) <= iteration]
+        self.file = path.open("w", newline="")
+        self.writer = csv.DictWriter(self.file, ("iteration", *columns), restval="")
+        self.writer.writeheader()
+        self.writer.writerows(rows)
+
+    def add(self, row: dict[str, float]) -> None:
+        """Writes one row; columns that a method has no value for stay empty."""
+        self.writer.writerow({name: row[name] for name in self.writer.fieldnames if name in row})
+        self.file.flush()
+
+
+def curves(folder: Path, rows: list[dict[str, str]], evaluations: list[dict[str, float]]) -> None:
+    """curves.png: the reward while training, then each evaluator; dots are evaluations of the averaged weights."""
+    names = [name for name in evaluations[0] if name != "iteration"]
+    figure = Figure(figsize=(2.8 * len(names), 2.6), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+        if name == "reward":
+            axis.plot([int(r["iteration"]) for r in rows], [float(r["reward"]) for r in rows], "C7", lw=0.7, alpha=0.7)
+        axis.plot([e["iteration"] for e in evaluations], [e[name] for e in evaluations], "C3o-", ms=3)
+        axis.set(title=name + (" (trained on)" if name == "reward" else " (held out)"), xlabel="iteration")
+        axis.grid(alpha=0.3)
+    write(folder / "curves.png", lambda path: figure.savefig(path, dpi=120, format="png"))
+
+
+def report(run: Run) -> None:
+    """result.json and curves.png, and the evaluators before and after on the screen."""
+    before, after = run.evaluations[0], run.evaluations[-1]
+    figures = [{name: value for name, value in row.items() if name != "iteration"} for row in (before, after)]
+    result = {"before": figures[0], "after": figures[1], "seconds": run.seconds, "signs": list(run.signs.values())}
+    write(run.folder / "result.json", lambda part: part.write_text(json.dumps(result, indent=2) + "\n"))
+    with (run.folder / "metrics.csv").open(newline="") as file:
+        curves(run.folder, list(csv.DictReader(file)), run.evaluations)
+    print(f"{'':14}{'before':>10}{'after':>10}")
+    for name in figures[0]:
+        print(f"{name:14}{figures[0][name]:10.3f}{figures[1][name]:10.3f}")
+    print(*run.signs.values(), sep="\n")
+    print(f"{run.seconds:.1f} s of training; pictures, metrics and weights are in {run.folder}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The main program
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build(config: Config, hyper: Hyper, options: Any, task_class: type) -> Run:
+    """Task, model and run; on several processes the model is sharded over them (FSDP2)."""
+    task = task_class(options, config.T)
+    if dist.is_initialized():
+        mesh = init_device_mesh(task.times.device.type, (dist.get_world_size(),))
+        # Resharding after each forward: an evaluation has no backward that would, and then swaps the weights.
+        fully_shard(task.model, mesh=mesh, reshard_after_forward=True)
+    return Run(config, hyper, task, config.out)
+
+
+def train(run: Run) -> None:
+    """Evaluates, then iterates, evaluating and saving as often as the configuration says."""
+    config = run.config
+    if config.resume:
+        run.restore()
+    else:
+        run.evaluate()
+    table = Table(run.folder / "metrics.csv", METRICS, run.iteration) if run.rank == 0 else None
+    start = run.iteration
+    bar = tqdm(
+        range(start, config.iterations), config.method, total=config.iterations, initial=start, disable=run.rank > 0
+    )
+    for _ in bar:
+        row = run.step()
+        last = run.iteration == config.iterations
+        if run.iteration % config.evaluate_every == 0 or last:
+            run.evaluate()
+        if run.iteration % config.checkpoint_every == 0 or last:
+            run.save()
+        if table:
+            table.add({"iteration": run.iteration, **row})
+        shown = {name: f"{run.evaluations[-1][name]:.3f}" for name in list(run.task.held_out)[:2]}
+        bar.set_postfix(reward=f"{row['reward']:.3f}", grad=f"{row['grad_norm']:.2f}", **shown)
+    with run.ema.swapped():
+        run.task.save(run.folder / "model")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parses, checks, trains, reports; under torchrun on every process."""
+    try:
+        config, hyper, options, task_class = parse(arguments)
+        if "RANK" in os.environ:
+            dist.init_process_group()
+        world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        check(config, hyper, world)
+        config = replace(config, out=config.out or Path("runs") / f"{config.task}-{config.method}")
+        if rank == 0:
+            settings = {**asdict(config), **asdict(hyper), **asdict(options)}
+            claim(
+                config.out, {name: str(v) if isinstance(v, Path) else v for name, v in settings.items()}, config.resume
+            )
+        run = build(config, hyper, options, task_class)
+        train(run)
+        if rank == 0:
+            report(run)
+    except BadInput as error:
+        sys.exit(f"error: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
