@@ -73,13 +73,15 @@ def shifted_times(T: int, shift: float) -> Tensor:
     return shift * u / (shift * u + (1 - u))
 
 
-def _check_times(times: Tensor) -> None:
+def _steps(times: Tensor) -> int:
+    """T of a grid, which has to ascend from 0 to 1."""
     if times.ndim != 1 or len(times) < 2 or times[0] != 0 or times[-1] != 1 or not (times.diff() > 0).all():
         shown = ", ".join(f"{t:g}" for t in times.flatten()[:3].tolist())
         raise BadInput(
             f"times=[{shown}, ...] of shape {tuple(times.shape)} must ascend strictly from 0 (image) to 1 (noise); "
             "flip a schedule that descends"
         )
+    return len(times) - 1
 
 
 def _over_batch(t: Tensor | float, x: Tensor) -> Tensor:
@@ -191,9 +193,11 @@ def rollout(velocity: Velocity, x_T: Tensor, times: Tensor, i_end: int = 0) -> l
 
     Returns the states in the order of the grid, [x_{i_end}, ..., x_T]: with i_end = 0, states[i] stands at times[i].
     """
-    _check_times(times)
+    T = _steps(times)
+    if not 0 <= i_end <= T:
+        raise BadInput(f"i_end={i_end} must lie in 0..T={T}")
     states = [stop_gradient(x_T)]
-    for i in range(len(times) - 1, i_end, -1):
+    for i in range(T, i_end, -1):
         x_t = states[-1]
         states.append(leap(x_t, velocity(x_t, times[i]), times[i], times[i - 1]))
     return states[::-1]
@@ -219,11 +223,10 @@ def leap_trajectory(
     states: what `rollout` returned, T+1 of (B, *S).  i_k > i_j >= 1: one pair for the batch (ints) or a pair a
     sample ((B,) integer tensors).  Gradient reaches theta through both evaluations; the states are constants.
     """
-    _check_times(times)
-    if len(states) != len(times):
+    if len(states) != _steps(times) + 1:
         raise BadInput(f"{len(states)} states do not fit {len(times)} times: record all of them with rollout()")
     _check_pair(i_k, i_j, len(times) - 1, len(states[0]))
-    x_k, x_j, x_0 = _at(states, i_k), _at(states, i_j), states[0]
+    x_k, x_j, x_0 = stop_gradient(_at(states, i_k)), _at(states, i_j), states[0]
     k, j = times[i_k], times[i_j]
 
     x_hat_j = leap(x_k, velocity(x_k, k), k, j)  # S10
@@ -239,11 +242,11 @@ def leap_rollout(velocity: Velocity, x_T: Tensor, times: Tensor, i_k: int, i_j: 
     The rollout's own evaluations at k and j serve the leaps, which saves two; so the batch shares one pair (ints).
     Values and gradients are those of the two-pass form.
     """
-    _check_times(times)
-    _check_pair(i_k, i_j, len(times) - 1)
+    T = _steps(times)
+    _check_pair(i_k, i_j, T)
     j = times[i_j]
     x_t = stop_gradient(x_T)
-    for i in range(len(times) - 1, 0, -1):
+    for i in range(T, 0, -1):
         t = times[i]
         if i == i_k:
             v = velocity(x_t, t)
@@ -255,7 +258,7 @@ def leap_rollout(velocity: Velocity, x_T: Tensor, times: Tensor, i_k: int, i_j: 
         else:
             with torch.no_grad():
                 v = velocity(x_t, t)
-        # The Euler step takes the value of v alone, or it would carry the graph of the whole rollout.
+        # The Euler step takes the value of v alone, or every later state would carry the graph of v_k along.
         x_t = leap(x_t, stop_gradient(v), t, times[i - 1])
     return LeapTrajectory(connect(x_hat_0, x_t), x_hat_0, x_j, x_hat_j)  # S13
 
@@ -266,13 +269,12 @@ def _at(states: list[Tensor], i: int | Tensor) -> Tensor:
 
 
 def _check_pair(i_k: int | Tensor, i_j: int | Tensor, T: int, B: int | None = None) -> None:
-    """1 <= i_j < i_k <= T; with B, also tensors of (B,)."""
-    pair = [i.tolist() if torch.is_tensor(i) else i for i in (i_k, i_j)]
-    sizes = [len(i) if isinstance(i, list) else None for i in pair]
-    if sizes != [None, None] and (B is None or sizes != [B, B]):
-        wanted = "ints, one pair a batch" if B is None else f"two ints or two tensors of ({B},)"
-        raise BadInput(f"i_k and i_j must be {wanted}, got i_k={pair[0]}, i_j={pair[1]}")
-    for k, j in zip(*pair) if sizes[0] else [pair]:
+    """1 <= i_j < i_k <= T; two ints or, with B, two tensors of (B,)."""
+    ks, js = torch.as_tensor(i_k), torch.as_tensor(i_j)
+    if ks.shape != js.shape or ks.shape not in ((), (B,)) or ks.is_floating_point() or js.is_floating_point():
+        wanted = "two ints, one pair a batch" if B is None else f"two ints or two integer tensors of ({B},)"
+        raise BadInput(f"i_k={ks.tolist()}, i_j={js.tolist()} must be {wanted}")
+    for k, j in zip(ks.reshape(-1).tolist(), js.reshape(-1).tolist()):
         if not 1 <= j < k <= T:
             raise BadInput(f"i_k={k}, i_j={j} must satisfy 1 <= i_j < i_k <= T={T}")
 
@@ -289,6 +291,8 @@ def hinge(reward: Tensor, lam: float | None) -> Tensor:
     """
     if reward.ndim != 1:
         raise BadInput(f"reward of shape {tuple(reward.shape)} must be (B,): one number a sample")
+    if lam is not None and not math.isfinite(lam):
+        raise BadInput(f"lam={lam} must be a finite number, or None for no hinge")
     return -reward if lam is None else torch.relu(lam - reward)
 
 
@@ -357,15 +361,20 @@ class BatchGenerator(torch.Generator):
 
 def _batch(x: Tensor, generator: torch.Generator) -> tuple[int, slice]:
     """How many samples to draw for, and which of them are those of x: all of them but under a BatchGenerator."""
+    _check_generator(generator)
     if isinstance(generator, BatchGenerator):
         return generator.size, generator.rows
     return len(x), slice(None)
 
 
-def _randint(low: int, high: int, generator: torch.Generator, size: int | None = None) -> Tensor:
-    """Uniform integers, both ends included as in the paper; () or (size,)."""
+def _check_generator(generator: torch.Generator) -> None:
     if not isinstance(generator, torch.Generator):
         raise BadInput(f"generator={generator} must be a torch.Generator: draws are seeded, never global")
+
+
+def _randint(low: int, high: int, generator: torch.Generator, size: int | None = None) -> Tensor:
+    """Uniform integers, both ends included as in the paper; () or (size,)."""
+    _check_generator(generator)
     shape = () if size is None else (size,)
     return torch.randint(low, high + 1, shape, generator=generator, device=generator.device)
 
@@ -429,13 +438,13 @@ def refl(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generator
 
 def draft_lv(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generator: torch.Generator) -> Endpoints:
     """DRaFT-LV: gradient through the last step, then through n more last steps from the image noised again."""
-    t = times[1]
+    size, rows = _batch(x_T, generator)
     x_1 = rollout(velocity, x_T, times, i_end=1)[0]
+    t = times[1]
     x_0 = leap(x_1, velocity(x_1, t), t, 0)  # line 34
     weight = x_0.new_ones(len(x_0))
     yield x_0, weight
     image = stop_gradient(x_0)
-    size, rows = _batch(x_T, generator)
     for _ in range(hyper.n):  # line 43
         eps = _randn(size, image, generator)[rows]
         x_1 = interpolate(image, eps, t)  # line 45
@@ -445,7 +454,7 @@ def draft_lv(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, gener
 
 def drtune(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generator: torch.Generator) -> Endpoints:
     """DRTune: gradient through the outputs of K spread timesteps, never through the network's input; early stop."""
-    T, K = len(times) - 1, hyper.K
+    T, K = _steps(times), hyper.K
     if K > T:
         raise BadInput(f"K={K} must be at most T={T}")
     if hyper.m > (most := 1 + (K - 1) * (T // K)):
@@ -464,7 +473,7 @@ def drtune(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generat
 
 def leap_align(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generator: torch.Generator) -> Endpoints:
     """LeapAlign: gradient through two leaps between states of the rollout; weighted by their likeness to it."""
-    T, alpha = len(times) - 1, hyper.alpha
+    T, alpha = _steps(times), hyper.alpha
     if hyper.pairs == "batch":
         i_k, i_j = sample_pair(T, generator, hyper.low, hyper.high)  # line 7
         trajectory = leap_rollout(velocity, x_T, times, i_k, i_j, alpha)
@@ -481,9 +490,8 @@ def full_backprop(
     velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generator: torch.Generator
 ) -> Endpoints:
     """What the methods avoid: gradient through all T steps of the sampling run, at T times the memory."""
-    _check_times(times)
     x_t = stop_gradient(x_T)
-    for i in range(len(times) - 1, 0, -1):
+    for i in range(_steps(times), 0, -1):
         x_t = leap(x_t, velocity(x_t, times[i]), times[i], times[i - 1])
     yield x_t, x_t.new_ones(len(x_t))
     return {}
@@ -500,8 +508,8 @@ METHODS: dict[str, Callable[..., Endpoints]] = {
 
 def _draw_stop(times: Tensor, hyper: Hyper, generator: torch.Generator) -> int:
     """The early stop t_min, uniform over 1..m (Algorithm 1, line 2)."""
-    if hyper.m > len(times) - 1:
-        raise BadInput(f"m={hyper.m} must be at most T={len(times) - 1}")
+    if hyper.m > (T := _steps(times)):
+        raise BadInput(f"m={hyper.m} must be at most T={T}")
     return int(_randint(1, hyper.m, generator))
 
 

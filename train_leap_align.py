@@ -312,6 +312,10 @@ class Run:
         with self.ema.swapped():
             figures = self.task.evaluate(self.folder if self.rank == 0 else None, self.iteration)
         self.evaluations.append({"iteration": self.iteration, **figures})
+        if self.rank == 0:
+            table = Table(self.folder / "evaluations.csv", tuple(figures), -1)
+            for row in self.evaluations:
+                table.add(row)
         signs = hacking_signs(self.evaluations, self.task.held_out)
         if self.rank == 0:
             for name in signs.keys() - self.signs.keys():
@@ -325,7 +329,8 @@ class Run:
         """Writes checkpoint/state.pt, renamed into place; every process calls it."""
         model, optimizer = get_state_dict(self.task.model, self.optimizer, options=WHOLE)
         with self.ema.swapped():
-            mean = get_model_state_dict(self.task.model, options=WHOLE)
+            # Cloned, for on a CPU these are the live weights, which are about to be swapped back.
+            mean = {k: v.clone() for k, v in get_model_state_dict(self.task.model, options=WHOLE).items()}
         if self.rank == 0:
             state = {"model": model, "optimizer": optimizer, "mean": mean, "generator": self.generator.get_state()}
             state |= {name: getattr(self, name) for name in PROGRESS}
@@ -392,11 +397,11 @@ def claim(folder: Path, settings: dict[str, Any], resume: bool) -> None:
         if not path.exists():
             raise BadInput(f"{path} does not exist: nothing to resume; start the run without --resume")
         old = json.loads(path.read_text())
-        changed = [
-            f"{name} was {old.get(name)}, is {value}" for name, value in settings.items() if old.get(name) != value
-        ]
-        if changed := [line for line in changed if not line.startswith(("iterations ", "resume ", "out "))]:
-            raise BadInput(f"{folder} was run under other settings: {'; '.join(changed)}")
+        compared = settings.keys() - {"iterations", "evaluate_every", "checkpoint_every", "out", "resume"}
+        changed = sorted(name for name in compared if old.get(name) != settings[name])
+        if changed:
+            changes = "; ".join(f"{name} was {old.get(name)}, is {settings[name]}" for name in changed)
+            raise BadInput(f"{folder} was run under other settings: {changes}")
     elif path.exists():
         raise BadInput(
             f"{folder} holds another run: choose another folder with --out, continue with --resume, or delete it"

@@ -25,9 +25,9 @@ def _descend(model: nn.Module, loss: Callable[[], Tensor], steps: int, title: st
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
     for _ in trange(steps, desc=title, leave=False):
-        optimizer.zero_grad()
         loss().backward()
         optimizer.step()
+        optimizer.zero_grad()  # here, so that the alignment inherits no gradient
         schedule.step()
 
 

@@ -36,28 +36,28 @@ def scatter(folder: Path, real: np.ndarray, centres: np.ndarray) -> None:
     figure.savefig(folder / "samples.png", dpi=120)
 
 
-def trajectories(folder: Path, real: np.ndarray, many: int = 4) -> None:
+def trajectories(folder: Path, real: np.ndarray, many: int = 5) -> None:
     """trajectories.png: rollouts from noise to image, over each the two leaps and what the connectors close."""
     evaluations = _evaluations(folder)
     last = evaluations[max(evaluations)]
     i_k, i_j = last["pair"]
     figure = Figure(figsize=(6, 6.4), layout="constrained")
     axis = figure.subplots()
-    _plane(axis, real, f"rollouts and one leap trajectory of each (k = {i_k}, j = {i_j})")
-    for n in range(0, 2 * many, 2):
+    _plane(axis, real, f"rollouts, and one leap trajectory over each (k = {i_k}, j = {i_j})")
+    for n in range(many):
         x, x_hat_j, x_hat_0 = last["states"][:, n], last["x_hat_j"][n], last["x_hat_0"][n]
         color = PALETTE[last["prompt"][n]]
         axis.plot(*x.T, ".-", color=color, lw=0.8, ms=3, alpha=0.6)
         for start, end in ((x[i_k], x_hat_j), (x[i_j], x_hat_0)):
             axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": color, "lw": 1.8})
         for predicted, real_state in ((x_hat_j, x[i_j]), (x_hat_0, x[0])):
-            axis.plot(*np.stack([predicted, real_state]).T, ":", color="C1", lw=1.8)
+            axis.plot(*np.stack([predicted, real_state]).T, ":", color="k", lw=1.8)
         for i, name in ((len(x) - 1, "$x_T$"), (i_k, "$x_k$"), (i_j, "$x_j$"), (0, "$x_0$")):
             axis.annotate(name, x[i], (4, 4), textcoords="offset points", fontsize=9)
     axis.plot([], [], ".-", color="0.4", lw=0.8, ms=3, label="rollout")
     axis.plot([], [], "-", color="0.4", lw=1.8, label=r"leap, $x_k \to \hat{x}_{j|k}$ and $x_j \to \hat{x}_{0|j}$")
-    axis.plot([], [], ":", color="C1", lw=1.8, label="connector")
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, -0.09), ncols=3, frameon=False)
+    axis.plot([], [], ":", color="k", lw=1.8, label="connector")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(folder / "trajectories.png", dpi=120)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from leap_align import Velocity, leap_trajectory, rollout, shifted_times, uniform_times
+from leap_align import BadInput, Velocity, leap_trajectory, rollout, shifted_times, uniform_times
 from toy import learn, nets
 from toy.nets import RewardNet, VelocityNet
 
@@ -34,6 +34,11 @@ class ToyOptions:
     """Seed of captions, choices and both networks; --seed leaves these alone."""
     evaluation_samples: int = 1024
     """Samples that an evaluation draws, always from the same noise."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("pretrain_steps", 1), ("reward_steps", 1), ("evaluation_samples", 160)):
+            if getattr(self, name) < least:
+                raise BadInput(f"{name}={getattr(self, name)} must be at least {least}")
 
 
 class ToyTask(ABC):
@@ -110,8 +115,8 @@ class ToyTask(ABC):
     def choices(self, pool: Tensor, n: int = 512) -> tuple[Tensor, Tensor, Tensor]:
         """n simulated choices by the hidden utility: the chosen and the other sample (n, *S), the prompt (n,).
 
-        People are shown real and generated samples, blended and blurred, so that the reward knows its way back
-        from where an alignment may lead.  Half of the time they are asked for what the first sample shows.
+        People are shown real and generated samples, spoilt more or less, so that the reward knows its way back from
+        where an alignment may lead.  Half of the time they are asked for what the first sample shows.
         """
         generator = self.generator
         first, second = self.spoil(pool, n), self.spoil(pool, n)
@@ -124,11 +129,12 @@ class ToyTask(ABC):
         return torch.where(first_wins, first, second), torch.where(first_wins, second, first), prompt
 
     def spoil(self, pool: Tensor, n: int) -> Tensor:
-        """n samples of the pool, each blended with another by up to a half and blurred with noise up to 1."""
+        """n samples of the pool, each blended with another, faded, and blurred, all to a random degree."""
         one, other = (pool[torch.randint(len(pool), (n,), generator=self.generator)] for _ in range(2))
-        blend, blur = torch.rand(2, n, *[1] * len(self.shape), generator=self.generator)
+        degree = torch.rand(2, n, *[1] * len(self.shape), generator=self.generator)
+        scale, shift = 0.3 * torch.randn(2, n, *[1] * len(self.shape), generator=self.generator)
         noise = torch.randn(one.shape, generator=self.generator)
-        return torch.lerp(one, other, blend / 2) + blur.square() * noise
+        return torch.lerp(one, other, degree[0] / 2) * (1 + scale) + shift + degree[1].square() * noise
 
     # The task interface
 

@@ -1,0 +1,20 @@
+"""What every test may use."""
+
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    """Slow tests run only when they are asked for: -m slow, or any other -m."""
+    config.addinivalue_line("markers", "slow: takes minutes; left out unless -m is given")
+    if not config.option.markexpr:
+        config.option.markexpr = "not slow"
+
+
+@pytest.fixture
+def float64():
+    """Double precision by default, so that an error of 1e-12 means a wrong equation and not rounding."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)

@@ -1,0 +1,333 @@
+"""The trainer, run through its command line on the toy tasks."""
+
+import csv
+import json
+import math
+import pkgutil
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_leap_align as trainer
+from leap_align import METHODS
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = "--pretrain-steps 300 --reward-steps 300 --evaluation-samples 160 --T 21 --batch-size 16 --iterations 4".split()
+
+
+def run(out, *flags):
+    trainer.main([*SMALL, "--out", str(out), *flags])
+    return rows(out)
+
+
+def rows(out):
+    """metrics.csv without the seconds, which differ from run to run."""
+    with (out / "metrics.csv").open(newline="") as file:
+        return [{k: float(v) for k, v in row.items() if v and k != "seconds"} for row in csv.DictReader(file)]
+
+
+def result(out):
+    return json.loads((out / "result.json").read_text())
+
+
+def assert_same(a, b, rel=1e-4):
+    assert len(a) == len(b) > 0
+    for one, other in zip(a, b):
+        assert one == pytest.approx(other, rel=rel, abs=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    """Pictures take most of so short a run; the reference run, made before this, has them."""
+    for name in trainer.TASKS.values():
+        monkeypatch.setattr(pkgutil.resolve_name(name), "draw", lambda self, folder: None)
+    monkeypatch.setattr(trainer, "curves", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "reference"
+    run(out)
+    return out
+
+
+def error(capsys, *flags):
+    """The one line that a refused command leaves."""
+    with pytest.raises(SystemExit) as stop:
+        trainer.main([*SMALL, *flags])
+    line = str(stop.value)
+    assert line.startswith("error: ")
+    assert "\n" not in line
+    return line
+
+
+# What a run leaves
+
+
+def test_a_run_leaves_what_the_readme_promises(reference):
+    names = {p.name for p in reference.iterdir()}
+    assert {"config.json", "metrics.csv", "evaluations.csv", "result.json", "checkpoint", "model"} <= names
+    assert {"samples.png", "trajectories.png", "curves.png"} <= names
+    with (reference / "metrics.csv").open() as file:
+        assert next(csv.reader(file)) == ["iteration", *trainer.METRICS]
+    outcome = result(reference)
+    assert (
+        set(outcome["before"]) == set(outcome["after"]) == {"reward", "utility", "alignment", "log_density", "spread"}
+    )
+    assert outcome["seconds"] > 0
+    config = json.loads((reference / "config.json").read_text())
+    assert config["T"] == 21 and config["lam"] == 0.0 and config["method"] == "leap_align"
+
+
+@pytest.mark.parametrize("task", trainer.TASKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_on_every_task(task, method, tmp_path):
+    table = run(tmp_path, "--task", task, "--method", method, "--iterations", "2")
+    assert len(table) == 2
+    assert all(row["grad_norm"] > 0 for row in table)
+    before, after = result(tmp_path)["before"], result(tmp_path)["after"]
+    assert before != after
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(reference, tmp_path):
+    assert run(tmp_path / "same") == rows(reference)
+    assert run(tmp_path / "other", "--seed", "1") != rows(reference)
+
+
+# One process, many parts, many processes
+
+
+@pytest.mark.parametrize("flags", [["--pairs", "sample"], *(["--method", m] for m in METHODS)], ids=" ".join)
+def test_accumulated_parts_equal_the_whole_batch(flags, tmp_path):
+    assert_same(run(tmp_path / "whole", *flags), run(tmp_path / "parts", *flags, "--accumulate", "4"))
+
+
+def test_processes_draw_the_rows_of_one_batch(monkeypatch):
+    config = trainer.Config(batch_size=12, accumulate=2)
+    taken = []
+    for rank in range(3):
+        worker = trainer.Run.__new__(trainer.Run)
+        worker.config, worker.rank, worker.world = config, rank, 3
+        for rows_of_part in worker.parts():
+            taken += range(12)[rows_of_part]
+    assert taken == list(range(12))
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "train_leap_align.py"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--pairs", "sample"], ["--method", "draft_lv"]], ids=" ".join)
+def test_two_processes_equal_one(flags, tmp_path):
+    one = run(tmp_path / "one", *flags)
+    command = [*TORCHRUN, *SMALL, *flags, "--out", str(tmp_path / "two")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert_same(one, rows(tmp_path / "two"))
+    assert result(tmp_path / "one")["after"] == pytest.approx(result(tmp_path / "two")["after"], rel=1e-3)
+    a, b = (torch.load(tmp_path / n / "model" / "velocity.pt", weights_only=True) for n in ("one", "two"))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
+
+
+# Resuming
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(reference, tmp_path):
+    run(tmp_path, "--iterations", "2", "--checkpoint-every", "1", "--evaluate-every", "1")
+    resumed = run(tmp_path, "--iterations", "4", "--checkpoint-every", "1", "--evaluate-every", "1", "--resume")
+    assert resumed == rows(reference)
+    assert result(tmp_path)["after"] == result(reference)["after"]
+
+
+def test_a_resumed_run_drops_the_rows_after_its_checkpoint(reference, tmp_path):
+    flags = ["--checkpoint-every", "2"]
+    run(tmp_path, *flags)
+    checkpoint = tmp_path / "checkpoint" / "state.pt"
+    last = checkpoint.read_bytes()
+    run(tmp_path / "short", *flags, "--iterations", "2")
+    checkpoint.write_bytes((tmp_path / "short" / "checkpoint" / "state.pt").read_bytes())
+    assert run(tmp_path, *flags, "--resume") == rows(reference)
+    assert last != b""
+
+
+def test_resuming_refuses_other_settings_and_an_empty_folder(reference, tmp_path, capsys):
+    line = error(capsys, "--out", str(reference), "--resume", "--lr", "0.5")
+    assert "lr was 0.0001, is 0.5" in line
+    assert "nothing to resume" in error(capsys, "--out", str(tmp_path), "--resume")
+
+
+# Pieces by hand
+
+
+def test_ema_by_hand_and_swapped_back():
+    p = torch.nn.Parameter(torch.tensor([1.0]))
+    ema = trainer.EMA([p], decay=0.9)
+    for value in (2.0, 3.0):
+        with torch.no_grad():
+            p.fill_(value)
+        ema.update()
+    expected = 0.9 * (0.9 * 1.0 + 0.1 * 2.0) + 0.1 * 3.0
+    with ema.swapped():
+        assert p.item() == pytest.approx(expected)
+    assert p.item() == 3.0
+    with pytest.raises(RuntimeError), ema.swapped():
+        raise RuntimeError("in the middle of an evaluation")
+    assert p.item() == 3.0
+
+
+def test_signs_of_reward_hacking_by_hand():
+    held_out = {"judge": 0.1, "distance": -0.5}
+    rows = [
+        {"iteration": 0, "reward": 0.0, "judge": 0.5, "distance": 2.0},
+        {"iteration": 1, "reward": 1.0, "judge": 0.9, "distance": 2.4},
+        {"iteration": 2, "reward": 2.0, "judge": 0.7, "distance": 2.6},
+    ]
+    assert trainer.hacking_signs(rows[:2], held_out) == {}
+    signs = trainer.hacking_signs(rows, held_out)
+    assert set(signs) == {"judge", "distance"}
+    assert "iteration 1 -> 2" in signs["judge"] and "0.9 -> 0.7" in signs["judge"]
+    assert "iteration 0 -> 2" in signs["distance"]
+    # A judge that falls together with the reward is a failure, but not hacking.
+    assert trainer.hacking_signs([rows[1], {**rows[2], "reward": 0.5}], held_out) == {}
+
+
+@dataclass
+class _Task:
+    """A task whose reward is given; the sample is the state."""
+
+    value: object
+
+    def decode(self, x_0):
+        return x_0
+
+    def reward(self, sample, condition):
+        return self.value(sample)
+
+
+@pytest.mark.parametrize(
+    ("reward", "words"),
+    [
+        (lambda x: x, r"shape \(4, 2\).*\(B,\) = \(4,\)"),
+        (lambda x: x.sum(), r"shape \(\).*\(4,\)"),
+        (lambda x: x.sum(1).detach(), "does not require grad"),
+        (lambda x: x.sum(1) * torch.tensor([1, math.nan, 1, math.inf]), r"not finite.*\[1, 3\] of 4"),
+    ],
+)
+def test_a_reward_that_cannot_train_is_refused(reward, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        trainer.checked_reward(_Task(reward), torch.ones(4, 2, requires_grad=True), None)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_gradient_does_not_reach_the_weights(tmp_path, monkeypatch, capsys):
+    from toy.modes import Modes
+
+    def broken(self, sample, condition):
+        return sample.sum(1) + (0 * sample.sum(1)).sqrt()  # finite, but the gradient of sqrt at 0 is not
+
+    monkeypatch.setattr(Modes, "reward", broken)
+    before = {}
+    step = trainer.Run.descend
+
+    def watched(self):
+        before.update({name: p.clone() for name, p in self.task.model.named_parameters()})
+        try:
+            return step(self)
+        finally:
+            for name, p in self.task.model.named_parameters():
+                assert torch.equal(p, before[name])
+
+    monkeypatch.setattr(trainer.Run, "descend", watched)
+    assert "gradient's norm is nan at iteration 1" in error(capsys, "--out", str(tmp_path))
+    assert before
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--task", "video"], "unknown task 'video': choose from toy, digits"),
+        (["--method", "ppo"], "unknown method 'ppo': choose from leap_align"),
+        (["--low", "9", "--high", "22"], "low=9, high=22"),
+        (["--method", "drtune", "--m", "12"], "m=12 must be at most"),
+        (["--method", "refl", "--m", "22"], "m=22 must be at most T=21"),
+        (["--batch-size", "10", "--accumulate", "4"], "batch_size=10 must be a multiple of"),
+        (["--iterations", "-1"], "iterations=-1"),
+        (["--checkpoint-every", "0"], "checkpoint_every=0"),
+        (["--lr", "-1"], "lr=-1.0"),
+        (["--T", "0"], "T=0"),
+        (["--shift", "0"], "shift=0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_refused_in_one_line(flags, words, tmp_path, capsys):
+    assert re.search(words, error(capsys, "--out", str(tmp_path / "run"), *flags))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--alpha", "1.5"], "alpha=1.5 must lie in [0, 1]"),
+        (["--alpha", "much"], "Error parsing --alpha: could not convert"),
+        (["--tau", "0"], "tau=0.0 must be positive"),
+        (["--evaluation-samples", "3"], "evaluation_samples=3 must be at least"),
+        (["--alpah", "0"], "--alpah"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_the_command_line_refuses_is_said_without_a_traceback(flags, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        trainer.main([*flags, "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    text = capsys.readouterr().err
+    assert words in text and "Traceback" not in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_occupied_folder_is_refused(reference, capsys):
+    kept = (reference / "metrics.csv").read_bytes()
+    assert "holds another run" in error(capsys, "--out", str(reference))
+    assert (reference / "metrics.csv").read_bytes() == kept
+
+
+@pytest.mark.parametrize("task", trainer.TASKS)
+def test_help_names_every_flag_with_its_meaning(task, capsys):
+    with pytest.raises(SystemExit) as stop:
+        trainer.main(["--task", task, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for flag in (
+        "--task",
+        "--method",
+        "--iterations",
+        "--batch-size",
+        "--seed",
+        "--out",
+        "--resume",
+        "--alpha",
+        "--lam",
+    ):
+        assert flag in text
+    assert "Discount of the nested gradient" in text
+
+
+# What the README shows (slow)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "judges"), [("toy", ["utility", "alignment"]), ("digits", ["utility", "svm", "forest"])]
+)
+def test_the_main_job_raises_the_held_out_evaluators(task, judges, tmp_path):
+    trainer.main(["--task", task, "--out", str(tmp_path)])
+    before, after = result(tmp_path)["before"], result(tmp_path)["after"]
+    for judge in judges:
+        assert after[judge] > before[judge]
+    assert after[judges[1]] > 0.95

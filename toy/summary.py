@@ -1,0 +1,32 @@
+"""The evaluators of several runs that differ in their seed: mean ± standard error, before and after.
+
+python -m toy.summary runs/a-seed0 runs/a-seed1 ...
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+
+def mean_and_error(values: list[float]) -> str:
+    """Mean ± standard error of the mean; of a single value no error is known."""
+    error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return f"{np.mean(values):.3f} ± {error:.3f}"
+
+
+def table(folders: list[Path]) -> str:
+    """A Markdown table, a row an evaluator."""
+    results = [json.loads((folder / "result.json").read_text()) for folder in folders]
+    rows = [f"| n = {len(results)} | before | after |", "|---|---|---|"]
+    for name in results[0]["before"]:
+        cells = (mean_and_error([result[when][name] for result in results]) for when in ("before", "after"))
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    if not sys.argv[1:]:
+        sys.exit(__doc__)
+    print(table([Path(folder) for folder in sys.argv[1:]]))
