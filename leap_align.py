@@ -265,7 +265,7 @@ def leap_rollout(velocity: Velocity, x_T: Tensor, times: Tensor, i_k: int, i_j: 
 
 def _at(states: list[Tensor], i: int | Tensor) -> Tensor:
     """States x_i (B, *S) for one index, or for an index a sample."""
-    return torch.stack(states)[i, torch.arange(len(i))] if torch.is_tensor(i) and i.ndim else states[i]
+    return torch.stack(states)[i, torch.arange(len(i), device=i.device)] if torch.is_tensor(i) and i.ndim else states[i]
 
 
 def _check_pair(i_k: int | Tensor, i_j: int | Tensor, T: int, B: int | None = None) -> None:

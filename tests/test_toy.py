@@ -1,5 +1,6 @@
 """The toy tasks: what is learned, what the judges say, and that the training does not meet the judges."""
 
+import json
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ from leap_align import Hyper, rollout, uniform_times
 from toy import learn
 from toy.digits import Digits
 from toy.modes import CENTRES, SPREAD, Modes
+from toy.summary import table
 from toy.task import ToyOptions
 
 SMALL = ToyOptions(pretrain_steps=300, reward_steps=300, evaluation_samples=160)
@@ -149,6 +151,15 @@ def test_tasks_take_a_shifted_grid():
     assert task.times[5] > uniform_times(10)[5]
     states = rollout(task.velocity(task.truth[:4]), task.noise(4, torch.Generator().manual_seed(0)), task.times)
     assert len(states) == 11
+
+
+def test_summary_by_hand(tmp_path):
+    for n, value in enumerate((1.0, 2.0, 6.0)):
+        (tmp_path / str(n)).mkdir()
+        result = {"before": {"judge": 0.0}, "after": {"judge": value}}
+        (tmp_path / str(n) / "result.json").write_text(json.dumps(result))
+    # Mean 3, standard deviation sqrt((4 + 1 + 9) / 2) = sqrt(7), of the mean sqrt(7 / 3) = 1.528.
+    assert table([tmp_path / str(n) for n in range(3)]).endswith("| judge | 0.000 ± 0.000 | 3.000 ± 1.528 |")
 
 
 def test_defaults_are_known_fields(task):

@@ -6,5 +6,6 @@ task.py     what the two share: the task interface of train_leap_align.py, met w
 nets.py     the velocity and the reward network
 learn.py    pre-training: flow matching, a reward from pairwise choices, and their cache
 pictures.py every figure that a toy run draws
+summary.py  several runs that differ in their seed, as one table
 variants.py changes to LeapAlign that only the laboratory needs
 """

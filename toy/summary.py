@@ -29,4 +29,7 @@ def table(folders: list[Path]) -> str:
 if __name__ == "__main__":
     if not sys.argv[1:]:
         sys.exit(__doc__)
+    for folder in sys.argv[1:]:
+        if not Path(folder, "result.json").exists():
+            sys.exit(f"error: {folder} holds no finished run: result.json is missing")
     print(table([Path(folder) for folder in sys.argv[1:]]))

@@ -1,0 +1,73 @@
+"""The README: what it names exists, its snippet runs, its commands parse."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import leap_align
+import train_leap_align as trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+TABLE = re.search(r"\| equation \|.*?\n\n", README, re.S).group().splitlines()[2:]
+COMMANDS = [
+    line.split(";")[0].replace("$s", "0").replace("$m", "refl").split("train_leap_align.py", 1)[1].split()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for line in re.findall(r"(?:python|nproc_per_node=2) train_leap_align\.py[^;\n]*", block)
+]
+
+
+@pytest.mark.parametrize("row", [row for row in TABLE if row], ids=lambda row: row.split("|")[1].strip())
+def test_every_function_and_test_of_the_equation_table_exists(row):
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    _, _, here, proof, _ = re.split(r"(?<!\\)\|", row)
+    for name in re.findall(r"`(\w+)`", here):
+        assert callable(getattr(leap_align, name)) or name in ("RECTIFIED", "COSINE")
+    for name in (names := re.findall(r"`(\w+)`", proof)):
+        assert f"def {name}(" in tests
+    assert names
+
+
+def test_every_equation_function_stands_in_the_table():
+    assert {f"`{name}`" for name in leap_align.METHODS} - {"`full_backprop`"} <= set(
+        re.findall(r"`\w+`", "".join(TABLE))
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_is_understood(command):
+    config, hyper, _, _ = trainer.parse(command)
+    trainer.check(config, hyper, world=1)
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) >= 8
+
+
+def test_the_snippet_trains():
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    names = {}
+    exec(snippet, names)
+    model = torch.nn.Conv2d(16, 16, 1)
+    before = model.weight.clone()
+    names["update"](
+        lambda x, t, prompt: model(x),
+        lambda x_0, prompt: x_0.flatten(1).mean(1),
+        ["a", "b"],
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        torch.Generator().manual_seed(0),
+    )
+    assert not torch.equal(model.weight, before)
+
+
+def test_the_toy_command_installs_what_is_pinned():
+    pinned = (ROOT / "requirements.txt").read_text().split("\n\n")[0].splitlines()[1:]
+    (command,) = re.findall(r"pip install (torch==.*?) &&", README)
+    assert command.split() == pinned
+
+
+def test_every_picture_exists():
+    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
+        assert (ROOT / path).stat().st_size > 0
