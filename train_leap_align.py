@@ -318,8 +318,9 @@ class Run:
                 table.add(row)
         signs = hacking_signs(self.evaluations, self.task.held_out)
         if self.rank == 0:
-            for name in signs.keys() - self.signs.keys():
-                tqdm.write(signs[name])
+            for name, sign in signs.items():
+                if name not in self.signs:
+                    tqdm.write(sign)
         self.signs = signs
         return figures
 
@@ -406,7 +407,10 @@ def claim(folder: Path, settings: dict[str, Any], resume: bool) -> None:
         raise BadInput(
             f"{folder} holds another run: choose another folder with --out, continue with --resume, or delete it"
         )
-    write(path, lambda part: part.write_text(json.dumps(settings, indent=2) + "\n"))
+    try:
+        write(path, lambda part: part.write_text(json.dumps(settings, indent=2) + "\n"))
+    except OSError as error:
+        raise BadInput(f"cannot write to {folder} ({error.strerror}): choose another folder with --out") from error
 
 
 class Table:
@@ -517,7 +521,7 @@ def main(arguments: list[str] | None = None) -> None:
         if rank == 0:
             report(run)
     except BadInput as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}" if int(os.environ.get("RANK", 0)) == 0 else 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -297,6 +297,11 @@ def test_an_occupied_folder_is_refused(reference, capsys):
     assert (reference / "metrics.csv").read_bytes() == kept
 
 
+def test_a_folder_that_cannot_be_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    assert "cannot write to" in error(capsys, "--out", str(tmp_path / "file"))
+
+
 @pytest.mark.parametrize("task", trainer.TASKS)
 def test_help_names_every_flag_with_its_meaning(task, capsys):
     with pytest.raises(SystemExit) as stop:
