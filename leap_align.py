@@ -27,7 +27,7 @@ S; a time is a number, a () tensor or, with one time a sample, a (B,) tensor in 
     Alg. 1    the same in one pass over the timesteps               leap_rollout
     M11       L_raw = max(0, lambda - r)                            hinge
     M12       w = 1 / (max(d_j, tau) + max(d_0, tau))               distances, similarity_weight
-    M13       L = sg(w) L_raw                                       objective
+    M13       L = sg(w) L_raw                                       objective (checked: its reward)
     Alg. 1    the direct-gradient methods                           refl, draft_lv, drtune, leap_align
     S16, S18  the gradient that follows                             proven in tests/test_gradient.py
 """
@@ -42,7 +42,8 @@ import torch
 from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
-"""v_theta: x (B, *S) and t, () or (B,), to (B, *S); its condition c is closed over."""
+"""v_theta: x (B, *S) and t, () or (B,), to (B, *S); its condition c is closed over.  States stay in the precision of
+x_T: keep that float32 and return v in it, whatever the network computes in, or every step is rounded to v's."""
 
 
 class BadInput(ValueError):
@@ -75,6 +76,8 @@ def shifted_times(T: int, shift: float) -> Tensor:
 
 def _steps(times: Tensor) -> int:
     """T of a grid, which has to ascend from 0 to 1."""
+    if not torch.is_tensor(times):
+        raise BadInput(f"times={times!r:.40} must be a tensor (T+1,), as from uniform_times")
     if times.ndim != 1 or len(times) < 2 or times[0] != 0 or times[-1] != 1 or not (times.diff() > 0).all():
         shown = ", ".join(f"{t:g}" for t in times.flatten()[:3].tolist())
         raise BadInput(
@@ -84,9 +87,10 @@ def _steps(times: Tensor) -> int:
     return len(times) - 1
 
 
-def _over_batch(t: Tensor | float, x: Tensor) -> Tensor:
-    """A time that broadcasts over x (B, *S): () stays, (B,) becomes (B, 1, ..., 1)."""
-    t = t if torch.is_tensor(t) else x.new_tensor(t)
+def _over_batch(t: Tensor | float, x: Tensor) -> Tensor | float:
+    """A time that broadcasts over x (B, *S): a number and () stay, (B,) becomes (B, 1, ..., 1)."""
+    if not torch.is_tensor(t):
+        return t
     if t.shape not in ((), x.shape[:1]):
         raise BadInput(f"a time of shape {tuple(t.shape)} must be () or (B,) = {tuple(x.shape[:1])}")
     if t.ndim and torch.promote_types(t.dtype, x.dtype) != x.dtype:
@@ -142,7 +146,7 @@ def interpolate(x_0: Tensor, x_1: Tensor, t: Tensor | float, path: Path = RECTIF
     """A point of the path (Eq. S2):  x_t = a_t x_0 + b_t x_1.  x_0, x_1 (B, *S); t as in `leap`."""
     if x_0.shape != x_1.shape:
         raise BadInput(f"x_0 of shape {tuple(x_0.shape)} and x_1 of shape {tuple(x_1.shape)} must agree")
-    t = _over_batch(t, x_0)
+    t = _over_batch(t if torch.is_tensor(t) else x_0.new_tensor(t), x_0)
     return path.a_t(t) * x_0 + path.b_t(t) * x_1
 
 
@@ -154,7 +158,7 @@ def leap_general(x: Tensor, v: Tensor, t: Tensor | float, s: Tensor | float, pat
     """
     if v.shape != x.shape:
         raise BadInput(f"the velocity's shape {tuple(v.shape)} must be the state's, {tuple(x.shape)}")
-    t, s = _over_batch(t, x), _over_batch(s, x)
+    t, s = (_over_batch(t if torch.is_tensor(t) else x.new_tensor(t), x) for t in (t, s))
     a, b, da, db = (f(t) for f in path)
     x_hat_1 = (a * v - da * x) / (a * db - da * b)  # S5
     x_hat_0 = (db * x - b * v) / (a * db - da * b)  # S6
@@ -282,6 +286,18 @@ def _check_pair(i_k: int | Tensor, i_j: int | Tensor, T: int, B: int | None = No
 # ---------------------------------------------------------------------------------------------------------------------
 # The objective
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def checked(reward: Tensor, x_0: Tensor) -> Tensor:
+    """The reward itself, if a training can follow from it: (B,) for x_0 (B, *S), finite, with gradient as x_0 has."""
+    if reward.shape != x_0.shape[:1]:
+        raise BadInput(f"reward of shape {tuple(reward.shape)} must be (B,) = {tuple(x_0.shape[:1])}")
+    if x_0.requires_grad and not reward.requires_grad:
+        raise BadInput("the reward does not require grad though its sample does: look for no_grad, detach or PIL in it")
+    if not reward.isfinite().all():
+        bad = (~reward.isfinite()).nonzero()[:, 0].tolist()
+        raise BadInput(f"the reward is not finite for samples {bad[:5]} of {len(reward)}: lower lr, or look at them")
+    return reward
 
 
 def hinge(reward: Tensor, lam: float | None) -> Tensor:
@@ -415,15 +431,15 @@ class Hyper:
         if self.lam is not None and not math.isfinite(self.lam):
             raise BadInput(f"lam={self.lam} must be a finite number, or None for no hinge")
         for name, least in (("m", 1), ("K", 1), ("n", 0)):
-            if getattr(self, name) < least:
-                raise BadInput(f"{name}={getattr(self, name)} must be at least {least}")
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise BadInput(f"{name}={getattr(self, name)} must be a whole number, at least {least}")
         if self.pairs not in ("batch", "sample"):
             raise BadInput(f"pairs={self.pairs!r} must be 'batch' or 'sample'")
 
 
 Endpoints = Generator[tuple[Tensor, Tensor], None, dict]
 """What a method gives: pairs (x_0 with its graph (B, *S), weight (B,)), one loss and one backward each, so that one
-graph lives at a time; its return value names what was drawn and measured, for the log."""
+graph lives at a time; its return value names what was drawn and measured, for a log."""
 
 
 def refl(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generator: torch.Generator) -> Endpoints:

@@ -42,7 +42,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from leap_align import METHODS, BadInput, BatchGenerator, Hyper, Velocity, objective, uniform_times
+from leap_align import METHODS, BadInput, BatchGenerator, Hyper, Velocity, checked, objective, uniform_times
 
 TASKS = {"toy": "toy.modes:Modes", "digits": "toy.digits:Digits"}
 """Where each task lives; it is imported only when asked for."""
@@ -83,6 +83,9 @@ class Task(Protocol):
 
     def save(self, folder: Path) -> None:
         """Writes the model; every process calls it."""
+
+    def load(self, folder: Path) -> None:
+        """Reads what `save` wrote."""
 
 
 @dataclass(frozen=True)
@@ -164,11 +167,10 @@ def parse(arguments: list[str] | None) -> tuple[Config, Hyper, Any, type]:
 def check(config: Config, hyper: Hyper, world: int) -> None:
     """Refuses what cannot work before anything expensive is built."""
     method = lookup("method", config.method, METHODS)
-    for name, least in (("iterations", 0), ("batch_size", 1), ("accumulate", 1), ("evaluate_every", 1)):
-        if getattr(config, name) < least:
+    least_of = {"batch_size": 1, "accumulate": 1, "evaluate_every": 1, "checkpoint_every": 1, "T": 2}
+    for name, least in {**least_of, "iterations": 0, "weight_decay": 0, "seed": 0}.items():
+        if not least <= getattr(config, name) < 2**63:
             raise BadInput(f"{name}={getattr(config, name)} must be at least {least}")
-    if config.checkpoint_every < 1:
-        raise BadInput(f"checkpoint_every={config.checkpoint_every} must be at least 1")
     if not config.lr > 0 or not config.clip > 0 or not 0 <= config.ema < 1:
         raise BadInput(f"lr={config.lr} and clip={config.clip} must be positive, ema={config.ema} in [0, 1)")
     if config.batch_size % (world * config.accumulate):
@@ -218,19 +220,6 @@ class EMA:
             mean.copy_(kept)
 
 
-def checked_reward(task: Task, x_0: Tensor, condition: Any) -> Tensor:
-    """The reward of the decoded x_0, (B,); BadInput if no training could follow from it."""
-    reward = task.reward(task.decode(x_0), condition)
-    if reward.shape != x_0.shape[:1]:
-        raise BadInput(f"the reward has shape {tuple(reward.shape)}; it must be (B,) = {tuple(x_0.shape[:1])}")
-    if x_0.requires_grad and not reward.requires_grad:
-        raise BadInput("the reward does not require grad though its sample does: look for no_grad, detach or PIL in it")
-    if not reward.isfinite().all():
-        bad = (~reward.isfinite()).nonzero()[:, 0].tolist()
-        raise BadInput(f"the reward is not finite for samples {bad[:5]} of {len(reward)}: lower lr, or look at them")
-    return reward
-
-
 class Run:
     """Everything that a run changes as it goes, and the steps that change it."""
 
@@ -239,6 +228,8 @@ class Run:
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.method = METHODS[config.method]
         self.parameters = [p for p in task.model.parameters() if p.requires_grad]
+        if not self.parameters or any(p.dtype.itemsize < 4 for p in self.parameters):
+            raise BadInput("what is trained must be there and float32: in bfloat16 a step of 1e-5 and the EMA are lost")
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
         self.ema = EMA(self.parameters, config.ema)
         self.generator = BatchGenerator()
@@ -270,21 +261,24 @@ class Run:
         return {**self.gathered(average(logs)), "grad_norm": grad_norm, "seconds": seconds}
 
     def backward(self, condition: Any, x_T: Tensor) -> dict[str, float]:
-        """Adds the gradient of one part of the batch; returns what there is to log of it."""
-        lam, drawn, logs = self.hyper.lam, {}, []
+        """Adds the gradient of one part of the batch; returns what there is to log of it.
+
+        The loss is the sum over the method's endpoints, as in Algorithm 1; the other figures are means over them.
+        """
+        lam, measured, logs = self.hyper.lam, {"loss": 0.0}, []
 
         def endpoints():
             velocity = self.task.velocity(condition)
-            drawn.update((yield from self.method(velocity, x_T, self.task.times, self.hyper, self.generator)))
+            measured.update((yield from self.method(velocity, x_T, self.task.times, self.hyper, self.generator)))
 
         for x_0, weight in endpoints():
-            reward = checked_reward(self.task, x_0, condition)
+            reward = checked(self.task.reward(self.task.decode(x_0), condition), x_0)
             loss = objective(reward, weight, lam)
             (loss / self.config.accumulate).backward()
             active = 1.0 if lam is None else (reward < lam).float().mean().item()
             logs.append({"reward": reward.mean().item(), "weight": weight.mean().item(), "hinge_active": active})
-            drawn["loss"] = drawn.get("loss", 0.0) + loss.item()
-        return average(logs) | {name: torch.as_tensor(value).float().mean().item() for name, value in drawn.items()}
+            measured["loss"] += loss.item()
+        return average(logs) | {name: torch.as_tensor(value).float().mean().item() for name, value in measured.items()}
 
     def descend(self) -> float:
         """Clips the gradient and takes one step; returns the norm before clipping.  A broken gradient stops the run."""
@@ -311,6 +305,8 @@ class Run:
         """Evaluates the averaged weights, notes it, and points out what looks like reward hacking."""
         with self.ema.swapped():
             figures = self.task.evaluate(self.folder if self.rank == 0 else None, self.iteration)
+        if broken := [name for name, value in figures.items() if not math.isfinite(value)]:
+            raise BadInput(f"{', '.join(broken)} not finite at iteration {self.iteration}: lower lr")
         self.evaluations.append({"iteration": self.iteration, **figures})
         if self.rank == 0:
             table = Table(self.folder / "evaluations.csv", tuple(figures), -1)
@@ -350,6 +346,8 @@ class Run:
         self.generator.set_state(state["generator"])
         for name in PROGRESS:
             setattr(self, name, state[name])
+        if self.iteration > self.config.iterations:
+            raise BadInput(f"iterations={self.config.iterations}, but the run has {self.iteration} behind it already")
 
 
 PROGRESS = ("iteration", "evaluations", "signs", "seconds")
@@ -392,18 +390,24 @@ def write(path: Path, fill: Callable[[Path], Any]) -> None:
 
 
 def claim(folder: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Makes the folder this run's own; refuses one with another run, or to resume under other settings."""
+    """Makes the folder this run's own; refuses one with another run, or to resume under other settings.
+
+    What stopped before its first checkpoint may be started over.
+    """
     path = folder / "config.json"
     if resume:
         if not path.exists():
             raise BadInput(f"{path} does not exist: nothing to resume; start the run without --resume")
-        old = json.loads(path.read_text())
-        compared = settings.keys() - {"iterations", "evaluate_every", "checkpoint_every", "out", "resume"}
+        try:
+            old = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise BadInput(f"{path} is damaged ({error}): nothing to compare the settings with") from error
+        compared = settings.keys() - {"iterations", "checkpoint_every", "out", "resume"}
         changed = sorted(name for name in compared if old.get(name) != settings[name])
         if changed:
             changes = "; ".join(f"{name} was {old.get(name)}, is {settings[name]}" for name in changed)
             raise BadInput(f"{folder} was run under other settings: {changes}")
-    elif path.exists():
+    elif (folder / "checkpoint").exists() or (folder / "result.json").exists():
         raise BadInput(
             f"{folder} holds another run: choose another folder with --out, continue with --resume, or delete it"
         )
@@ -456,7 +460,8 @@ def report(run: Run) -> None:
     print(f"{'':14}{'before':>10}{'after':>10}")
     for name in figures[0]:
         print(f"{name:14}{figures[0][name]:10.3f}{figures[1][name]:10.3f}")
-    print(*run.signs.values(), sep="\n")
+    for sign in run.signs.values():
+        print(sign)
     print(f"{run.seconds:.1f} s of training; pictures, metrics and weights are in {run.folder}")
 
 
@@ -489,39 +494,51 @@ def train(run: Run) -> None:
     )
     for _ in bar:
         row = run.step()
+        if table:
+            table.add({"iteration": run.iteration, **row})
         last = run.iteration == config.iterations
         if run.iteration % config.evaluate_every == 0 or last:
             run.evaluate()
         if run.iteration % config.checkpoint_every == 0 or last:
             run.save()
-        if table:
-            table.add({"iteration": run.iteration, **row})
         shown = {name: f"{run.evaluations[-1][name]:.3f}" for name in list(run.task.held_out)[:2]}
         bar.set_postfix(reward=f"{row['reward']:.3f}", grad=f"{row['grad_norm']:.2f}", **shown)
     with run.ema.swapped():
         run.task.save(run.folder / "model")
 
 
+def agree(action: Callable[[], None]) -> None:
+    """Runs action() on the first process; where that refuses, all processes do."""
+    refusal = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            action()
+        except BadInput as error:
+            refusal = [str(error)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(refusal)
+    if refusal[0]:
+        raise BadInput(refusal[0])
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Parses, checks, trains, reports; under torchrun on every process."""
     try:
         config, hyper, options, task_class = parse(arguments)
-        if "RANK" in os.environ:
+        if dist.is_torchelastic_launched():
             dist.init_process_group()
-        world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-        check(config, hyper, world)
+        check(config, hyper, dist.get_world_size() if dist.is_initialized() else 1)
         config = replace(config, out=config.out or Path("runs") / f"{config.task}-{config.method}")
-        if rank == 0:
-            settings = {**asdict(config), **asdict(hyper), **asdict(options)}
-            claim(
-                config.out, {name: str(v) if isinstance(v, Path) else v for name, v in settings.items()}, config.resume
-            )
+        settings = {**asdict(config), **asdict(hyper), **asdict(options), "out": str(config.out)}
+        agree(lambda: claim(config.out, settings, config.resume))
         run = build(config, hyper, options, task_class)
         train(run)
-        if rank == 0:
-            report(run)
+        # All wait for the first one's report, for torchrun ends every process as soon as one has failed.
+        agree(lambda: report(run))
     except BadInput as error:
         sys.exit(f"error: {error}" if int(os.environ.get("RANK", 0)) == 0 else 1)
+    except KeyboardInterrupt:
+        sys.exit("interrupted: go on from the last checkpoint with --resume, or start over if there is none yet")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

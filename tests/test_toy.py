@@ -1,7 +1,10 @@
 """The toy tasks: what is learned, what the judges say, and that the training does not meet the judges."""
 
+import dataclasses
 import json
 import math
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from toy.digits import Digits
 from toy.modes import CENTRES, SPREAD, Modes
 from toy.summary import table
 from toy.task import ToyOptions
+from toy.variants import nested_only, nested_trajectory
 
 SMALL = ToyOptions(pretrain_steps=300, reward_steps=300, evaluation_samples=160)
 HELD_OUT_ANSWERS = {Modes: ("alignment", "spread"), Digits: ("svm", "diversity")}
@@ -109,14 +113,49 @@ def test_cache_is_read_and_its_key_follows_what_made_it(task, monkeypatch):
         type(task)(ToyOptions(pretrain_steps=301, reward_steps=300), T=10)
 
 
-def test_cache_holds_no_pickled_code(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return print, ("executed",)
+def test_the_reward_does_not_depend_on_the_grid_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(learn, "CACHE", tmp_path / "one")
+    few = ToyOptions(pretrain_steps=20, reward_steps=20)
+    one = Modes(few, T=3)
+    monkeypatch.setattr(learn, "CACHE", tmp_path / "other")
+    other = Modes(dataclasses.replace(few, shift=3.0), T=10)
+    for a, b in zip(one.reward_model.state_dict().values(), other.reward_model.state_dict().values()):
+        assert torch.equal(a, b)
 
-    learn.write({"a": Evil()}, tmp_path / "weights.pt")
-    with pytest.raises(Exception, match=r"weights_only|Unsupported"):
-        torch.load(tmp_path / "weights.pt", weights_only=True)
+
+class _Evil:
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+def test_the_cache_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(learn, "CACHE", tmp_path)
+    few = ToyOptions(pretrain_steps=2, reward_steps=2)
+    Modes(few, T=3)
+    (file,) = tmp_path.glob("*.pt")
+    torch.save({"flow": _Evil()}, file)
+    with pytest.raises(pickle.UnpicklingError):
+        Modes(few, T=3)
+    assert not Path("executed").exists()
+
+
+def test_nested_only_is_a_method_with_the_nested_trajectory(task):
+    prompt, x_T = task.truth[:8], task.noise(8, torch.Generator().manual_seed(0))
+    hyper = Hyper(low=2, high=8)
+    method = nested_only(task.velocity(prompt), x_T, task.times, hyper, torch.Generator().manual_seed(1))
+    x_0, weight = next(method)
+    with pytest.raises(StopIteration) as end:
+        next(method)
+    i_k, i_j = end.value.value["i_k"], end.value.value["i_j"]
+    states = rollout(task.velocity(prompt), x_T, task.times)
+    trajectory = nested_trajectory(task.velocity(prompt), states, task.times, i_k, i_j, hyper.alpha)
+    parameters = list(task.model.parameters())
+    found = torch.autograd.grad(x_0.sum(), parameters)
+    expected = torch.autograd.grad(trajectory.x_0.sum(), parameters)
+    assert weight.shape == (8,)
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b)
 
 
 def test_pretraining_leaves_no_gradient_behind(tmp_path, monkeypatch):

@@ -7,14 +7,15 @@ import pkgutil
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 import train_leap_align as trainer
-from leap_align import METHODS
+from leap_align import METHODS, checked
+from toy.modes import Modes
+from toy.task import ToyOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--pretrain-steps 300 --reward-steps 300 --evaluation-samples 160 --T 21 --batch-size 16 --iterations 4".split()
@@ -134,12 +135,90 @@ def test_two_processes_equal_one(flags, tmp_path):
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
 
 
+def test_processes_refuse_together(reference):
+    command = [*TORCHRUN, *SMALL, "--out", str(reference)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr.count("holds another run") == 1
+    assert "[rank1]" not in done.stderr
+
+
+# What is logged, clipped, averaged
+
+
+def test_evaluation_and_model_are_of_the_averaged_weights(tmp_path, monkeypatch):
+    seen, step, evaluate = [], trainer.Run.descend, Modes.evaluate
+
+    def descend(self):
+        norm = step(self)
+        seen.append([p.clone() for p in self.parameters])
+        return norm
+
+    def watched(self, folder, iteration):
+        self.evaluated = {name: p.clone() for name, p in self.model.state_dict().items()}
+        return evaluate(self, folder, iteration)
+
+    monkeypatch.setattr(trainer.Run, "descend", descend)
+    monkeypatch.setattr(Modes, "evaluate", watched)
+    built, build = [], trainer.build
+    monkeypatch.setattr(trainer, "build", lambda *args: built.append(build(*args)) or built[-1])
+    run(tmp_path, "--iterations", "2", "--ema", "0.5", "--lr", "0.01")
+    task = built[0].task
+    start = Modes(ToyOptions(pretrain_steps=300, reward_steps=300), T=21).model.parameters()
+    expected = [0.5 * (0.5 * a + 0.5 * b) + 0.5 * c for a, b, c in zip(start, *seen)]
+    saved = torch.load(tmp_path / "model" / "velocity.pt", weights_only=True)
+    names = [name for name, _ in task.model.named_parameters()]
+    for name, value in zip(names, expected):
+        torch.testing.assert_close(task.evaluated[name], value)
+        torch.testing.assert_close(saved[name], value)
+    assert not torch.equal(seen[-1][0], expected[0])
+
+
+def test_the_gradient_is_clipped(tmp_path, monkeypatch):
+    norms = []
+    step = torch.optim.AdamW.step
+
+    def watched(self, *args):
+        norms.append(torch.stack([p.grad.norm() for group in self.param_groups for p in group["params"]]).norm().item())
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    table = run(tmp_path, "--clip", "0.25", "--iterations", "2")
+    assert norms == pytest.approx([0.25, 0.25], rel=1e-3)
+    assert min(row["grad_norm"] for row in table) > 0.25
+
+
+def test_metrics_by_hand(tmp_path, monkeypatch):
+    """A reward of 0, 1, 2, ... a sample, whatever it is; lambda = 3.5 leaves 0..3 of 16 below it."""
+    monkeypatch.setattr(Modes, "reward", lambda self, sample, _: sample.sum(1) * 0 + torch.arange(len(sample)))
+    (row,) = run(tmp_path, "--lam", "3.5", "--iterations", "1", "--method", "refl")
+    assert row["reward"] == pytest.approx(7.5)
+    assert row["hinge_active"] == pytest.approx(4 / 16)
+    assert row["loss"] == pytest.approx((3.5 + 2.5 + 1.5 + 0.5) / 16)
+    assert row["weight"] == 1
+    (row,) = run(tmp_path / "leap", "--lam", "3.5", "--iterations", "1", "--tau", "50")
+    assert row["weight"] == pytest.approx(1 / 100)
+    assert 1 <= row["i_j"] < row["i_k"] <= 21
+    assert row["d_j"] >= 0 and row["d_0"] > 0
+
+
+def test_weights_in_half_precision_are_not_trained(tmp_path, monkeypatch, capsys):
+    init = Modes.__init__
+
+    def half(self, *args):
+        init(self, *args)
+        self.model.bfloat16()
+
+    monkeypatch.setattr(Modes, "__init__", half)
+    assert "float32" in error(capsys, "--out", str(tmp_path))
+
+
 # Resuming
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(reference, tmp_path):
-    run(tmp_path, "--iterations", "2", "--checkpoint-every", "1", "--evaluate-every", "1")
-    resumed = run(tmp_path, "--iterations", "4", "--checkpoint-every", "1", "--evaluate-every", "1", "--resume")
+    run(tmp_path, "--iterations", "2")
+    resumed = run(tmp_path, "--iterations", "4", "--resume")
     assert resumed == rows(reference)
     assert result(tmp_path)["after"] == result(reference)["after"]
 
@@ -148,11 +227,26 @@ def test_a_resumed_run_drops_the_rows_after_its_checkpoint(reference, tmp_path):
     flags = ["--checkpoint-every", "2"]
     run(tmp_path, *flags)
     checkpoint = tmp_path / "checkpoint" / "state.pt"
-    last = checkpoint.read_bytes()
     run(tmp_path / "short", *flags, "--iterations", "2")
     checkpoint.write_bytes((tmp_path / "short" / "checkpoint" / "state.pt").read_bytes())
     assert run(tmp_path, *flags, "--resume") == rows(reference)
-    assert last != b""
+
+
+def test_a_run_that_stopped_before_its_first_checkpoint_may_start_over(reference, tmp_path, monkeypatch, capsys):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Run, "step", interrupted)
+        with pytest.raises(SystemExit, match="interrupted: "):
+            run(tmp_path)
+    assert "start the run without --resume" in error(capsys, "--out", str(tmp_path), "--resume")
+    assert run(tmp_path) == rows(reference)
+
+
+def test_resuming_refuses_fewer_iterations_than_there_were(reference, capsys):
+    line = error(capsys, "--out", str(reference), "--resume", "--iterations", "3")
+    assert "iterations=3, but the run has 4" in line
 
 
 def test_resuming_refuses_other_settings_and_an_empty_folder(reference, tmp_path, capsys):
@@ -196,19 +290,6 @@ def test_signs_of_reward_hacking_by_hand():
     assert trainer.hacking_signs([rows[1], {**rows[2], "reward": 0.5}], held_out) == {}
 
 
-@dataclass
-class _Task:
-    """A task whose reward is given; the sample is the state."""
-
-    value: object
-
-    def decode(self, x_0):
-        return x_0
-
-    def reward(self, sample, condition):
-        return self.value(sample)
-
-
 @pytest.mark.parametrize(
     ("reward", "words"),
     [
@@ -219,14 +300,13 @@ class _Task:
     ],
 )
 def test_a_reward_that_cannot_train_is_refused(reward, words):
+    x_0 = torch.ones(4, 2, requires_grad=True)
     with pytest.raises(ValueError, match=words) as caught:
-        trainer.checked_reward(_Task(reward), torch.ones(4, 2, requires_grad=True), None)
+        checked(reward(x_0), x_0)
     assert "\n" not in str(caught.value)
 
 
 def test_a_broken_gradient_does_not_reach_the_weights(tmp_path, monkeypatch, capsys):
-    from toy.modes import Modes
-
     def broken(self, sample, condition):
         return sample.sum(1) + (0 * sample.sum(1)).sqrt()  # finite, but the gradient of sqrt at 0 is not
 
@@ -262,7 +342,9 @@ def test_a_broken_gradient_does_not_reach_the_weights(tmp_path, monkeypatch, cap
         (["--iterations", "-1"], "iterations=-1"),
         (["--checkpoint-every", "0"], "checkpoint_every=0"),
         (["--lr", "-1"], "lr=-1.0"),
-        (["--T", "0"], "T=0"),
+        (["--T", "1", "--method", "refl"], "T=1 must be at least 2"),
+        (["--weight-decay", "-1"], "weight_decay=-1"),
+        (["--seed", "-1"], "seed=-1"),
         (["--shift", "0"], "shift=0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -321,6 +403,7 @@ def test_help_names_every_flag_with_its_meaning(task, capsys):
     ):
         assert flag in text
     assert "Discount of the nested gradient" in text
+    assert all(name in text for name in [*METHODS, *trainer.TASKS])
 
 
 # What the README shows (slow)

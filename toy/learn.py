@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import sklearn
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -62,10 +63,10 @@ def fit_reward(model: RewardNet, choices: Callable[[], tuple[Tensor, Tensor, Ten
 def cached(name: str, made_by: list[Path], settings: object, models: nn.ModuleDict, fit: Callable[[], None]) -> None:
     """Fills `models` from the cache, or by fit() and then stores them.
 
-    The key is what made them: the sources `made_by`, the settings and torch's version.  Only the first of several
+    The key is what made them: the sources `made_by`, the settings, the libraries' versions.  Only the first of several
     processes fits; the file is renamed into place, so that nobody reads half of it.
     """
-    key = hashlib.sha256(repr((settings, torch.__version__)).encode())
+    key = hashlib.sha256(repr((settings, torch.__version__, sklearn.__version__)).encode())
     for source in made_by:
         key.update(source.read_bytes())
     path = CACHE / f"{name}-{key.hexdigest()[:16]}.pt"

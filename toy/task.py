@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+import leap_align
 from leap_align import BadInput, Velocity, leap_trajectory, rollout, shifted_times, uniform_times
 from toy import learn, nets
 from toy.nets import RewardNet, VelocityNet
@@ -36,7 +37,8 @@ class ToyOptions:
     """Samples that an evaluation draws, always from the same noise."""
 
     def __post_init__(self) -> None:
-        for name, least in (("pretrain_steps", 1), ("reward_steps", 1), ("evaluation_samples", 160)):
+        least_of = {"pretrain_steps": 1, "reward_steps": 1, "pretrain_seed": 0, "evaluation_samples": 160}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise BadInput(f"{name}={getattr(self, name)} must be at least {least}")
 
@@ -70,7 +72,9 @@ class ToyTask(ABC):
             self.model = VelocityNet(self.shape, self.classes, **self.size)
             self.reward_model = RewardNet(self.shape, self.classes)
         models = nn.ModuleDict({"flow": self.model, "reward": self.reward_model})
-        made_by = [Path(f) for f in (inspect.getfile(type(self)), __file__, learn.__file__, nets.__file__)]
+        made_by = [
+            Path(f) for f in (inspect.getfile(type(self)), __file__, learn.__file__, nets.__file__, leap_align.__file__)
+        ]
         settings = (options.pretrain_seed, options.pretrain_steps, options.reward_steps)
         learn.cached(self.name, made_by, settings, models, self.pretrain)
         self.reward_model.requires_grad_(False)
@@ -106,7 +110,8 @@ class ToyTask(ABC):
         captions = torch.where(wrong, another % self.classes, self.truth)
         learn.fit_flow(self.model, self.data, captions, options.pretrain_steps, generator)
         prompts = self.conditions(len(self.data), generator)
-        generated = rollout(self.velocity(prompts), self.noise(len(prompts), generator), self.times)[0]
+        # On a grid of its own, so that every T and shift meets the same reward.
+        generated = rollout(self.velocity(prompts), self.noise(len(prompts), generator), uniform_times(25))[0]
         pool = torch.cat([self.data, generated])
         learn.fit_reward(self.reward_model, lambda: self.choices(pool), options.reward_steps)
         with torch.no_grad():
@@ -170,6 +175,9 @@ class ToyTask(ABC):
         shown = self.shown(prompt[:DRAWN], [x[:DRAWN] for x in states])
         if folder is not None:
             (folder / "samples").mkdir(exist_ok=True)
+            for later in (folder / "samples").glob("*.npz"):
+                if int(later.stem) > iteration:  # of a run that was stopped, and went on from an earlier checkpoint
+                    later.unlink()
             np.savez(folder / "samples" / f"{iteration:06d}.npz", prompt=prompt, samples=samples, **shown)
             self.draw(folder)
         utility = self.utility(samples).gather(1, prompt[:, None]).mean().item()
@@ -188,7 +196,8 @@ class ToyTask(ABC):
     def shown(self, prompt: Tensor, states: list[Tensor]) -> dict[str, Tensor | tuple]:
         """What the pictures show of some rollouts: their states, and a leap trajectory over each."""
         T = len(states) - 1
-        i_k, i_j = pair = round(0.8 * T), round(0.4 * T)
+        i_j = max(1, round(0.4 * T))
+        i_k = max(i_j + 1, round(0.8 * T))
         with torch.no_grad():
             leaps = leap_trajectory(self.velocity(prompt), states, self.times, i_k, i_j, alpha=0)
-        return {"states": torch.stack(states), "x_hat_j": leaps.x_hat_j, "x_hat_0": leaps.x_hat_0, "pair": pair}
+        return {"states": torch.stack(states), "x_hat_j": leaps.x_hat_j, "x_hat_0": leaps.x_hat_0, "pair": (i_k, i_j)}
