@@ -50,6 +50,15 @@ class BadInput(ValueError):
     """An argument that cannot be right: one line that names it, its value and what is allowed."""
 
 
+def _check_hyper(alpha: float = 0, tau: float = 1, lam: float | None = None) -> None:
+    if not 0 <= alpha <= 1:
+        raise BadInput(f"alpha={alpha} must lie in [0, 1]")
+    if not 0 < tau < math.inf:
+        raise BadInput(f"tau={tau} must be positive and finite")
+    if lam is not None and not math.isfinite(lam):
+        raise BadInput(f"lam={lam} must be a finite number, or None for no hinge")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Time
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,8 +190,7 @@ def discount(x: Tensor, alpha: float) -> Tensor:
 
     The paper's alpha x + (1 - alpha) sg(x), summed as sg(x) + alpha (x - sg(x)) so that the value is exactly x.
     """
-    if not 0 <= alpha <= 1:
-        raise BadInput(f"alpha={alpha} must lie in [0, 1]")
+    _check_hyper(alpha=alpha)
     return stop_gradient(x) + alpha * (x - stop_gradient(x))
 
 
@@ -307,8 +315,7 @@ def hinge(reward: Tensor, lam: float | None) -> Tensor:
     """
     if reward.ndim != 1:
         raise BadInput(f"reward of shape {tuple(reward.shape)} must be (B,): one number a sample")
-    if lam is not None and not math.isfinite(lam):
-        raise BadInput(f"lam={lam} must be a finite number, or None for no hinge")
+    _check_hyper(lam=lam)
     return -reward if lam is None else torch.relu(lam - reward)
 
 
@@ -325,8 +332,7 @@ def similarity_weight(trajectory: LeapTrajectory, tau: float) -> Tensor:
 
     (B,), no gradient, in (0, 1/(2 tau)].  tau > 0 keeps a leap that happens to fit perfectly from outweighing all.
     """
-    if not 0 < tau < math.inf:
-        raise BadInput(f"tau={tau} must be positive and finite")
+    _check_hyper(tau=tau)
     d_j, d_0 = distances(trajectory)
     return 1 / (d_j.clamp(min=tau) + d_0.clamp(min=tau))
 
@@ -424,12 +430,7 @@ class Hyper:
     """One pair (k, j) a batch, as in the paper, or a pair a sample, at two more evaluations (leap_align)."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise BadInput(f"alpha={self.alpha} must lie in [0, 1]")
-        if not 0 < self.tau < math.inf:
-            raise BadInput(f"tau={self.tau} must be positive and finite")
-        if self.lam is not None and not math.isfinite(self.lam):
-            raise BadInput(f"lam={self.lam} must be a finite number, or None for no hinge")
+        _check_hyper(self.alpha, self.tau, self.lam)
         for name, least in (("m", 1), ("K", 1), ("n", 0)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise BadInput(f"{name}={getattr(self, name)} must be a whole number, at least {least}")

@@ -34,7 +34,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 @contextmanager
-def refused(*says):
+def raises_one_line(*says):
     """A ValueError of one line in which each of `says` stands."""
     with pytest.raises(BadInput) as caught:
         yield
@@ -67,19 +67,19 @@ both_forms = pytest.mark.parametrize("form", [two_passes, one_pass])
 @both_forms
 @pytest.mark.parametrize("i_k, i_j", [(2, 2), (2, 4), (3, 0), (0, 3), (7, 2), (3, -1), (-1, -2)])
 def test_pairs_that_are_no_leaps(form, i_k, i_j):
-    with refused(f"i_k={i_k}", f"i_j={i_j}", f"1 <= i_j < i_k <= T={T}"):
+    with raises_one_line(f"i_k={i_k}", f"i_j={i_j}", f"1 <= i_j < i_k <= T={T}"):
         form(i_k, i_j)
 
 
 @pytest.mark.parametrize("i_k, i_j", [(2, 2), (2, 4), (3, 0), (7, 2), (3, -1)])
 def test_one_pair_of_many_that_is_no_leap(i_k, i_j):
-    with refused(f"i_k={i_k}", f"i_j={i_j}"):
+    with raises_one_line(f"i_k={i_k}", f"i_j={i_j}"):
         two_passes(torch.tensor([3, i_k, 5]), torch.tensor([1, i_j, 2]))
 
 
 @pytest.mark.parametrize("i_k, i_j", [([3, 4], [1, 2]), ([3, 4, 5, 6], [1, 2, 3, 4]), ([3, 4, 5], [1, 2])])
 def test_pairs_for_another_number_of_samples(i_k, i_j):
-    with refused(f"i_k={i_k}", f"i_j={i_j}", f"({B},)"):
+    with raises_one_line(f"i_k={i_k}", f"i_j={i_j}", f"({B},)"):
         two_passes(torch.tensor(i_k), torch.tensor(i_j))
 
 
@@ -87,31 +87,31 @@ def test_pairs_for_another_number_of_samples(i_k, i_j):
     "i_k, i_j", [(4.5, 2), (4.0, 2.0), (torch.tensor([3.0, 4.0, 5.0]), torch.tensor([1.0, 2.0, 2.0]))]
 )
 def test_pairs_that_are_not_whole(i_k, i_j):
-    with refused("i_k=", "i_j=", "ints"):
+    with raises_one_line("i_k=", "i_j=", "ints"):
         two_passes(i_k, i_j)
-    with refused("i_k=", "i_j=", "ints"):
+    with raises_one_line("i_k=", "i_j=", "ints"):
         one_pass(i_k, i_j)
 
 
 def test_pairs_of_two_dimensions():
-    with refused("i_k=[[3], [4], [5]]", f"({B},)"):
+    with raises_one_line("i_k=[[3], [4], [5]]", f"({B},)"):
         two_passes(torch.tensor([[3], [4], [5]]), torch.tensor([[1], [2], [2]]))
 
 
 @pytest.mark.parametrize("i_end", [-1, T + 1])
 def test_rollouts_that_end_off_the_grid(i_end):
-    with refused(f"i_end={i_end}", f"T={T}"):
+    with raises_one_line(f"i_end={i_end}", f"T={T}"):
         rollout(velocity, randn(B, 2), grid(T), i_end=i_end)
 
 
 def test_one_index_a_batch_beside_one_a_sample():
-    with refused("i_k=[3, 4, 5]", "i_j=2"):
+    with raises_one_line("i_k=[3, 4, 5]", "i_j=2"):
         two_passes(torch.tensor([3, 4, 5]), 2)
 
 
 def test_a_pair_a_sample_in_one_pass():
     pair = torch.tensor([3, 4, 5]), torch.tensor([1, 2, 3])
-    with refused("i_k=[3, 4, 5]", "i_j=[1, 2, 3]", "ints"):
+    with raises_one_line("i_k=[3, 4, 5]", "i_j=[1, 2, 3]", "ints"):
         one_pass(*pair)
 
 
@@ -127,21 +127,21 @@ def test_a_pair_a_sample_in_one_pass():
     ids=["discount", "Hyper", "two_passes", "one_pass"],
 )
 def test_alpha_outside_0_to_1(alpha, what):
-    with refused(f"alpha={alpha}", "[0, 1]"):
+    with raises_one_line(f"alpha={alpha}", "[0, 1]"):
         what(alpha)
 
 
 @pytest.mark.parametrize("tau", [0, -0.1, NAN, INF])
 def test_tau_that_bounds_nothing(tau):
-    with refused(f"tau={tau}", "positive"):
+    with raises_one_line(f"tau={tau}", "positive"):
         similarity_weight(two_passes(4, 2), tau)
-    with refused(f"tau={tau}", "positive"):
+    with raises_one_line(f"tau={tau}", "positive"):
         Hyper(tau=tau)
 
 
 @pytest.mark.parametrize("lam", [NAN, INF])
 def test_lambda_that_is_no_number(lam):
-    with refused(f"lam={lam}"):
+    with raises_one_line(f"lam={lam}"):
         Hyper(lam=lam)
 
 
@@ -173,12 +173,12 @@ BAD_GRIDS = {
 def test_grids_that_do_not_ascend_from_0_to_1(times, what):
     times = torch.tensor(times)
     shown = ", ".join(f"{t:g}" for t in times.flatten()[:3].tolist())
-    with refused(f"times=[{shown}", str(tuple(times.shape)), "ascend"):
+    with raises_one_line(f"times=[{shown}", str(tuple(times.shape)), "ascend"):
         what(times)
 
 
 def test_states_that_do_not_fit_the_times():
-    with refused(f"{T} states", f"{T + 1} times"):
+    with raises_one_line(f"{T} states", f"{T + 1} times"):
         two_passes(4, 2, states=[randn(B, 2)] * T)
 
 
@@ -186,7 +186,7 @@ def test_states_that_do_not_fit_the_times():
 def test_velocities_of_another_shape(what):
     # (3, 1) and (2,) would broadcast to the state's shape without a word
     for shape in ((3, 1), (2,), (2, 3), (3, 2, 1)):
-        with refused(str(shape), "(3, 2)", "velocity"):
+        with raises_one_line(str(shape), "(3, 2)", "velocity"):
             what(randn(3, 2), randn(*shape), 1, 0)
 
 
@@ -195,92 +195,92 @@ def test_a_network_that_gives_another_shape(name):
     def bad(x, t):
         return x.sum(1, keepdim=True)
 
-    with refused("velocity", "(3, 1)", "(3, 2)"):
+    with raises_one_line("velocity", "(3, 1)", "(3, 2)"):
         run(name, bad, randn(B, 2), grid(T), Hyper(m=2), seeded())
 
 
 def test_times_that_fit_no_sample():
     for shape in ((2,), (3, 1), (1,)):
-        with refused("time", str(shape), "(3,)"):
+        with raises_one_line("time", str(shape), "(3,)"):
             leap(randn(3, 2), randn(3, 2), torch.ones(shape), 0)
 
 
 def test_times_that_would_promote_the_states():
     x = randn(3, 2, dtype=torch.float32)
-    with refused("float64", "float32"):
+    with raises_one_line("float64", "float32"):
         leap(x, x, torch.ones(3, dtype=torch.float64), 0)
 
 
 @pytest.mark.parametrize("what", [connect, interpolate], ids=["connect", "interpolate"])
 def test_two_states_of_different_shapes(what):
     arguments = (randn(3, 1), randn(3, 2)) + ((0.5,) if what is interpolate else ())
-    with refused("x", "(3, 1)", "(3, 2)"):
+    with raises_one_line("x", "(3, 1)", "(3, 2)"):
         what(*arguments)
 
 
 def test_rewards_that_are_not_one_number_a_sample():
     # A reward (B, 1) against a weight (B,) would broadcast to (B, B) without a word
-    with refused("reward", "(3, 1)", "(B,)"):
+    with raises_one_line("reward", "(3, 1)", "(B,)"):
         hinge(randn(3, 1), 0.5)
-    with refused("reward", "()", "(B,)"):
+    with raises_one_line("reward", "()", "(B,)"):
         hinge(torch.tensor(1.0), 0.5)
-    with refused("lam=nan"):
+    with raises_one_line("lam=nan"):
         hinge(randn(3), NAN)
-    with refused("reward", "(3, 1)", "(B,)"):
+    with raises_one_line("reward", "(3, 1)", "(B,)"):
         objective(randn(3, 1), randn(3, 1), 0.5)
-    with refused("reward", "(3, 1)", "weight", "(3,)"):
+    with raises_one_line("reward", "(3, 1)", "weight", "(3,)"):
         objective(randn(3, 1), randn(3), 0.5)
-    with refused("reward", "(3,)", "weight", "(3, 1)"):
+    with raises_one_line("reward", "(3,)", "weight", "(3, 1)"):
         objective(randn(3), randn(3, 1), 0.5)
 
 
 def test_early_stops_beyond_what_the_method_can_run():
-    with refused("m=7", "T=6"):
+    with raises_one_line("m=7", "T=6"):
         method("refl", Hyper(m=7))
-    with refused("m=5", "= 4"):
+    with raises_one_line("m=5", "= 4"):
         method("drtune", Hyper(m=5, K=2))
 
 
 def test_more_trained_timesteps_than_there_are():
-    with refused("K=7", "T=6"):
+    with raises_one_line("K=7", "T=6"):
         method("drtune", Hyper(m=1, K=7))
 
 
 @pytest.mark.parametrize("low, high", [(0, None), (-1, 3), (3, 3), (4, 2), (1, 7), (6, None)])
 def test_windows_that_hold_no_pair(low, high):
     shown = T if high is None else high
-    with refused(f"low={low}", f"high={shown}", f"T={T}"):
+    with raises_one_line(f"low={low}", f"high={shown}", f"T={T}"):
         sample_pair(T, seeded(), low, high)
-    with refused(f"low={low}", f"high={shown}", f"T={T}"):
+    with raises_one_line(f"low={low}", f"high={shown}", f"T={T}"):
         method("leap_align", Hyper(low=low, high=high))
 
 
 @pytest.mark.parametrize("name, value", [("m", 0), ("K", 0), ("n", -1)])
 def test_counts_that_are_too_small(name, value):
-    with refused(f"{name}={value}", "at least"):
+    with raises_one_line(f"{name}={value}", "at least"):
         Hyper(**{name: value})
 
 
 def test_pairs_that_nobody_knows():
-    with refused("pairs='image'", "'batch'", "'sample'"):
+    with raises_one_line("pairs='image'", "'batch'", "'sample'"):
         Hyper(pairs="image")
 
 
 def test_draws_without_a_generator():
-    with refused("generator=None"):
+    with raises_one_line("generator=None"):
         sample_pair(T, None)
     for name in ("leap_align", "refl", "drtune", "draft_lv"):
-        with refused("generator=None"):
+        with raises_one_line("generator=None"):
             run(name, velocity, randn(B, 2), grid(T), Hyper(m=2), None)
 
 
 def test_grids_without_a_step_or_a_direction():
-    with refused("T=0"):
+    with raises_one_line("T=0"):
         uniform_times(0)
-    with refused("T=0"):
+    with raises_one_line("T=0"):
         shifted_times(0, 3)
-    with refused("T=1"):
+    with raises_one_line("T=1"):
         sample_pair(1, seeded())
     for shift in (0, -1, NAN, INF):
-        with refused(f"shift={shift}"):
+        with raises_one_line(f"shift={shift}"):
             shifted_times(5, shift)

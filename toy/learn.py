@@ -1,9 +1,11 @@
 """Pre-training of the toy tasks, and the cache that makes it happen once."""
 
 import hashlib
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import sklearn
 import torch
@@ -16,9 +18,8 @@ from leap_align import interpolate
 from toy.nets import RewardNet, VelocityNet
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
-
-
 BATCH, RATE = 512, 2e-3
+"""Samples a step and greatest learning rate, of both networks."""
 
 
 def _descend(model: nn.Module, loss: Callable[[], Tensor], steps: int, title: str) -> None:
@@ -60,15 +61,15 @@ def fit_reward(model: RewardNet, choices: Callable[[], tuple[Tensor, Tensor, Ten
     _descend(model, loss, steps, "learning the reward")
 
 
-def cached(name: str, made_by: list[Path], settings: object, models: nn.ModuleDict, fit: Callable[[], None]) -> None:
+def cached(name: str, made_by: list[Any], settings: object, models: nn.ModuleDict, fit: Callable[[], None]) -> None:
     """Fills `models` from the cache, or by fit() and then stores them.
 
-    The key is what made them: the sources `made_by`, the settings, the libraries' versions.  Only the first of several
-    processes fits; the file is renamed into place, so that nobody reads half of it.
+    The key is what made them: the source of the modules and functions `made_by`, the settings, the libraries'
+    versions.  Only the first of several processes fits; the file is renamed into place, never half there.
     """
     key = hashlib.sha256(repr((settings, torch.__version__, sklearn.__version__)).encode())
     for source in made_by:
-        key.update(source.read_bytes())
+        key.update(inspect.getsource(source).encode())
     path = CACHE / f"{name}-{key.hexdigest()[:16]}.pt"
     many = dist.is_initialized()
     if not path.exists() and (not many or dist.get_rank() == 0):

@@ -1,6 +1,6 @@
 """What the toy tasks share: the task interface of train_leap_align.py, met with two small networks."""
 
-import inspect
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-import leap_align
-from leap_align import BadInput, Velocity, leap_trajectory, rollout, shifted_times, uniform_times
+from leap_align import (
+    BadInput,
+    Velocity,
+    interpolate,
+    leap,
+    leap_trajectory,
+    rollout,
+    shifted_times,
+    uniform_times,
+)
 from toy import learn, nets
 from toy.nets import RewardNet, VelocityNet
 
@@ -72,9 +80,7 @@ class ToyTask(ABC):
             self.model = VelocityNet(self.shape, self.classes, **self.size)
             self.reward_model = RewardNet(self.shape, self.classes)
         models = nn.ModuleDict({"flow": self.model, "reward": self.reward_model})
-        made_by = [
-            Path(f) for f in (inspect.getfile(type(self)), __file__, learn.__file__, nets.__file__, leap_align.__file__)
-        ]
+        made_by = [sys.modules[type(self).__module__], sys.modules[__name__], learn, nets, leap, rollout, interpolate]
         settings = (options.pretrain_seed, options.pretrain_steps, options.reward_steps)
         learn.cached(self.name, made_by, settings, models, self.pretrain)
         self.reward_model.requires_grad_(False)
