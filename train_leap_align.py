@@ -547,7 +547,7 @@ def main(arguments: list[str] | None = None) -> None:
 if __name__ == "__main__":
     main()
     if dist.is_torchelastic_launched():
-        # All is written.  Threads of gloo now and then abort the interpreter's own way out (SIGABRT), and torchrun would
-        # call a finished run failed.
+        # All is written.  Now and then gloo's threads abort the interpreter's own way out (SIGABRT), and torchrun
+        # would call a finished run failed.
         sys.stdout.flush()
         os._exit(0)
