@@ -4,10 +4,10 @@
     python train_leap_align.py --task digits                       the same on 8x8 images of real digits
     python train_leap_align.py --method drtune --out runs/drtune   another method
     torchrun --nproc_per_node=2 train_leap_align.py                on two processes, to the same result
-    python train_leap_align.py --task digits --help                every flag of a task
+    python train_leap_align.py --task flux --help                  every flag of a task, here FLUX.1-dev
 
 A run's folder holds config.json, metrics.csv (a row an iteration), evaluations.csv, result.json (the evaluators before
-and after), the pictures, checkpoint/ and model/ (the aligned weights, an average over training).
+and after), the pictures, checkpoint/ and the aligned weights, an average over training (model/, transformer/ or lora/).
 """
 
 import argparse
@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pkgutil
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -26,25 +27,25 @@ from typing import Annotated, Any, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import tyro
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from leap_align import METHODS, BadInput, BatchGenerator, Hyper, Velocity, checked, objective, uniform_times
 
-TASKS = {"toy": "toy.modes:Modes", "digits": "toy.digits:Digits"}
+TASKS = {
+    "toy": "toy.modes:Modes",
+    "digits": "toy.digits:Digits",
+    "flux": "flux_adapter:Flux",
+    "sd3": "flux_adapter:SD3",
+}
 """Where each task lives; it is imported only when asked for."""
 
 
@@ -53,12 +54,19 @@ class Task(Protocol):
 
     Options: type
     """A dataclass of the task's own flags; Task(options, T) builds the task on a grid of T steps."""
-    defaults: dict[str, Any]
-    """Fields of Config and Hyper that suit this task better than the general defaults."""
     held_out: dict[str, float]
     """The evaluators that training never sees, each with the change for the worse that is worth a warning."""
     model: nn.Module
     times: Tensor
+    measured: dict[str, float]
+    """What the last decoding found worth a column of the log; the names never change."""
+
+    @classmethod
+    def defaults(cls, reward: str | None) -> dict[str, Any]:
+        """Fields of Config and Hyper that suit this task better than the general ones, given the flag --reward."""
+
+    def place(self, mesh: DeviceMesh | None) -> None:
+        """Puts the model where it is trained, sharded over the mesh; without one this process is alone."""
 
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
         """x_T (n, *S)."""
@@ -82,7 +90,7 @@ class Task(Protocol):
         """
 
     def save(self, folder: Path) -> None:
-        """Writes the model; every process calls it."""
+        """Writes the model into the run's folder; every process calls it."""
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote."""
@@ -93,7 +101,7 @@ class Config:
     """The run."""
 
     task: str = "toy"
-    """Model and reward: toy or digits."""
+    """Model and reward: toy, digits, flux (FLUX.1-dev) or sd3 (SD3.5-M)."""
     method: str = "leap_align"
     """How the reward's gradient reaches the model: leap_align, refl, draft_lv, drtune or full_backprop."""
     iterations: int = 300
@@ -146,10 +154,12 @@ def parse(arguments: list[str] | None) -> tuple[Config, Hyper, Any, type]:
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--task", default=Config.task)
+    first.add_argument("--reward")
     known, _ = first.parse_known_args(arguments)
     task_class = pkgutil.resolve_name(lookup("task", known.task, TASKS))
     names = {f: cls for cls in (Config, Hyper) for f in cls.__dataclass_fields__}
-    own = {cls: {f: v for f, v in task_class.defaults.items() if names[f] is cls} for cls in (Config, Hyper)}
+    defaults = task_class.defaults(known.reward)
+    own = {cls: {f: v for f, v in defaults.items() if names[f] is cls} for cls in (Config, Hyper)}
     groups = {
         "run": replace(Config(task=known.task), **own[Config]),
         "method": replace(Hyper(), **own[Hyper]),
@@ -277,6 +287,7 @@ class Run:
             (loss / self.config.accumulate).backward()
             active = 1.0 if lam is None else (reward < lam).float().mean().item()
             logs.append({"reward": reward.mean().item(), "weight": weight.mean().item(), "hinge_active": active})
+            logs[-1] |= self.task.measured
             measured["loss"] += loss.item()
         return average(logs) | {name: torch.as_tensor(value).float().mean().item() for name, value in measured.items()}
 
@@ -322,36 +333,46 @@ class Run:
 
     # Checkpoints
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, their average and the optimizer's state by name: the live ones, what is frozen left out."""
+        options = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True)
+        model, optimizer = get_state_dict(self.task.model, self.optimizer, options=options)
+        names = [name for name, p in self.task.model.named_parameters() if p.requires_grad]
+        state = {f"model.{name}": model[name] for name in names}
+        state |= {f"mean.{name}": mean for name, mean in zip(names, self.ema.mean)}
+        return state | {f"optimizer.{name}": value for name, value in optimizer.items() if torch.is_tensor(value)}
+
     def save(self) -> None:
-        """Writes checkpoint/state.pt, renamed into place; every process calls it."""
-        model, optimizer = get_state_dict(self.task.model, self.optimizer, options=WHOLE)
-        with self.ema.swapped():
-            # Cloned, for on a CPU these are the live weights, which are about to be swapped back.
-            mean = {k: v.clone() for k, v in get_model_state_dict(self.task.model, options=WHOLE).items()}
-        if self.rank == 0:
-            state = {"model": model, "optimizer": optimizer, "mean": mean, "generator": self.generator.get_state()}
-            state |= {name: getattr(self, name) for name in PROGRESS}
-            write(self.folder / "checkpoint" / "state.pt", lambda path: torch.save(state, path))
+        """Writes the folder checkpoint, each process its own shards as safetensors; every process calls it."""
+        folder = self.folder / "checkpoint"
+        part, old = folder.with_suffix(".part"), folder.with_suffix(".old")
+        agree(lambda: clear(part, old))
+        writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
+        dcp.save(self.tensors(), storage_writer=writer, no_dist=not dist.is_initialized())
+        progress = {name: getattr(self, name) for name in PROGRESS}
+        progress["generator"] = self.generator.get_state().tolist()
+        agree(lambda: replace_folder(part, folder, old, json.dumps(progress)))
 
     def restore(self) -> None:
         """Reads what `save` wrote, on any number of processes."""
-        path = self.folder / "checkpoint" / "state.pt"
-        if not path.exists():
-            raise BadInput(f"{path} does not exist: nothing to resume; start the run without --resume")
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        with self.ema.swapped():
-            set_model_state_dict(self.task.model, state["mean"], options=WHOLE)
-        optimizer = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-        set_state_dict(self.task.model, self.optimizer, **optimizer, options=WHOLE)
-        self.generator.set_state(state["generator"])
-        for name in PROGRESS:
-            setattr(self, name, state[name])
+        folder = self.folder / "checkpoint"
+        try:
+            progress = json.loads((folder / "progress.json").read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise BadInput(f"{folder} holds no whole checkpoint ({error}): start the run without --resume") from error
+        try:
+            reader = HuggingFaceStorageReader(str(folder))
+            dcp.load(self.tensors(), storage_reader=reader, no_dist=not dist.is_initialized())
+        except dcp.CheckpointException as error:
+            raise BadInput(f"{folder} does not fit this model: {' '.join(str(error).split()):.200}") from error
+        self.generator.set_state(torch.tensor(progress.pop("generator"), dtype=torch.uint8))
+        for name, value in progress.items():
+            setattr(self, name, value)
         if self.iteration > self.config.iterations:
             raise BadInput(f"iterations={self.config.iterations}, but the run has {self.iteration} behind it already")
 
 
 PROGRESS = ("iteration", "evaluations", "signs", "seconds")
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def average(logs: list[dict[str, float]]) -> dict[str, float]:
@@ -387,6 +408,21 @@ def write(path: Path, fill: Callable[[Path], Any]) -> None:
     part = path.with_name(path.name + ".part")
     fill(part)
     os.replace(part, path)
+
+
+def clear(*folders: Path) -> None:
+    """Removes folders, and all that is in them."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def replace_folder(part: Path, folder: Path, old: Path, progress: str) -> None:
+    """Puts a checkpoint in the place of the one before, which stays until the new one is there."""
+    (part / "progress.json").write_text(progress)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(part, folder)
+    clear(old)
 
 
 def claim(folder: Path, settings: dict[str, Any], resume: bool) -> None:
@@ -473,11 +509,16 @@ def report(run: Run) -> None:
 def build(config: Config, hyper: Hyper, options: Any, task_class: type) -> Run:
     """Task, model and run; on several processes the model is sharded over them (FSDP2)."""
     task = task_class(options, config.T)
-    if dist.is_initialized():
-        mesh = init_device_mesh(task.times.device.type, (dist.get_world_size(),))
-        # Resharding after each forward: an evaluation has no backward that would, and then swaps the weights.
-        fully_shard(task.model, mesh=mesh, reshard_after_forward=True)
+    task.place(device_mesh(task.times.device.type) if dist.is_initialized() else None)
     return Run(config, hyper, task, config.out)
+
+
+def device_mesh(device: str) -> DeviceMesh:
+    """All processes; on several nodes sharded within a node and replicated across (HSDP), where links are slow."""
+    world, local = dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
+    if world == local:
+        return init_device_mesh(device, (world,))
+    return init_device_mesh(device, (world // local, local), mesh_dim_names=("replicate", "shard"))
 
 
 def train(run: Run) -> None:
@@ -487,7 +528,8 @@ def train(run: Run) -> None:
         run.restore()
     else:
         run.evaluate()
-    table = Table(run.folder / "metrics.csv", METRICS, run.iteration) if run.rank == 0 else None
+    columns = (*METRICS, *run.task.measured)
+    table = Table(run.folder / "metrics.csv", columns, run.iteration) if run.rank == 0 else None
     start = run.iteration
     bar = tqdm(
         range(start, config.iterations), config.method, total=config.iterations, initial=start, disable=run.rank > 0
@@ -502,9 +544,9 @@ def train(run: Run) -> None:
         if run.iteration % config.checkpoint_every == 0 or last:
             run.save()
         shown = {name: f"{run.evaluations[-1][name]:.3f}" for name in list(run.task.held_out)[:2]}
-        bar.set_postfix(reward=f"{row['reward']:.3f}", grad=f"{row['grad_norm']:.2f}", **shown)
+        bar.set_postfix(reward=f"{row['reward']:.3f}", grad=f"{row['grad_norm']:.2g}", **shown)
     with run.ema.swapped():
-        run.task.save(run.folder / "model")
+        run.task.save(run.folder)
 
 
 def agree(action: Callable[[], None]) -> None:
@@ -529,7 +571,8 @@ def main(arguments: list[str] | None = None) -> None:
             dist.init_process_group()
         check(config, hyper, dist.get_world_size() if dist.is_initialized() else 1)
         config = replace(config, out=config.out or Path("runs") / f"{config.task}-{config.method}")
-        settings = {**asdict(config), **asdict(hyper), **asdict(options), "out": str(config.out)}
+        settings = {**asdict(config), **asdict(hyper), **asdict(options)}
+        settings = json.loads(json.dumps(settings, default=str))  # paths and tuples as config.json will hold them
         agree(lambda: claim(config.out, settings, config.resume))
         run = build(config, hyper, options, task_class)
         train(run)
@@ -537,6 +580,8 @@ def main(arguments: list[str] | None = None) -> None:
         agree(lambda: report(run))
     except BadInput as error:
         sys.exit(f"error: {error}" if int(os.environ.get("RANK", 0)) == 0 else 1)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: out of GPU memory ({str(error).split('. ')[0]}): raise --accumulate, or see --help for less")
     except KeyboardInterrupt:
         sys.exit("interrupted: go on from the last checkpoint with --resume, or start over if there is none yet")
     finally:

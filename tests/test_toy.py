@@ -204,5 +204,5 @@ def test_summary_by_hand(tmp_path):
 def test_defaults_are_known_fields(task):
     from train_leap_align import Config
 
-    assert set(task.defaults) <= set(Config.__dataclass_fields__) | set(Hyper.__dataclass_fields__)
+    assert set(task.defaults(None)) <= set(Config.__dataclass_fields__) | set(Hyper.__dataclass_fields__)
     assert set(task.held_out) < set(task.evaluate(None, 0))

@@ -27,7 +27,7 @@ class Digits(ToyTask):
     shape = (1, 8, 8)
     classes = DIGITS
     size: ClassVar[dict] = {"width": 256, "depth": 4}
-    defaults: ClassVar[dict] = {"lam": 0.0, "ema": 0.99}
+    settings: ClassVar[dict] = {"lam": 0.0, "ema": 0.99}
     held_out: ClassVar[dict] = {
         "utility": 0.5, "svm": 0.05, "forest": 0.05, "nearest_real": -0.3, "diversity": 0.5
     }  # fmt: skip

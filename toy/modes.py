@@ -23,7 +23,7 @@ class Modes(ToyTask):
     shape = (2,)
     classes = MODES
     size: ClassVar[dict] = {"width": 128, "depth": 3}
-    defaults: ClassVar[dict] = {"lam": 0.0, "ema": 0.99}
+    settings: ClassVar[dict] = {"lam": 0.0, "ema": 0.99}
     held_out: ClassVar[dict] = {"utility": 0.2, "alignment": 0.05, "log_density": 0.2, "spread": 0.05}
 
     def prepare(self, seed: int) -> None:

@@ -4,12 +4,14 @@ import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from leap_align import (
     BadInput,
@@ -62,8 +64,9 @@ class ToyTask(ABC):
     classes: ClassVar[int]
     size: ClassVar[dict[str, int]] = {"width": 128, "depth": 3}
     """Width and depth of the velocity network."""
-    defaults: ClassVar[dict] = {}
+    settings: ClassVar[dict] = {}
     """Values of the run's configuration that suit this task better than the general ones."""
+    measured: ClassVar[dict[str, float]] = {}
     held_out: ClassVar[dict[str, float]]
     """Evaluators that training never sees, each with the change for the worse that is worth a warning (signed)."""
     Options = ToyOptions
@@ -149,6 +152,17 @@ class ToyTask(ABC):
 
     # The task interface
 
+    @classmethod
+    def defaults(cls, reward: str | None) -> dict[str, Any]:
+        """The task's settings; its reward is always its own."""
+        return cls.settings
+
+    def place(self, mesh: DeviceMesh | None) -> None:
+        """Shards the velocity network over several processes (FSDP2)."""
+        if mesh is not None:
+            # Resharding after each forward: an evaluation has no backward that would, and then swaps the weights.
+            fully_shard(self.model, mesh=mesh, reshard_after_forward=True)
+
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
         """x_T (n, *S), standard normal."""
         return torch.randn(n, *self.shape, generator=generator)
@@ -193,11 +207,11 @@ class ToyTask(ABC):
         """Writes the velocity network; every process calls it, the first one writes."""
         weights = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if weights:
-            learn.write(weights, folder / "velocity.pt")
+            learn.write(weights, folder / "model" / "velocity.pt")
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote."""
-        self.model.load_state_dict(torch.load(folder / "velocity.pt", weights_only=True))
+        self.model.load_state_dict(torch.load(folder / "model" / "velocity.pt", weights_only=True))
 
     def shown(self, prompt: Tensor, states: list[Tensor]) -> dict[str, Tensor | tuple]:
         """What the pictures show of some rollouts: their states, and a leap trajectory over each."""
