@@ -118,8 +118,9 @@ class Adapter:
 
     @classmethod
     def defaults(cls, reward: str | None) -> dict[str, Any]:
-        """The paper's settings, with those that it gives for this reward."""
+        """The paper's settings, with those that it gives for this reward; for another reward there is no hinge."""
         settings = {"batch_size": 64, "iterations": 300, "T": 25, "weight_decay": 1e-4, "ema": 0.995}
+        settings |= {"alpha": 0.3, "lam": None, "lr": 1e-5}
         return settings | rewards.PRESETS.get(reward or Options.reward, {})
 
     def __init__(self, options: Options, T: int) -> None:
@@ -884,7 +885,9 @@ def geneval_templates() -> dict[str, list[str]]:
 
 
 def tiny(folder: Annotated[Path, tyro.conf.Positional], sd3: bool = False) -> None:
-    """Write a tiny random pipeline, and a tiny reward under FOLDER/reward, to rehearse a whole run on a laptop.
+    """Write a tiny random pipeline and tiny rewards, to rehearse a whole run on a laptop.
+
+    FOLDER/reward is HPSv2.1; the others lie in folders of their names.
 
     The classes are the real ones, their sizes a toy's: the images are noise and stay noise.
 
@@ -893,11 +896,9 @@ def tiny(folder: Annotated[Path, tyro.conf.Positional], sd3: bool = False) -> No
         sd3: SD3.5's architecture instead of FLUX's.
     """
     torch.manual_seed(0)
-    with tqdm(total=2, desc="tiny") as bar:
-        (tiny_sd3 if sd3 else tiny_flux)().save_pretrained(folder)
-        bar.update()
-        rewards.tiny("hpsv2.1", folder / "reward")
-        bar.update()
+    (tiny_sd3 if sd3 else tiny_flux)().save_pretrained(folder)
+    for name in tqdm(rewards.REWARDS, "tiny rewards"):
+        rewards.tiny(name, folder / ("reward" if name == Options.reward else name))
     print(
         f"try: python train_leap_align.py --task {'sd3' if sd3 else 'flux'} --model {folder} --prompts PROMPTS.txt "
         f"--reward-weights {folder}/reward --height 64 --width 64 --batch-size 4 --iterations 3"

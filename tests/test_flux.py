@@ -51,6 +51,9 @@ def _alone():
         dist.destroy_process_group()
 
 
+SIZE = "--height 32 --width 48 --steps 2 --images-per-prompt 3 --batch-size 2 --precision float32".split()
+
+
 def options_of(models, name, **changes):
     settings = {"model": str(models / name), "prompts": models / "prompts.txt", "height": 64, "width": 96}
     settings |= {"reward_weights": (str(models / name / "reward"),), "precision": "float32", "evaluation_images": 2}
@@ -337,21 +340,53 @@ def test_prompts_are_drawn_from_the_whole_list(models):
 # Runs
 
 
-@pytest.mark.parametrize(
-    "name, more, nodes",
-    [("flux", [], 1), ("flux", ["--lora-rank", "2"], 2), ("sd3", ["--accumulate", "2"], 1)],
-    ids=["flux", "lora, two nodes", "sd3"],
-)
-def test_two_processes_equal_one(models, tmp_path, name, more, nodes):
-    one = run(tmp_path / "one", flags(models, name, *more))
-    torchrun("train_leap_align.py", *flags(models, name, *more), "--out", tmp_path / "two", nodes=nodes)
-    for a, b in zip(one, rows(tmp_path / "two"), strict=True):
+def assert_same_run(one, two):
+    """The same log and, but for rounding, the same exported weights."""
+    for a, b in zip(rows(one), rows(two), strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
-    (file,) = (tmp_path / "one").glob("[tl]*r*/*.safetensors")
-    a, b = (load_file(tmp_path / which / file.relative_to(tmp_path / "one")) for which in ("one", "two"))
+    (file,) = [*one.glob("transformer/*.safetensors"), *one.glob("lora/*.safetensors")]
+    a, b = load_file(file), load_file(two / file.relative_to(one))
     # Adam's first steps are lr * sign(gradient): where that is rounding alone, the processes may part by 2 lr a step.
     apart = torch.cat([(a[k] - b[k]).abs().flatten() for k in a])
     assert a.keys() == b.keys() and (apart > 1e-5).float().mean() < 0.01
+
+
+@pytest.mark.parametrize(
+    "name, more, nodes",
+    [("flux", ["--lora-rank", "2"], 2), ("sd3", ["--accumulate", "2"], 1)],
+    ids=["lora on two nodes", "accumulated sd3"],
+)
+def test_two_processes_equal_one(models, tmp_path, name, more, nodes):
+    run(tmp_path / "one", flags(models, name, *more))
+    torchrun("train_leap_align.py", *flags(models, name, *more), "--out", tmp_path / "two", nodes=nodes)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_the_whole_path_on_two_processes_and_on_one(tmp_path):
+    """tiny -> embed -> train -> export -> sample -> score."""
+    model, prompts, reward = tmp_path / "model", tmp_path / "prompts.txt", tmp_path / "model" / "reward"
+    prompts.write_text("\n".join(PROMPTS))
+    tool("tiny", model)
+    tool("embed", "--model", model, "--prompts", prompts, "--out", tmp_path / "embeddings", "--precision", "float32")
+    train = ["--task", "flux", "--model", model, "--prompts", tmp_path / "embeddings", "--reward-weights", reward]
+    train += "--height 32 --width 32 --T 4 --batch-size 4 --lr 1e-3 --ema 0 --iterations 3".split()
+    train += "--evaluation-images 2 --precision float32".split()
+    run(tmp_path / "one", list(map(str, train)))
+    torchrun("train_leap_align.py", *train, "--out", tmp_path / "two")
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+    draw = ["--model", model, "--transformer", tmp_path / "two" / "transformer", "--prompts", prompts, *SIZE]
+    images = ["--images", tmp_path / "two" / "images", "--reward-weights", reward, "--out", tmp_path / "two"]
+    torchrun("flux_adapter.py", "sample", *draw, "--out", tmp_path / "two" / "images")
+    torchrun("flux_adapter.py", "score", *images)
+    tool("sample", *draw, "--out", tmp_path / "one" / "images")
+    tool("score", "--images", tmp_path / "one" / "images", "--reward-weights", reward, "--out", tmp_path / "one")
+    drawn = {p.name: p.read_bytes() for p in (tmp_path / "one" / "images").glob("*.png")}
+    assert drawn == {p.name: p.read_bytes() for p in (tmp_path / "two" / "images").glob("*.png")}
+    assert len(drawn) == len(set(drawn.values())) == 3 * len(PROMPTS)
+    one, two = (json.loads((tmp_path / n / "images_rewards_log.json").read_text()) for n in ("one", "two"))
+    assert one == two and [row["image"] for row in one["images"]] == sorted(drawn)
+    assert one["mean"] == pytest.approx(sum(row["reward"] for row in one["images"]) / len(drawn))
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(models, tmp_path):
@@ -376,6 +411,44 @@ def test_the_papers_settings_are_the_defaults(models):
     assert (config.ema, config.T, hyper.alpha, hyper.lam, hyper.tau) == (0.995, 25, 0.3, 0.55, 0.1)
     assert (options.height, options.width, options.guidance, options.reward) == (720, 720, 3.5, "hpsv2.1")
     assert trainer.parse(["--task", "sd3"])[2].model == "stabilityai/stable-diffusion-3.5-medium"
+
+
+@pytest.mark.parametrize(
+    "reward, folders",
+    [
+        ("hpsv2.1", ["reward"]),
+        ("pickscore", ["pickscore"]),
+        ("hpsv3", ["hpsv3"]),
+        ("imagereward", ["imagereward"]),
+        ("hpsv2.1:1,imagereward:0.5", ["reward", "imagereward"]),
+        ("tests.test_flux:brightness", []),
+    ],
+)
+def test_every_reward_trains_and_scores(models, tmp_path, reward, folders):
+    places = [str(models / "flux" / folder) for folder in folders]
+    about = ["--reward", reward, *(["--reward-weights", *places] if places else [])]
+    where = ["--model", str(models / "flux"), "--prompts", str(models / "prompts.txt")]
+    sizes = "--height 32 --width 48 --T 3 --batch-size 2 --evaluation-images 2 --iterations 1 --lam None".split()
+    (row,) = run(tmp_path / "run", ["--task", "flux", *where, *sizes, "--precision", "float32", *about])
+    assert row["grad_norm"] > 0
+    more = ["--transformer", str(tmp_path / "run" / "transformer"), *SIZE, "--images-per-prompt", "1"]
+    tool("sample", *where, *more, "--out", tmp_path / "images")
+    tool("score", "--images", tmp_path / "images", *about, "--out", tmp_path)
+    log = json.loads((tmp_path / "images_rewards_log.json").read_text())
+    assert log["reward"] == reward and len({row["reward"] for row in log["images"]}) == len(PROMPTS)
+
+
+def brightness():
+    """A reward of one's own, which a run takes by its name."""
+    return lambda images, prompts: images.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("reward", ["hpsv2.1", "pickscore", "hpsv3", "imagereward", "hpsv3:1,hpsv2.1:2"])
+def test_each_reward_brings_the_papers_settings(reward):
+    config, hyper, _, _ = trainer.parse(["--task", "flux", "--reward", reward])
+    # Where the paper gives none: no hinge, for a lambda on another scale might silence every sample.
+    paper = {"hpsv2.1": (0.3, 0.55, 1e-5), "pickscore": (0.1, 0.4, 1e-5), "hpsv3": (0.1, 13.5, 8e-6)}
+    assert (hyper.alpha, hyper.lam, config.lr) == paper.get(reward, (0.3, None, 1e-5))
 
 
 # Exports
@@ -403,31 +476,16 @@ def test_the_export_samples_in_diffusers_what_the_trained_model_samples(models, 
 # Tools
 
 
-SIZE = "--height 32 --width 48 --steps 2 --images-per-prompt 3 --batch-size 2 --precision float32".split()
-
-
-def test_tools_give_the_same_on_one_and_two_processes_and_go_on_where_they_stopped(models, tmp_path):
-    where = ["--model", models / "flux", "--prompts", models / "prompts.txt", *SIZE]
-    tool("sample", *where, "--out", tmp_path / "one" / "images")
-    torchrun("flux_adapter.py", "sample", *where, "--out", tmp_path / "two" / "images")
-    images = sorted(p.name for p in (tmp_path / "one" / "images").glob("*.png"))
-    assert len(images) == 3 * len(PROMPTS) == len({(tmp_path / "one" / "images" / n).read_bytes() for n in images})
-    for name in images:
-        assert (tmp_path / "one" / "images" / name).read_bytes() == (tmp_path / "two" / "images" / name).read_bytes()
-    kept, gone = (tmp_path / "one" / "images" / name for name in (images[0], images[-1]))
+def test_sampling_goes_on_where_it_stopped(models, tmp_path):
+    command = ["sample", "--model", models / "flux", "--prompts", models / "prompts.txt", *SIZE, "--out", tmp_path]
+    tool(*command)
+    kept, *_, gone = sorted(tmp_path.glob("*.png"))
     stamp, content = kept.stat().st_mtime_ns, gone.read_bytes()
     gone.unlink()
-    tool("sample", *where, "--out", tmp_path / "one" / "images")
+    tool(*command)
     assert kept.stat().st_mtime_ns == stamp and gone.read_bytes() == content
-    prompts = json.loads((tmp_path / "one" / "images" / "prompts.json").read_text())
+    prompts = json.loads((tmp_path / "prompts.json").read_text())
     assert prompts == {f"{i:05d}_{n}.png": text for i, text in enumerate(PROMPTS) for n in range(3)}
-
-    reward = ["--reward-weights", models / "flux" / "reward"]
-    tool("score", "--images", tmp_path / "one" / "images", *reward, "--out", tmp_path / "one")
-    torchrun("flux_adapter.py", "score", "--images", tmp_path / "two" / "images", *reward, "--out", tmp_path / "two")
-    one, two = (json.loads((tmp_path / n / "images_rewards_log.json").read_text()) for n in ("one", "two"))
-    assert one == two and [row["image"] for row in one["images"]] == images
-    assert one["mean"] == pytest.approx(sum(row["reward"] for row in one["images"]) / len(images))
 
 
 def test_scoring_goes_on_where_it_stopped(models, tmp_path, monkeypatch):
@@ -496,22 +554,6 @@ def test_geneval_prompts_keep_the_ratio_and_no_test_prompt(tmp_path):
     # Every test prompt but a single object's is in the templates: ours are GenEval's own, word for word.
     templates = {text for texts in adapter.geneval_templates().values() for text in texts}
     assert len(set(tests) - templates) == 80
-
-
-def test_the_whole_path_from_tiny_to_score(tmp_path):
-    tool("tiny", tmp_path / "model")
-    model, prompts, reward = tmp_path / "model", tmp_path / "prompts.txt", tmp_path / "model" / "reward"
-    prompts.write_text("\n".join(PROMPTS))
-    tool("embed", "--model", model, "--prompts", prompts, "--out", tmp_path / "embeddings")
-    train = ["--task", "flux", "--model", model, "--prompts", tmp_path / "embeddings", "--reward-weights", reward]
-    train += "--height 32 --width 32 --T 3 --batch-size 2 --iterations 2 --evaluation-images 2".split()
-    torchrun("train_leap_align.py", *train, "--out", tmp_path / "run")
-    trained = ["--model", model, "--transformer", tmp_path / "run" / "transformer", "--prompts", prompts]
-    drawing = "--steps 2 --height 32 --width 32 --images-per-prompt 1".split()
-    tool("sample", *trained, *drawing, "--out", tmp_path / "images")
-    tool("score", "--images", tmp_path / "images", "--reward-weights", reward, "--out", tmp_path)
-    log = json.loads((tmp_path / "images_rewards_log.json").read_text())
-    assert len(log["images"]) == len(PROMPTS) and -1 < log["mean"] < 1
 
 
 # Bad input: one line each, before anything is trained
