@@ -427,6 +427,11 @@ class HPSv3(Reward):
 
     def __init__(self, body: nn.Module, head: nn.Module, tokenizer: Callable) -> None:
         super().__init__(body=body, head=head)
+        body.gradient_checkpointing_enable()
+        body.disable_input_require_grads()  # which that has asked for: the pixels have gradient of their own
+        for layer in body.modules():
+            if hasattr(layer, "gradient_checkpointing"):
+                layer.training = True  # transformers recomputes in training mode alone; what is inside stays in eval
         self.tokenizer = tokenizer
         self.mark = tokenizer.convert_tokens_to_ids("<|Reward|>")
 
@@ -724,12 +729,14 @@ def _check_gradient(
 ) -> None:
     """<gradient, d> against central differences, along the gradient itself and along random blobs d."""
     blobs = [torch.randn(len(images), 3, 4, 4, generator=generator).to(images) for _ in range(3)]
+    start = total(images).abs().clamp(min=1)
     for d in [gradient, *(F.interpolate(blob, images.shape[2:], mode="bicubic") for blob in blobs)]:
         d, apart = d / d.abs().max(), []
-        for h in (0.005, 0.001):  # a kink within reach spoils the longer step, rounding the shorter one
-            up, down = total(images + h * d), total(images - h * d)
-            rounding, kinks = up.abs().clamp(min=1) / h / 100, 100 * (gradient * d).abs().sum()
-            apart.append(((up - down) / (2 * h) - (gradient * d).sum()).abs() / (rounding + kinks))
+        most = (gradient * d).abs().sum()
+        for k in (20, 4):  # the score moves by about k tolerances: a kink within reach spoils that, rounding a shorter
+            h = (k * tolerance * start / most).clamp(max=0.05)
+            slope = (total(images + h * d) - total(images - h * d)) / (2 * h)
+            apart.append((slope - (gradient * d).sum()).abs() / (100 * most + start / h / 100))
         _require(min(apart) <= tolerance, "the gradient disagrees with finite differences")
 
 
@@ -779,6 +786,7 @@ def _tiny_imagereward(folder: Path) -> None:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + letter for letter in letters)]
     BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower["initializer_range"] = 0.2  # or the picture would hardly count
     config = tower | {"vocab_size": len(words), "vision": tower}
     (folder / "med_config.json").write_text(json.dumps(config))
     official = {new: old for old, new in reversed(BLIP.items())}

@@ -92,6 +92,7 @@ def test_gradient_is_right(reward, name):
         with torch.no_grad():
             up, down = (reward(images + by * d, PROMPTS[:1]).sum() for by in (step, -step))
         slope = (gradient * d).sum().item()
+        assert abs(slope) > 1e-5
         assert (up - down).item() / (2 * step) == pytest.approx(slope, rel=tolerance, abs=1e-9)
 
 
@@ -117,7 +118,7 @@ def test_the_cache_is_bounded(reward, monkeypatch):
 
 @every_reward
 def test_the_prompt_matters(reward):
-    a, b = reward(pictures(1).repeat(2, 1, 1, 1), PROMPTS).tolist()
+    a, b = reward(pictures(1).repeat(2, 1, 1, 1), ["a red cube", "a red sphere"]).tolist()
     assert abs(a - b) > 1e-4
 
 
@@ -131,9 +132,11 @@ def test_stays_frozen_and_in_eval_mode(reward):
 
 
 @every_reward
-def test_casting_forgets_the_cached_text(reward):
-    reward(pictures(), PROMPTS)
-    assert reward.double()(pictures(), PROMPTS).dtype == torch.float64
+def test_casting_forgets_the_cached_text(folder, name):
+    used, fresh = (REWARDS[name].load(folder(name)) for _ in range(2))
+    used(pictures(), PROMPTS)
+    scores = used.double()(pictures(), PROMPTS)
+    assert scores.dtype == torch.float64 and torch.equal(scores, fresh.double()(pictures(), PROMPTS))
 
 
 @every_reward
@@ -340,10 +343,13 @@ def test_imagereward_is_the_official_score(folder, tmp_path):
     known, state = official("imagereward_tiny_1.json")
     for file in folder("imagereward").glob("tokenizer*"):
         (tmp_path / file.name).symlink_to(file)
-    config = known["config"]["text"] | {"vision": known["config"]["vision"]}
+    vision = known["config"]["vision"]
+    eps = vision.pop("layer_norm_eps")  # which med_config.json does not say
+    config = known["config"]["text"] | {"vision": vision}
     (tmp_path / "med_config.json").write_text(json.dumps(config))
     torch.save(state, tmp_path / "ImageReward.pt")
     reward = REWARDS["imagereward"].load(tmp_path)
+    assert reward.vision.post_layernorm.eps == reward.vision.encoder.layers[0].layer_norm1.eps == eps
     pixels = uniform(known["seed"] + 1, 2, 3, 224, 224).requires_grad_()
     scores = reward.judge(pixels, torch.tensor(known["input_ids"]), torch.tensor(known["attention_mask"]))
     assert scores.tolist() == pytest.approx(known["reward"], abs=2e-6)
@@ -429,6 +435,21 @@ def test_hpsv3_reads_the_official_configuration(folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | old))
     expected = REWARDS["hpsv3"].load(folder("hpsv3"))(pictures(), PROMPTS)
     assert torch.equal(REWARDS["hpsv3"].load(tmp_path)(pictures(), PROMPTS), expected)
+
+
+def test_hpsv3_recomputes_its_layers_and_keeps_the_gradient(folder):
+    """Fewer bytes are saved for the backward pass, and the gradient is the same."""
+    outcomes = []
+    for recompute in True, False:
+        reward, images, saved = REWARDS["hpsv3"].load(folder("hpsv3")), pictures().requires_grad_(), []
+        if not recompute:
+            reward.body.gradient_checkpointing_disable()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.nbytes) or x, lambda x: x):
+            scores = reward(images, PROMPTS)
+        scores.sum().backward()
+        outcomes.append((sum(saved), images.grad))
+    assert outcomes[0][0] < 0.75 * outcomes[1][0]
+    torch.testing.assert_close(outcomes[0][1], outcomes[1][1], rtol=1e-5, atol=1e-9)
 
 
 def test_hpsv3_in_bfloat16_keeps_its_head_in_float32(folder):
@@ -547,6 +568,13 @@ def test_a_sum_with_a_built_in_reward(folder):
     assert isinstance(alone, REWARDS["hpsv2.1"])
     expected = 3 * images[:, 0].mean((1, 2)) + 0.25 * alone(images, PROMPTS)
     assert torch.allclose(total(images, PROMPTS), expected, atol=1e-7)
+
+
+def test_a_sum_of_two_built_in_rewards(folder):
+    places, images = {name: folder(name) for name in ("pickscore", "hpsv2.1")}, pictures()
+    total = load("pickscore:2,hpsv2.1", list(places.values()))
+    pick, hps = (REWARDS[name].load(place)(images, PROMPTS) for name, place in places.items())
+    assert torch.allclose(total(images, PROMPTS), 2 * pick + hps, atol=1e-7)
 
 
 @pytest.mark.parametrize(
