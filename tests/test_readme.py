@@ -1,5 +1,6 @@
 """The README: what it names exists, its snippet runs, its commands parse."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -12,11 +13,17 @@ import train_leap_align as trainer
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 TABLE = re.search(r"\| equation \|.*?\n\n", README, re.S).group().splitlines()[2:]
-COMMANDS = [
-    line.split(";")[0].replace("$s", "0").replace("$m", "refl").split("train_leap_align.py", 1)[1].split()
+LINES = [
+    line.strip()
     for block in re.findall(r"```bash\n(.*?)```", README, re.S)
-    for line in re.findall(r"(?:python|nproc_per_node=2) train_leap_align\.py[^;\n]*", block)
+    for line in re.split(r"[;\n]|&&", block.replace("\\\n", " "))
 ]
+COMMANDS = [
+    line.replace("$s", "0").replace("$m", "refl").split("train_leap_align.py", 1)[1].split()
+    for line in LINES
+    if "train_leap_align.py" in line
+]
+TOOLS = [line.split("flux_adapter.py", 1)[1].split("#")[0].split() for line in LINES if "flux_adapter.py" in line]
 
 
 @pytest.mark.parametrize("row", [row for row in TABLE if row], ids=lambda row: row.split("|")[1].strip())
@@ -38,16 +45,27 @@ def test_every_equation_function_stands_in_the_table():
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_command_is_understood(command):
+    if "flux" in command:
+        pytest.importorskip("diffusers")
     config, hyper, _, _ = trainer.parse(command)
     trainer.check(config, hyper, world=1)
 
 
+@pytest.mark.parametrize("command", TOOLS, ids=" ".join)
+def test_every_tool_and_its_flags_exist(command):
+    pytest.importorskip("diffusers")
+    from flux_adapter import TOOLS
+
+    known = inspect.signature(TOOLS[command[0]]).parameters
+    assert {word[2:].replace("-", "_") for word in command if word.startswith("--")} <= set(known)
+
+
 def test_there_are_commands():
-    assert len(COMMANDS) >= 8
+    assert len(COMMANDS) >= 12 and len(TOOLS) >= 6
 
 
 def test_the_snippet_trains():
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    snippet, *_ = re.findall(r"```python\n(.*?)```", README, re.S)
     names = {}
     exec(snippet, names)
     model = torch.nn.Conv2d(16, 16, 1)
@@ -60,6 +78,15 @@ def test_the_snippet_trains():
         torch.Generator().manual_seed(0),
     )
     assert not torch.equal(model.weight, before)
+
+
+def test_the_example_of_a_reward_keeps_the_contract():
+    from rewards import Own, check_reward
+
+    _, example = re.findall(r"```python\n(.*?)```", README, re.S)
+    names = {}
+    exec(example, names)
+    check_reward(Own(names["colourful"]()))
 
 
 def test_the_toy_command_installs_what_is_pinned():
