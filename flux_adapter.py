@@ -16,7 +16,6 @@ import json
 import os
 import random
 import shutil
-import sys
 import warnings
 from base64 import b64decode
 from collections.abc import Callable, Iterable
@@ -46,7 +45,7 @@ from tqdm import tqdm
 import rewards
 from leap_align import BadInput, Velocity, rollout, shifted_times
 from rewards import first_line
-from train_leap_align import agree, write
+from train_leap_align import agree, leave, together, write
 
 Precision = Literal["bfloat16", "float32"]
 EVALUATION_SEED = 1_000_003
@@ -83,7 +82,7 @@ class Options:
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Linear layers that get an adapter, by the end of their names."""
     gradient_checkpointing: bool = True
-    """Recompute the transformer's blocks in the backward pass: 1.2 times the compute for 1/24 of the memory."""
+    """Recompute the transformer's blocks in the backward pass: 7 % more compute for 1/24 of the activations."""
     compile: bool = False
     """Compile the transformer's repeated blocks; the first step takes minutes."""
     evaluation_prompts: Path | None = None
@@ -115,6 +114,7 @@ class Adapter:
     transformer_name: ClassVar[str]
     Options: ClassVar[type] = Options
     held_out: ClassVar[dict[str, float]] = {"diversity": 0.02}
+    how: ClassVar[frozenset[str]] = frozenset({"gradient_checkpointing", "compile"})
 
     @classmethod
     def defaults(cls, reward: str | None) -> dict[str, Any]:
@@ -130,17 +130,18 @@ class Adapter:
                 f"lora_rank={options.lora_rank} must be at least 0, evaluation_images={options.evaluation_images} even "
                 "and at least 2"
             )
-        self.options, self.device = options, device()
-        self.dtype = getattr(torch, options.precision)
+        self.options, self.dtype = options, getattr(torch, options.precision)
         self.prompts = read_prompts(options.prompts)
         sources = [options.prompts, options.evaluation_prompts or options.prompts]
-        self.stores = [source for source in sources if source.is_dir()]
         self.evaluated = read_prompts(sources[1])[: options.evaluation_images // IMAGES_A_PROMPT]
-        self.reward_model = rewards.load(options.reward, options.reward_weights, self.device)
         self.folder = pipeline_folder(options.model)
-        self.pipeline = open_pipeline(
-            self.pipeline_name, self.folder, self.dtype, transformer=None, text=len(self.stores) < len(sources)
-        )
+        self.stores = [source for source in sources if source.is_dir()]
+        stored = len(self.stores) == len(sources)
+        for store in self.stores:
+            check_store(store, options.model, self.prompts if stored else [])
+        self.pipeline = open_pipeline(self.pipeline_name, self.folder, self.dtype, text=not stored, transformer=None)
+        self.device = device()
+        self.reward_model = rewards.load(options.reward, options.reward_weights, self.device)
         self.pipeline.vae.enable_gradient_checkpointing()
         for module in self.frozen():
             module.requires_grad_(False)
@@ -191,7 +192,7 @@ class Adapter:
             mesh = init_device_mesh(self.device.type, (1,))
         # Alone there is nothing to share: what is frozen stays where it lies instead of being copied at every use.
         frozen = {p for p in self.model.parameters() if not p.requires_grad} if mesh.size() == 1 else set()
-        self.check_memory(mesh.size(-1), frozen)
+        together(lambda: self.check_memory(mesh.size(-1), frozen))
         for module in self.frozen():
             module.to(self.device)
         if self.options.compile:
@@ -230,12 +231,21 @@ class Adapter:
 
     def reset_lora(self) -> None:
         """Fresh adapters, the same on every process: A as peft draws it, B zero, so that nothing changes yet."""
+        if not self.options.lora_rank:
+            return
         generator, state = torch.Generator().manual_seed(0), {}
         for name, parameter in self.model.named_parameters():
             if ".lora_A." in name:
                 state[name] = nn.init.kaiming_uniform_(torch.empty(parameter.shape), a=5**0.5, generator=generator)
             elif ".lora_B." in name:
                 state[name] = torch.zeros(parameter.shape)
+        self.fill(state)
+
+    def fill(self, state: dict[str, Tensor]) -> None:
+        """Puts whole tensors into the trained parameters, which they have to name all."""
+        names = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        if self.options.lora_rank and state.keys() != names:
+            raise BadInput(f"adapters for {len(state)} layers do not fit the model's {len(names)}")
         set_model_state_dict(self.model, state, options=StateDictOptions(full_state_dict=True, strict=False))
 
     # Noise, prompts, velocity
@@ -264,9 +274,6 @@ class Adapter:
         if all(paths):
             rows = [load_file(path, device=str(self.device)) for path in paths]
             return {name: torch.stack([row[name] for row in rows]).to(self.dtype) for name in rows[0]}
-        if not text_encoders(self.pipeline):
-            missing = prompts[paths.index(None)]
-            raise BadInput(f"no embedding of {missing!r:.60} in {self.stores[0]}: finish `flux_adapter.py embed`")
         return self.encode_text(self.pipeline, prompts, self.device)
 
     # The image and its reward
@@ -333,7 +340,9 @@ class Adapter:
         # Frozen buffers (SD3's position table) are not among the parameters.
         state |= {name: buffer.cpu() for name, buffer in self.model.named_buffers() if name in model.state_dict()}
         # In the precision that it computes in: rounding now or at every use gives the same images.
-        model.load_state_dict({name: value.to(self.dtype) for name, value in state.items()}, assign=True)
+        for name in state:
+            state[name] = state[name].to(self.dtype)  # one after the other: both copies would be 71 GB
+        model.load_state_dict(state, assign=True)
         write_folder(folder / "transformer", model.save_pretrained)
 
     def load(self, folder: Path) -> None:
@@ -342,8 +351,7 @@ class Adapter:
             return self.read_transformer(folder / "transformer")
         layers = load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
         renamed = {name.removeprefix("transformer."): weight for name, weight in layers.items()}
-        state = {name.replace(".weight", ".default.weight"): weight for name, weight in renamed.items()}
-        set_model_state_dict(self.model, state, options=StateDictOptions(full_state_dict=True, strict=False))
+        self.fill({name.replace(".weight", ".default.weight"): weight for name, weight in renamed.items()})
 
 
 class Flux(Adapter):
@@ -458,8 +466,8 @@ def device() -> torch.device:
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's number, and how many there are: torchrun's."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """This process's number, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def check_size(height: int, width: int) -> None:
@@ -540,6 +548,20 @@ def embedding_name(prompt: str) -> str:
 def find_embedding(prompt: str, stores: list[Path]) -> Path | None:
     """Where the embedding of a prompt is stored, if it is."""
     return next((path for store in stores if (path := store / embedding_name(prompt)).exists()), None)
+
+
+def check_store(store: Path, model: str, prompts: list[str]) -> None:
+    """Refuses embeddings of another model, or of fewer prompts than these."""
+    try:
+        known = json.loads((store / "settings.json").read_text())["model"]
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"{store} is no folder that `flux_adapter.py embed` filled ({first_line(error)})") from error
+    if known != model:
+        raise BadInput(f"{store} holds embeddings of {known}, not of {model}: embed the prompts with this --model")
+    if missing := [prompt for prompt in prompts if not (store / embedding_name(prompt)).exists()]:
+        raise BadInput(
+            f"{store} lacks {len(missing)} embeddings, as of {missing[0]!r:.60}: finish `flux_adapter.py embed`"
+        )
 
 
 def write_folder(folder: Path, fill: Callable[[Path], Any]) -> None:
@@ -653,9 +675,10 @@ def sample(
     settings = {"model": model, "transformer": transformer, "lora": lora, "prompts": digest(texts), "steps": steps}
     settings |= {"images_per_prompt": images_per_prompt, "height": height, "width": width, "guidance": guidance}
     settings |= {"batch_size": batch_size, "precision": precision}
-    pipeline = sampler(model, transformer, lora, getattr(torch, precision))
+    pipeline = together(lambda: sampler(model, transformer, lora, getattr(torch, precision)))
     agree(lambda: claim(out, settings))
     agree(lambda: lay_out(out, texts, files, geneval))
+    pipeline.to(device())
     for i in share(range(len(texts)), "sample", lambda i: all((out / file).exists() for file in files[i])):
         for first in range(0, images_per_prompt, batch_size):
             numbers = range(first, min(first + batch_size, images_per_prompt))
@@ -719,7 +742,7 @@ def sampler(model: str, transformer: Path | None, lora: Path | None, dtype: torc
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise BadInput(f"{lora or transformer or model} does not fit {model}: {first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device())
+    return pipeline
 
 
 def check_adapters(lora: Path, transformer: nn.Module) -> None:
@@ -745,8 +768,14 @@ def score(images: Path, out: Path, reward: str = "hpsv2.1", reward_weights: tupl
     prompts = read_image_prompts(images)
     log = out / f"{images.resolve().name}_rewards_log.json"
     parts = log.with_suffix(".parts")
-    model = rewards.load(reward, reward_weights, device=device())
+    if log.exists():
+        done = json.loads(log.read_text())
+        if done["reward"] != reward or [row["image"] for row in done["images"]] != list(prompts):
+            raise BadInput(f"{log} holds scores of {done['reward']}, or of other images: choose another --out")
+        print(f"mean {reward} of {len(prompts)} images: {done['mean']:.4f}; as {log} says")
+        return
     agree(lambda: claim(parts, {"images": images.resolve(), "reward": reward, "reward_weights": reward_weights}))
+    model = together(lambda: rewards.load(reward, reward_weights, device=device()))
     rows = scored(parts)
     wait()  # or a fast process would write rows that a slow one still reads
     with (parts / f"{rank_and_world()[0]}.jsonl").open("a") as file:
@@ -984,19 +1013,16 @@ TOOLS = {"tiny": tiny, "embed": embed, "sample": sample, "score": score, "geneva
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one tool; under torchrun on every process."""
+    error = None
     try:
         if dist.is_torchelastic_launched():
             dist.init_process_group("gloo")
         tyro.extras.subcommand_cli_from_dict(TOOLS, args=arguments, description=__doc__)
-    except BadInput as error:
-        sys.exit(f"error: {error}" if rank_and_world()[0] == 0 else 1)
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"error: out of GPU memory ({first_line(error)}): give a smaller --batch-size or size")
+    except (BadInput, OSError, torch.OutOfMemoryError) as caught:
+        error = caught
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on from here")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        error = BadInput("interrupted: the same command goes on from here")
+    leave(error)
 
 
 if __name__ == "__main__":

@@ -296,13 +296,18 @@ def _check_pair(i_k: int | Tensor, i_j: int | Tensor, T: int, B: int | None = No
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def checked(reward: Tensor, x_0: Tensor) -> Tensor:
-    """The reward itself, if a training can follow from it: (B,) for x_0 (B, *S), finite, with gradient as x_0 has."""
+def differentiable(reward: Tensor, x_0: Tensor) -> Tensor:
+    """The reward itself, if gradient can follow from it: (B,) for x_0 (B, *S), requiring grad if x_0 does."""
     if reward.shape != x_0.shape[:1]:
         raise BadInput(f"reward of shape {tuple(reward.shape)} must be (B,) = {tuple(x_0.shape[:1])}")
     if x_0.requires_grad and not reward.requires_grad:
         raise BadInput("the reward does not require grad though its sample does: look for no_grad, detach or PIL in it")
-    if not reward.isfinite().all():
+    return reward
+
+
+def checked(reward: Tensor, x_0: Tensor) -> Tensor:
+    """`differentiable`, and finite: for a loop of your own that has no other guard of its weights."""
+    if not differentiable(reward, x_0).isfinite().all():
         bad = (~reward.isfinite()).nonzero()[:, 0].tolist()
         raise BadInput(f"the reward is not finite for samples {bad[:5]} of {len(reward)}: lower lr, or look at them")
     return reward

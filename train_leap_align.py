@@ -12,16 +12,20 @@ and after), the pictures, checkpoint/ and the aligned weights, an average over t
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import os
 import pkgutil
 import shutil
+import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, make_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -34,11 +38,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from leap_align import METHODS, BadInput, BatchGenerator, Hyper, Velocity, checked, objective, uniform_times
+from leap_align import METHODS, BadInput, BatchGenerator, Hyper, Velocity, differentiable, objective, uniform_times
 
 TASKS = {
     "toy": "toy.modes:Modes",
@@ -54,6 +59,8 @@ class Task(Protocol):
 
     Options: type
     """A dataclass of the task's own flags; Task(options, T) builds the task on a grid of T steps."""
+    how: frozenset[str]
+    """The task's flags that change by what means it is computed, and not what."""
     held_out: dict[str, float]
     """The evaluators that training never sees, each with the change for the worse that is worth a warning."""
     model: nn.Module
@@ -124,6 +131,10 @@ class Config:
     """Iterations between evaluations."""
     checkpoint_every: int = 100
     """Iterations between checkpoints."""
+    keep: int = 2
+    """Checkpoints that are kept; an older one is what a damaged one is replaced with."""
+    skips: int = 10
+    """Steps in a row whose gradient may be broken, and left out, before the run stops."""
     seed: int = 0
     """Seed of noise, prompts and timesteps."""
     out: Path | None = None
@@ -132,7 +143,7 @@ class Config:
     """Continue the run in this folder from its checkpoint."""
 
 
-METRICS = ("loss", "reward", "grad_norm", "weight", "d_j", "d_0", "hinge_active", "i_k", "i_j", "seconds")
+METRICS = ("loss", "reward", "grad_norm", "weight", "d_j", "d_0", "hinge_active", "i_k", "i_j", "seconds", "skipped")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,8 +188,8 @@ def parse(arguments: list[str] | None) -> tuple[Config, Hyper, Any, type]:
 def check(config: Config, hyper: Hyper, world: int) -> None:
     """Refuses what cannot work before anything expensive is built."""
     method = lookup("method", config.method, METHODS)
-    least_of = {"batch_size": 1, "accumulate": 1, "evaluate_every": 1, "checkpoint_every": 1, "T": 2}
-    for name, least in {**least_of, "iterations": 0, "weight_decay": 0, "seed": 0}.items():
+    counts = ("batch_size", "accumulate", "evaluate_every", "checkpoint_every", "keep", "skips")
+    for name, least in {**dict.fromkeys(counts, 1), "T": 2, "iterations": 0, "weight_decay": 0, "seed": 0}.items():
         if not least <= getattr(config, name) < 2**63:
             raise BadInput(f"{name}={getattr(config, name)} must be at least {least}")
     if not config.lr > 0 or not config.clip > 0 or not 0 <= config.ema < 1:
@@ -245,7 +256,8 @@ class Run:
         self.generator = BatchGenerator()
         self.generator.manual_seed(config.seed)
         self.generator.size = config.batch_size
-        self.iteration, self.evaluations, self.signs, self.seconds = 0, [], {}, 0.0
+        self.iteration, self.evaluations, self.signs, self.seconds, self.skipped = 0, [], {}, 0.0, 0
+        self.signal = 0
 
     def parts(self) -> list[slice]:
         """This process's rows of the batch, cut into `accumulate` parts."""
@@ -259,16 +271,19 @@ class Run:
         condition = self.task.conditions(config.batch_size, generator)
         x_T = self.task.noise(config.batch_size, generator)
         drawn, logs = generator.get_state(), []
-        for rows in self.parts():
+        for rows in (parts := self.parts()):
+            if isinstance(self.task.model, FSDPModule):
+                self.task.model.set_requires_all_reduce(rows == parts[-1])  # between nodes once an iteration
             # Every part draws the same timesteps, as if it had gone through the method with all the others.
             generator.set_state(drawn)
             generator.rows = rows
             logs.append(self.backward(condition[rows], x_T[rows].to(self.task.times.device)))
-        grad_norm = self.descend()
+        log = self.gathered(average(logs))
+        log["grad_norm"] = self.descend(log["loss"])
         self.iteration += 1
-        seconds = time.perf_counter() - start
-        self.seconds += seconds
-        return {**self.gathered(average(logs)), "grad_norm": grad_norm, "seconds": seconds}
+        log |= {"seconds": time.perf_counter() - start, "skipped": float(self.skipped > 0)}
+        self.seconds += log["seconds"]
+        return log
 
     def backward(self, condition: Any, x_T: Tensor) -> dict[str, float]:
         """Adds the gradient of one part of the batch; returns what there is to log of it.
@@ -282,7 +297,7 @@ class Run:
             measured.update((yield from self.method(velocity, x_T, self.task.times, self.hyper, self.generator)))
 
         for x_0, weight in endpoints():
-            reward = checked(self.task.reward(self.task.decode(x_0), condition), x_0)
+            reward = differentiable(self.task.reward(self.task.decode(x_0), condition), x_0)
             loss = objective(reward, weight, lam)
             (loss / self.config.accumulate).backward()
             active = 1.0 if lam is None else (reward < lam).float().mean().item()
@@ -291,18 +306,31 @@ class Run:
             measured["loss"] += loss.item()
         return average(logs) | {name: torch.as_tensor(value).float().mean().item() for name, value in measured.items()}
 
-    def descend(self) -> float:
-        """Clips the gradient and takes one step; returns the norm before clipping.  A broken gradient stops the run."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-        if not math.isfinite(norm):
-            raise BadInput(
-                f"the gradient's norm is {norm} at iteration {self.iteration + 1}; weights untouched: lower lr"
-            )
-        self.optimizer.step()
+    def descend(self, loss: float) -> float:
+        """Clips the gradient and takes one step, unless loss or gradient is broken; returns its norm unclipped."""
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        value = whole(norm)
+        # Both are those of the whole batch, so that all processes do the same.
+        if math.isfinite(loss) and math.isfinite(value):
+            nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
+            self.optimizer.step()
+            self.ema.update()
+            self.skipped = 0
+        else:
+            self.skip(loss, value)
         self.optimizer.zero_grad()
-        self.ema.update()
-        return norm
+        return value
+
+    def skip(self, loss: float, norm: float) -> None:
+        """Leaves a step out, says where its gradient broke, and gives up after too many in a row."""
+        self.skipped += 1
+        named = [(name, p.grad) for name, p in self.task.model.named_parameters() if p.grad is not None]
+        hit = [name for name, grad in named if not math.isfinite(whole(torch.linalg.vector_norm(grad)))]
+        where = f"loss {loss:.3g}, gradient {norm:.3g}, broken in {', '.join(hit[:3]) or 'no parameter'} ({len(hit)})"
+        if self.rank == 0:
+            tqdm.write(f"iteration {self.iteration + 1}: {where}: this step is left out")
+        if self.skipped >= self.config.skips:
+            raise BadInput(f"{self.skipped} steps in a row left out, now with {where}: lower lr or mend the reward")
 
     def gathered(self, log: dict[str, float]) -> dict[str, float]:
         """The mean of a log over all processes."""
@@ -343,36 +371,62 @@ class Run:
         return state | {f"optimizer.{name}": value for name, value in optimizer.items() if torch.is_tensor(value)}
 
     def save(self) -> None:
-        """Writes the folder checkpoint, each process its own shards as safetensors; every process calls it."""
-        folder = self.folder / "checkpoint"
-        part, old = folder.with_suffix(".part"), folder.with_suffix(".old")
-        agree(lambda: clear(part, old))
-        writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
-        dcp.save(self.tensors(), storage_writer=writer, no_dist=not dist.is_initialized())
-        progress = {name: getattr(self, name) for name in PROGRESS}
-        progress["generator"] = self.generator.get_state().tolist()
-        agree(lambda: replace_folder(part, folder, old, json.dumps(progress)))
+        """Writes checkpoint/ITERATION, whole or not at all; every process calls it, and writes its own shards."""
+        part = self.folder / "checkpoint" / "part"
+        try:
+            agree(lambda: clear(part) if (self.folder / "config.json").exists() else gone(self.folder))
+            writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
+            dcp.save(self.tensors(), storage_writer=writer)
+            files = sorted(part.glob("*.safetensors"))[self.rank :: self.world]
+            flush(*files)
+            found = gather({file.name: digest(file) for file in files})
+            agree(lambda: self.finish(part, {name: value for part in found for name, value in part.items()}))
+        except (OSError, dcp.CheckpointException) as error:
+            raise BadInput(
+                f"cannot write {part} ({reason(error)}): what was saved before is good, go on with --resume"
+            ) from error
+
+    def finish(self, part: Path, digests: dict[str, str]) -> None:
+        """Adds state.json, and puts a checkpoint in its place by one rename; the oldest goes."""
+        state = {name: getattr(self, name) for name in PROGRESS}
+        state |= {"generator": self.generator.get_state().tolist(), "digests": digests}
+        state |= {name: (self.folder / name).read_text() for name in LOGS if (self.folder / name).exists()}
+        text = json.dumps(state)
+        (part / "state.json").write_text(f"{hashlib.blake2b(text.encode()).hexdigest()}\n{text}")
+        flush(part / "state.json", part)
+        folder = part.with_name(f"{self.iteration:06d}")
+        clear(folder)  # there only if it was found damaged, and the run went back behind it
+        os.replace(part, folder)
+        flush(part.parent)
+        clear(*sorted(part.parent.glob("[0-9]*"))[: -self.config.keep])
 
     def restore(self) -> None:
-        """Reads what `save` wrote, on any number of processes."""
-        folder = self.folder / "checkpoint"
-        try:
-            progress = json.loads((folder / "progress.json").read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise BadInput(f"{folder} holds no whole checkpoint ({error}): start the run without --resume") from error
+        """Reads the newest checkpoint that is whole, on any number of processes."""
+        found = sorted((self.folder / "checkpoint").glob("[0-9]*"), reverse=True)
+        for folder in found:
+            state = verified(folder, self.rank, self.world)
+            if not isinstance(state, str):
+                break
+            if self.rank == 0:
+                tqdm.write(f"{folder} is damaged ({state}): going back to the one before")
+        else:
+            raise BadInput(f"{self.folder} has no whole checkpoint among {len(found)}: start the run without --resume")
         try:
             reader = HuggingFaceStorageReader(str(folder))
-            dcp.load(self.tensors(), storage_reader=reader, no_dist=not dist.is_initialized())
+            dcp.load(self.tensors(), storage_reader=reader)
         except dcp.CheckpointException as error:
-            raise BadInput(f"{folder} does not fit this model: {' '.join(str(error).split()):.200}") from error
-        self.generator.set_state(torch.tensor(progress.pop("generator"), dtype=torch.uint8))
-        for name, value in progress.items():
-            setattr(self, name, value)
+            raise BadInput(f"{folder} does not fit this model: {reason(error)}") from error
+        self.generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
+        for name in PROGRESS:
+            setattr(self, name, state[name])
+        agree(lambda: [write(self.folder / name, partial(Path.write_text, data=state[name])) for name in LOGS])
         if self.iteration > self.config.iterations:
             raise BadInput(f"iterations={self.config.iterations}, but the run has {self.iteration} behind it already")
 
 
-PROGRESS = ("iteration", "evaluations", "signs", "seconds")
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # a single process saves as well
+PROGRESS = ("iteration", "evaluations", "signs", "seconds", "skipped")
+LOGS = ("metrics.csv", "evaluations.csv")
 
 
 def average(logs: list[dict[str, float]]) -> dict[str, float]:
@@ -416,19 +470,64 @@ def clear(*folders: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def replace_folder(part: Path, folder: Path, old: Path, progress: str) -> None:
-    """Puts a checkpoint in the place of the one before, which stays until the new one is there."""
-    (part / "progress.json").write_text(progress)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(part, folder)
-    clear(old)
+def gone(folder: Path) -> None:
+    """Refuses to make up a folder that somebody has removed."""
+    raise BadInput(f"{folder} is gone: somebody removed the run's folder while it ran")
 
 
-def claim(folder: Path, settings: dict[str, Any], resume: bool) -> None:
+def flush(*paths: Path) -> None:
+    """Has files and folders written through to the disk."""
+    for path in paths:
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def digest(file: Path) -> str:
+    """What tells a file from a damaged copy of it."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "blake2b").hexdigest()
+
+
+def verified(folder: Path, rank: int, world: int) -> dict[str, Any] | str:
+    """state.json of a checkpoint that is what was written, else what is wrong with it; each process reads its share."""
+    fault = None
+    try:
+        told, text = (folder / "state.json").read_text().split("\n", 1)
+        if hashlib.blake2b(text.encode()).hexdigest() != told:
+            raise ValueError("state.json is not what was written")
+        state = json.loads(text)
+        for name in sorted(state["digests"])[rank::world]:
+            if digest(folder / name) != state["digests"][name]:
+                raise ValueError(f"{name} is not what was written")
+    except (OSError, ValueError) as error:
+        fault = reason(error)
+    return next((fault for fault in gather(fault) if fault), None) or state
+
+
+def reason(error: Exception) -> str:
+    """What an error says, on one line of bearable length; of several processes' errors the first."""
+    if isinstance(error, dcp.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return f"{getattr(error, 'strerror', None) or ' '.join(str(error).split()):.200}"
+
+
+HOW = {"iterations", "accumulate", "evaluate_every", "checkpoint_every", "keep", "skips", "out", "resume"}
+"""Flags that say how far or by what means a run is computed, and not what: these may change when it goes on."""
+
+
+def shared(folder: Path) -> None:
+    """Refuses a folder that the nodes do not share: each would write its part of a checkpoint on a disk of its own."""
+    if not (folder / "config.json").exists():
+        raise BadInput(f"{folder} is not the same on every node: give an --out on a disk that all of them see")
+
+
+def claim(folder: Path, settings: dict[str, Any], resume: bool, how: frozenset[str] = frozenset()) -> None:
     """Makes the folder this run's own; refuses one with another run, or to resume under other settings.
 
-    What stopped before its first checkpoint may be started over.
+    how: the task's flags that may change nevertheless.  What stopped before its first checkpoint may be started over.
     """
     path = folder / "config.json"
     if resume:
@@ -438,12 +537,12 @@ def claim(folder: Path, settings: dict[str, Any], resume: bool) -> None:
             old = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise BadInput(f"{path} is damaged ({error}): nothing to compare the settings with") from error
-        compared = settings.keys() - {"iterations", "checkpoint_every", "out", "resume"}
+        compared = settings.keys() - HOW - how
         changed = sorted(name for name in compared if old.get(name) != settings[name])
         if changed:
             changes = "; ".join(f"{name} was {old.get(name)}, is {settings[name]}" for name in changed)
             raise BadInput(f"{folder} was run under other settings: {changes}")
-    elif (folder / "checkpoint").exists() or (folder / "result.json").exists():
+    elif any((folder / "checkpoint").glob("[0-9]*")) or (folder / "result.json").exists():
         raise BadInput(
             f"{folder} holds another run: choose another folder with --out, continue with --resume, or delete it"
         )
@@ -457,7 +556,7 @@ class Table:
     """A CSV file, a row a call; a resumed run drops the rows that come after its checkpoint."""
 
     def __init__(self, path: Path, columns: tuple[str, ...], iteration: int) -> None:
-        rows = []
+        self.path, rows = path, []
         if path.exists():
             with path.open(newline="") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["iteration"]) <= iteration]
@@ -468,6 +567,8 @@ class Table:
 
     def add(self, row: dict[str, float]) -> None:
         """Writes one row; columns that a method has no value for stay empty."""
+        if not self.path.exists():
+            gone(self.path)
         self.writer.writerow({name: row[name] for name in self.writer.fieldnames if name in row})
         self.file.flush()
 
@@ -508,7 +609,7 @@ def report(run: Run) -> None:
 
 def build(config: Config, hyper: Hyper, options: Any, task_class: type) -> Run:
     """Task, model and run; on several processes the model is sharded over them (FSDP2)."""
-    task = task_class(options, config.T)
+    task = together(lambda: task_class(options, config.T))
     task.place(device_mesh(task.times.device.type) if dist.is_initialized() else None)
     return Run(config, hyper, task, config.out)
 
@@ -519,6 +620,26 @@ def device_mesh(device: str) -> DeviceMesh:
     if world == local:
         return init_device_mesh(device, (world,))
     return init_device_mesh(device, (world // local, local), mesh_dim_names=("replicate", "shard"))
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and it has: everything is saved."""
+
+
+@contextmanager
+def heeding_signals(run: Run):
+    """SIGINT and SIGTERM stop the run after its iteration; the same signal once more ends the process at once."""
+
+    def ask(number: int, frame: Any) -> None:
+        run.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def train(run: Run) -> None:
@@ -541,58 +662,120 @@ def train(run: Run) -> None:
         last = run.iteration == config.iterations
         if run.iteration % config.evaluate_every == 0 or last:
             run.evaluate()
-        if run.iteration % config.checkpoint_every == 0 or last:
+        stop = max(gather(run.signal))
+        if run.iteration % config.checkpoint_every == 0 or last or stop:
             run.save()
+        if stop and not last:
+            raise Stopped(stop)
         shown = {name: f"{run.evaluations[-1][name]:.3f}" for name in list(run.task.held_out)[:2]}
         bar.set_postfix(reward=f"{row['reward']:.3f}", grad=f"{row['grad_norm']:.2g}", **shown)
     with run.ema.swapped():
         run.task.save(run.folder)
 
 
-def agree(action: Callable[[], None]) -> None:
-    """Runs action() on the first process; where that refuses, all processes do."""
-    refusal = [None]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            action()
-        except BadInput as error:
-            refusal = [str(error)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(refusal)
-    if refusal[0]:
-        raise BadInput(refusal[0])
+def gather(value: Any) -> list[Any]:
+    """The value of every process, on every process."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def whole(norm: Tensor) -> float:
+    """A norm as a number, whether or not its tensor is sharded."""
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def together(action: Callable[[], Any]) -> Any:
+    """action() on every process, and its result; where it refuses on one of them, all refuse with the same line."""
+    result, refusal = None, None
+    try:
+        result = action()
+    except BadInput as error:
+        refusal = str(error)
+    except OSError as error:
+        refusal = f"{error.filename or 'a file'}: {reason(error)}"
+    if refusal := next((told for told in gather(refusal) if told), None):
+        raise Agreed(refusal)
+    return result
+
+
+def agree(action: Callable[[], Any]) -> None:
+    """action() on the first process; where that refuses, all do."""
+    together(action if not dist.is_initialized() or dist.get_rank() == 0 else lambda: None)
+
+
+class Agreed(BadInput):
+    """What all processes refuse, so that one of them has to say it."""
+
+
+def leave(error: BaseException | None) -> None:
+    """Ends the process with what there is to say, told by the first process or by the only one that knows.
+
+    Under torchrun at once: taking the process group down would wait for processes that wait for this one, and
+    gloo's threads abort the interpreter's own way out now and then (SIGABRT).
+    """
+    alone, rank = not dist.is_torchelastic_launched(), int(os.environ.get("RANK", 0))
+    status = 0 if error is None else 1
+    if isinstance(error, Stopped):
+        (number,) = error.args
+        status, line = 128 + number, f"stopped by {signal.Signals(number).name}, all is saved: go on with --resume"
+    elif error is not None:
+        line = f"error: {explained(error)}"
+    if alone:
+        if isinstance(error, Stopped):
+            print(line, file=sys.stderr)
+        return sys.exit(status if status != 1 else line) if status else None
+    if status and (rank == 0 or not isinstance(error, Agreed | Stopped)):
+        print(line if rank == 0 else f"{line} (process {rank})", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def explained(error: BaseException) -> str:
+    """One line for an error that a user can do something about; any other is raised again."""
+    good = "what was saved before is good, go on with --resume"
+    if isinstance(error, BadInput):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of GPU memory ({reason(error):.80}): raise --accumulate, or see the README for what else helps"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {reason(error)}; {good}"
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted; {good}, or start over if there is nothing yet"
+    if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        return f"lost another process ({reason(error):.80}); {good}"
+    raise error
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses, checks, trains, reports; under torchrun on every process."""
+    error = None
     try:
         config, hyper, options, task_class = parse(arguments)
         if dist.is_torchelastic_launched():
             dist.init_process_group()
-        check(config, hyper, dist.get_world_size() if dist.is_initialized() else 1)
+        agree(lambda: check(config, hyper, dist.get_world_size() if dist.is_initialized() else 1))
         config = replace(config, out=config.out or Path("runs") / f"{config.task}-{config.method}")
         settings = {**asdict(config), **asdict(hyper), **asdict(options)}
         settings = json.loads(json.dumps(settings, default=str))  # paths and tuples as config.json will hold them
-        agree(lambda: claim(config.out, settings, config.resume))
+        agree(lambda: claim(config.out, settings, config.resume, task_class.how))
+        together(lambda: shared(config.out))
         run = build(config, hyper, options, task_class)
-        train(run)
+        with heeding_signals(run):
+            train(run)
         # All wait for the first one's report, for torchrun ends every process as soon as one has failed.
         agree(lambda: report(run))
-    except BadInput as error:
-        sys.exit(f"error: {error}" if int(os.environ.get("RANK", 0)) == 0 else 1)
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"error: out of GPU memory ({str(error).split('. ')[0]}): raise --accumulate, or see --help for less")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: go on from the last checkpoint with --resume, or start over if there is none yet")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except (BadInput, Stopped, OSError, RuntimeError, KeyboardInterrupt) as caught:
+        error = caught
+    if error is not None and dist.is_torchelastic_launched():
+        leave(error)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    leave(error)
 
 
 if __name__ == "__main__":
     main()
-    if dist.is_torchelastic_launched():
-        # All is written.  Now and then gloo's threads abort the interpreter's own way out (SIGABRT), and torchrun
-        # would call a finished run failed.
-        sys.stdout.flush()
-        os._exit(0)

@@ -4,6 +4,7 @@
 
 import csv
 import json
+import os
 import re
 import socket
 import subprocess
@@ -119,13 +120,17 @@ def free_port():
         return s.getsockname()[1]
 
 
-def torchrun(*arguments, nodes=1):
+def torchrun(*arguments, nodes=1, environment=None):
     """A program on two processes, on one node or on two."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={2 // nodes}", f"--nnodes={nodes}"]
     command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     processes = [
         subprocess.Popen(
-            [*command, f"--node_rank={node}", *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+            [*command, f"--node_rank={node}", *map(str, arguments)],
+            cwd=ROOT,
+            env={**os.environ, **(environment or {})},
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for node in range(nodes)
     ]
@@ -327,6 +332,15 @@ def test_embedding_goes_on_where_it_stopped(models, tmp_path):
     assert (tmp_path / "prompts.txt").read_text().splitlines() == PROMPTS
 
 
+def test_embeddings_of_another_model_or_too_few_are_refused(models, tmp_path):
+    tool("embed", "--model", models / "sd3", "--prompts", models / "prompts.txt", "--out", tmp_path / "e")
+    arguments = [*flags(models, "flux"), "--prompts", tmp_path / "e", "--out", tmp_path / "run"]
+    assert "holds embeddings of" in refused(arguments)
+    next((tmp_path / "e").glob("*.safetensors")).unlink()
+    arguments = [*flags(models, "sd3"), "--prompts", tmp_path / "e", "--out", tmp_path / "run"]
+    assert "lacks 1 embeddings" in refused(arguments)
+
+
 def test_flux_reads_512_tokens_padding_included(models):
     assert task_of(models).encode(["a"])["encoder_hidden_states"].shape == (1, 512, 32)
 
@@ -353,13 +367,29 @@ def assert_same_run(one, two):
 
 @pytest.mark.parametrize(
     "name, more, nodes",
-    [("flux", ["--lora-rank", "2"], 2), ("sd3", ["--accumulate", "2"], 1)],
-    ids=["lora on two nodes", "accumulated sd3"],
+    [
+        pytest.param("flux", ["--lora-rank", "2", "--accumulate", "2"], 2, id="lora on two nodes, accumulated"),
+        pytest.param("sd3", [], 1, id="sd3", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_equal_one(models, tmp_path, name, more, nodes):
     run(tmp_path / "one", flags(models, name, *more))
     torchrun("train_leap_align.py", *flags(models, name, *more), "--out", tmp_path / "two", nodes=nodes)
     assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_what_one_process_alone_refuses_is_said_once(models, tmp_path):
+    """Only the second process lacks memory: the line comes from it, and nobody waits for ever."""
+    script = tmp_path / "short.py"
+    script.write_text(
+        "import os\nimport flux_adapter, train_leap_align\n"
+        "def check(*_):\n    if os.environ['RANK'] == '1':\n"
+        "        raise flux_adapter.BadInput('this GPU is too small')\n"
+        "flux_adapter.Adapter.check_memory = check\ntrain_leap_align.main()\n"
+    )
+    with pytest.raises(AssertionError) as failed:
+        torchrun(script, *flags(models, "flux"), "--out", tmp_path / "run", environment={"PYTHONPATH": str(ROOT)})
+    assert str(failed.value).count("this GPU is too small") == 1 and "BadInput" not in str(failed.value)
 
 
 def test_the_whole_path_on_two_processes_and_on_one(tmp_path):
@@ -387,6 +417,35 @@ def test_the_whole_path_on_two_processes_and_on_one(tmp_path):
     one, two = (json.loads((tmp_path / n / "images_rewards_log.json").read_text()) for n in ("one", "two"))
     assert one == two and [row["image"] for row in one["images"]] == sorted(drawn)
     assert one["mean"] == pytest.approx(sum(row["reward"] for row in one["images"]) / len(drawn))
+
+
+def test_the_export_is_the_average_of_the_weights(models, tmp_path, monkeypatch):
+    seen, descend = [], trainer.Run.descend
+
+    def whole(run):
+        return {name: p.full_tensor().clone() for name, p in run.task.model.named_parameters()}
+
+    def watched(self, loss):
+        seen.append(whole(self))
+        norm = descend(self, loss)
+        seen.append(whole(self))
+        return norm
+
+    monkeypatch.setattr(trainer.Run, "descend", watched)
+    run(tmp_path, flags(models, "flux", "--iterations", "2", "--ema", "0.5"))
+    start, one, _, two = seen
+    expected = {name: 0.5 * (0.5 * start[name] + 0.5 * one[name]) + 0.5 * two[name] for name in start}
+    assert_close(load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"), expected, 0, 1e-6)
+    assert max((two[name] - expected[name]).abs().max() for name in start) > 1e-4
+
+
+def test_a_run_goes_on_by_other_means(models, tmp_path):
+    """More parts and no recomputation: what is computed stays the same, and a run may go on with it."""
+    whole = run(tmp_path / "whole", flags(models, "flux"))
+    run(tmp_path / "parts", [*flags(models, "flux"), "--iterations", "2"])
+    more = ["--resume", "--accumulate", "2", "--no-gradient-checkpointing"]
+    for a, b in zip(run(tmp_path / "parts", [*flags(models, "flux"), *more]), whole, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(models, tmp_path):
@@ -621,6 +680,8 @@ def test_flags_that_cannot_be_right(models, tmp_path):
     assert "StableDiffusion3Pipeline" in refused([*usual, *out, "--model", models / "sd3"])
     line = refused([*usual, *out, "--reward-weights", broken_reward(models, tmp_path / "reward")])
     assert "logit_scale" in line and "missing" in line
+    line = refused([*usual, *out, "--prompts", models / "flux"])
+    assert "cannot read prompts" in line
     assert "evaluation_images=3 even" in refused([*usual, *out, "--evaluation-images", "3"])
     assert "lora_targets" in refused([*usual, *out, "--lora-rank", "2", "--lora-targets", "nothing"])
     assert "batch_size=3 must be a multiple of" in refused([*usual, *out, "--batch-size", "3", "--accumulate", "2"])

@@ -3,9 +3,11 @@
 import csv
 import json
 import math
+import os
 import pkgutil
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -151,8 +153,8 @@ def test_processes_refuse_together(reference):
 def test_evaluation_and_model_are_of_the_averaged_weights(tmp_path, monkeypatch):
     seen, step, evaluate = [], trainer.Run.descend, Modes.evaluate
 
-    def descend(self):
-        norm = step(self)
+    def descend(self, loss):
+        norm = step(self, loss)
         seen.append([p.clone() for p in self.parameters])
         return norm
 
@@ -233,13 +235,93 @@ def test_a_resumed_run_drops_the_rows_after_its_checkpoint(reference, tmp_path):
     assert run(tmp_path, *flags, "--resume") == rows(reference)
 
 
+def checkpoints(out):
+    return sorted(folder.name for folder in (out / "checkpoint").iterdir())
+
+
+def test_the_last_checkpoints_are_kept(tmp_path):
+    run(tmp_path, "--checkpoint-every", "1")
+    assert checkpoints(tmp_path) == ["000003", "000004"]
+    run(tmp_path / "one", "--checkpoint-every", "1", "--keep", "1")
+    assert checkpoints(tmp_path / "one") == ["000004"]
+
+
+@pytest.mark.parametrize("where", ["*.safetensors", "state.json"])
+@pytest.mark.parametrize("how", ["cut", "flipped", "lost"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(reference, tmp_path, capsys, where, how):
+    run(tmp_path, "--checkpoint-every", "1", "--iterations", "3")
+    (file,) = (tmp_path / "checkpoint" / "000003").glob(where)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content if how == "flipped" else content[: len(content) // 2])
+    if how == "lost":
+        file.unlink()
+    (tmp_path / "metrics.csv").unlink()
+    assert run(tmp_path, "--checkpoint-every", "1", "--resume") == rows(reference)
+    assert "000003 is damaged" in capsys.readouterr().out
+    assert result(tmp_path)["after"] == result(reference)["after"]
+
+
+def test_nothing_whole_is_left(tmp_path, capsys):
+    run(tmp_path, "--iterations", "1")
+    for file in (tmp_path / "checkpoint").rglob("state.json"):
+        file.write_text("")
+    assert "no whole checkpoint among 1" in error(capsys, "--out", str(tmp_path), "--resume", "--iterations", "1")
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(reference, tmp_path, monkeypatch, capsys):
+    run(tmp_path, "--iterations", "2")
+    for name in ("save", "load"):
+        with monkeypatch.context() as patch:
+            full = OSError(28, "No space left on device")
+
+            def fail(*_, full=full, **__):
+                raise full
+
+            patch.setattr(trainer.dcp, "save", fail) if name == "save" else patch.setattr(trainer, "flush", fail)
+            line = error(capsys, "--out", str(tmp_path), "--resume")
+        assert ("No space left on device" in line and "is good" in line) or "No space" in line
+        assert checkpoints(tmp_path)[0] == "000002"
+    assert run(tmp_path, "--resume") == rows(reference)
+
+
+def test_a_folder_that_is_removed_is_not_made_again(tmp_path, monkeypatch, capsys):
+    step = trainer.Run.step
+
+    def removing(self):
+        shutil.rmtree(tmp_path / "run")
+        return step(self)
+
+    monkeypatch.setattr(trainer.Run, "step", removing)
+    assert "is gone" in error(capsys, "--out", str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_iteration_saves_and_tells_its_number(reference, tmp_path, monkeypatch, capsys, number):
+    step, handler = trainer.Run.step, signal.getsignal(number)
+
+    def signalled(self):
+        if self.iteration == 1:
+            os.kill(os.getpid(), number)
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Run, "step", signalled)
+        with pytest.raises(SystemExit) as stop:
+            run(tmp_path)
+    assert stop.value.code == 128 + number and "go on with --resume" in capsys.readouterr().err
+    assert checkpoints(tmp_path) == ["000002"] and signal.getsignal(number) == handler
+    assert run(tmp_path, "--resume") == rows(reference)
+
+
 def test_a_run_that_stopped_before_its_first_checkpoint_may_start_over(reference, tmp_path, monkeypatch, capsys):
     def interrupted(self):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Run, "step", interrupted)
-        with pytest.raises(SystemExit, match="interrupted: "):
+        with pytest.raises(SystemExit, match="interrupted; "):
             run(tmp_path)
     assert "start the run without --resume" in error(capsys, "--out", str(tmp_path), "--resume")
     assert run(tmp_path) == rows(reference)
@@ -307,25 +389,46 @@ def test_a_reward_that_cannot_train_is_refused(reward, words):
     assert "\n" not in str(caught.value)
 
 
-def test_a_broken_gradient_does_not_reach_the_weights(tmp_path, monkeypatch, capsys):
-    def broken(self, sample, condition):
-        return sample.sum(1) + (0 * sample.sum(1)).sqrt()  # finite, but the gradient of sqrt at 0 is not
+BROKEN = {
+    "gradient": lambda x: x.sum(1) + (0 * x.sum(1)).sqrt(),  # finite, but the gradient of sqrt at 0 is not
+    "nan": lambda x: x.sum(1) * math.nan,
+    "loss": lambda x: x.sum(1) - math.inf,  # whose gradient is finite
+}
 
-    monkeypatch.setattr(Modes, "reward", broken)
-    before = {}
-    step = trainer.Run.descend
 
-    def watched(self):
-        before.update({name: p.clone() for name, p in self.task.model.named_parameters()})
-        try:
-            return step(self)
-        finally:
-            for name, p in self.task.model.named_parameters():
-                assert torch.equal(p, before[name])
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_step_is_left_out(kind, tmp_path, monkeypatch, capsys):
+    """As if the iteration had not been: the weights, their average and the optimizer's state stay."""
+    good, descend, kept = Modes.reward, trainer.Run.descend, []
 
+    def reward(self, sample, condition):
+        return BROKEN[kind](sample) if len(kept) == 2 else good(self, sample, condition)
+
+    def watched(self, loss):
+        before = {name: value.clone() for name, value in self.tensors().items()}
+        norm = descend(self, loss)
+        kept.append(all(torch.equal(value, before[name]) for name, value in self.tensors().items()))
+        return norm
+
+    monkeypatch.setattr(Modes, "reward", reward)
     monkeypatch.setattr(trainer.Run, "descend", watched)
-    assert "gradient's norm is nan at iteration 1" in error(capsys, "--out", str(tmp_path))
-    assert before
+    table = run(tmp_path)
+    assert kept == [False, False, True, False] and [row["skipped"] for row in table] == [0, 0, 1, 0]
+    told = capsys.readouterr().out
+    assert "iteration 3: loss" in told and "left out" in told
+    assert ("encode" in told or "(0)" not in told) == (kind != "loss")
+
+
+def test_too_many_broken_steps_stop_the_run_and_leave_the_checkpoint(reference, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(Modes, "reward", lambda self, sample, condition: BROKEN["nan"](sample))
+        patch.setattr(Modes, "evaluate", lambda self, folder, iteration: {"reward": 0.0, **self.held_out})
+        assert "3 steps in a row left out" in error(capsys, "--out", str(tmp_path / "new"), "--skips", "3")
+    run(tmp_path, "--iterations", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(Modes, "reward", lambda self, sample, condition: BROKEN["nan"](sample))
+        assert "2 steps in a row" in error(capsys, "--out", str(tmp_path), "--resume", "--skips", "2")
+    assert run(tmp_path, "--resume") == rows(reference)
 
 
 # Bad input
@@ -420,3 +523,13 @@ def test_the_main_job_raises_the_held_out_evaluators(task, judges, tmp_path):
     for judge in judges:
         assert after[judge] > before[judge]
     assert after[judges[1]] > 0.95
+
+
+# What can happen to a run; `python -m tests.faults` does much more of it
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="faults.py forks")
+def test_nothing_is_lost_whatever_happens():
+    done = subprocess.run([sys.executable, "-m", "tests.faults", "--short"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert done.stdout.count("|    0 |") == 9

@@ -67,6 +67,7 @@ class ToyTask(ABC):
     settings: ClassVar[dict] = {}
     """Values of the run's configuration that suit this task better than the general ones."""
     measured: ClassVar[dict[str, float]] = {}
+    how: ClassVar[frozenset[str]] = frozenset()
     held_out: ClassVar[dict[str, float]]
     """Evaluators that training never sees, each with the change for the worse that is worth a warning (signed)."""
     Options = ToyOptions

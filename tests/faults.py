@@ -1,0 +1,265 @@
+"""What can happen to a run, done to it: `python -m tests.faults` (minutes; --short for the form that the tests run).
+
+Each fault hits a small toy run, which is then resumed and has to end bit for bit like one that nothing happened to:
+the log, the figures and the weights.  The table at the end says how often it survived.
+"""
+
+import argparse
+import csv
+import ctypes
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import train_leap_align as trainer
+from toy.modes import Modes
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = "--pretrain-steps 300 --reward-steps 300 --evaluation-samples 160 --T 12 --batch-size 64".split()
+FLAGS += "--iterations 60 --checkpoint-every 5 --evaluate-every 30".split()
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "train_leap_align.py"]
+draw = random.Random(0)
+
+
+def arguments(out: Path) -> list[str]:
+    """Flags that start the run, or go on with it where it has a checkpoint."""
+    begun = any((out / "checkpoint").glob("[0-9]*"))
+    return [*FLAGS, "--out", str(out), *(["--resume"] if begun else [])]
+
+
+def start(out: Path, before=lambda: None) -> int:
+    """The run in a process of its own, forked so that nothing has to be imported again; before() runs in it first."""
+    pid = os.fork()
+    if pid:
+        return pid
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    status = 0
+    Modes.draw = trainer.curves = lambda *_: None  # pictures would take most of the time
+    try:
+        before()
+        trainer.main(arguments(out))
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 1
+        print(stop.code, file=sys.stderr)
+    except BaseException as error:
+        status = 70
+        print(repr(error), file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def finish(pid: int) -> int:
+    """The exit status of a process; a signal that ended it is negative."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def outcome(out: Path) -> tuple:
+    """What has to be the same: the log without its seconds, the figures, the weights."""
+    with (out / "metrics.csv").open(newline="") as file:
+        log = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+    result = json.loads((out / "result.json").read_text())
+    weights = torch.load(out / "model" / "velocity.pt", weights_only=True)
+    return log, result["before"], result["after"], {name: weight.tolist() for name, weight in weights.items()}
+
+
+def recovers(out: Path, whole: tuple) -> bool:
+    """The run goes on to the end, and nothing shows that it was disturbed."""
+    return finish(start(out)) == 0 and outcome(out) == whole
+
+
+# Faults: each gives True where nothing was lost
+
+
+def killed(folder: Path, whole: tuple, during_checkpoint: bool, kills: int = 1) -> bool:
+    """SIGKILL, at any moment or while a checkpoint is written."""
+    out = folder / "run"
+    for _ in range(kills):
+        pid = start(out)
+        part = out / "checkpoint" / "part"
+        time.sleep(draw.uniform(0, 1))
+        while during_checkpoint and not part.exists() and os.waitpid(pid, os.WNOHANG) == (0, 0):
+            time.sleep(0.0005)
+        time.sleep(draw.uniform(0, 0.02) if during_checkpoint else 0)
+        try:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            break  # it was faster
+        if during_checkpoint and part.exists():
+            INTERRUPTED.append(out)
+    return ((out / "result.json").exists() and outcome(out) == whole) or recovers(out, whole)
+
+
+INTERRUPTED: list[Path] = []
+"""Runs that were killed with half a checkpoint on the disk."""
+
+
+def damaged(folder: Path, whole: tuple, how: str) -> bool:
+    """The newest checkpoint cut off, or one bit of it flipped."""
+    out = folder / "run"
+    begin(out, iterations=draw.randrange(12, 55))
+    newest = max((out / "checkpoint").glob("[0-9]*"))
+    file = draw.choice(sorted(newest.iterdir()))
+    content = bytearray(file.read_bytes())
+    place = draw.randrange(len(content))
+    content[place] ^= 1 << draw.randrange(8)
+    file.write_bytes(content if how == "flipped" else content[:place])
+    return recovers(out, whole)
+
+
+def begin(out: Path, iterations: int) -> None:
+    """A run that has got somewhere: SIGTERM after some iterations."""
+
+    def stop() -> None:
+        step = trainer.Run.step
+
+        def counted(self):
+            if self.iteration == iterations:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(self)
+
+        trainer.Run.step = counted
+
+    assert finish(start(out, stop)) == 128 + signal.SIGTERM
+
+
+def signalled(folder: Path, whole: tuple, number: int) -> bool:
+    """SIGTERM or SIGINT from outside: it saves, tells the status, and goes on."""
+    out = folder / "run"
+    pid = start(out)
+    while not (out / "metrics.csv").exists():
+        time.sleep(0.01)
+    time.sleep(draw.uniform(0, 0.5))
+    os.kill(pid, number)
+    return finish(pid) == 128 + number and recovers(out, whole)
+
+
+def filled(folder: Path, whole: tuple) -> bool | None:
+    """A disk that runs full during a checkpoint, and later has room again; None where no disk can be mounted."""
+    disk = folder / "disk"
+    disk.mkdir()
+    mount = ctypes.CDLL(None).mount
+    if mount(b"none", str(disk).encode(), b"tmpfs", 0, b"size=9m"):
+        return None
+    try:
+        out = disk / "run"
+        begin(out, iterations=12)
+        ballast = disk / "ballast"
+        free = shutil.disk_usage(disk).free
+        ballast.write_bytes(bytes(max(0, free - draw.randrange(400_000))))
+        status, line = finish(start(out)), out.with_suffix(".log").read_text().splitlines()[-1]
+        ballast.unlink()
+        return status == 1 and "No space left" in line and recovers(out, whole)
+    finally:
+        ctypes.CDLL(None).umount2(str(disk).encode(), 2)
+
+
+def poisoned(folder: Path, whole: tuple) -> bool:
+    """NaN from the reward now and then: those steps are left out, the weights stay finite."""
+    out, good = folder / "run", Modes.reward
+    bad = set(draw.sample(range(60), 5))
+
+    def poison() -> None:
+        step = trainer.Run.step
+
+        def counted(self):
+            Modes.reward = (lambda *a: good(*a) * math.nan) if self.iteration in bad else good
+            try:
+                return step(self)
+            finally:
+                Modes.reward = good
+
+        trainer.Run.step = counted
+
+    if finish(start(out, poison)):
+        return False
+    log, _, _, weights = outcome(out)
+    left_out = {int(row["iteration"]) - 1 for row in log if float(row["skipped"])}
+    return left_out == bad and all(torch.tensor(weight).isfinite().all() for weight in weights.values())
+
+
+def lost_rank(folder: Path, whole: tuple) -> bool:
+    """SIGKILL for one of two processes; the two go on together."""
+    out = folder / "run"
+    while not (out / "result.json").exists():
+        launched = subprocess.Popen(
+            [*TORCHRUN, *arguments(out)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        if not any((out / "checkpoint").glob("[0-9]*")):
+            while not any((out / "checkpoint").glob("[0-9]*")):
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0, 0.5))
+            workers = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
+            os.kill(int(draw.choice(workers)), signal.SIGKILL)
+            launched.wait()
+            if launched.returncode == 0 or not any((out / "checkpoint").glob("[0-9]*")):
+                return False
+        elif launched.wait():
+            return False
+    return outcome(out) == whole
+
+
+# The table
+
+
+def two_processes(folder: Path) -> tuple:
+    """The outcome on two processes that nothing happens to."""
+    subprocess.run([*TORCHRUN, *arguments(folder / "run")], cwd=ROOT, capture_output=True, check=True)
+    return outcome(folder / "run")
+
+
+def main() -> None:
+    """Does every fault as often as asked, and prints the table; status 1 if anything was lost."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="each fault once, and none that needs two processes")
+    short = parser.parse_args().short
+    home = Path(tempfile.mkdtemp())
+    finish(start(home / "whole"))
+    whole = outcome(home / "whole")
+    (home / "two").mkdir()
+    two = None if short else two_processes(home / "two")
+    faults = {
+        "SIGKILL at any moment": (lambda f: killed(f, whole, False), 15),
+        "SIGKILL during a checkpoint": (lambda f: killed(f, whole, True), 15),
+        "SIGKILL five times in one run": (lambda f: killed(f, whole, False, 5), 3),
+        "SIGTERM": (lambda f: signalled(f, whole, signal.SIGTERM), 5),
+        "SIGINT (Ctrl-C)": (lambda f: signalled(f, whole, signal.SIGINT), 5),
+        "checkpoint cut off": (lambda f: damaged(f, whole, "cut"), 10),
+        "checkpoint with one bit flipped": (lambda f: damaged(f, whole, "flipped"), 10),
+        "disk full during a checkpoint": (lambda f: filled(f, whole), 5),
+        "NaN from the reward": (lambda f: poisoned(f, whole), 5),
+        "one of two processes killed": (lambda f: lost_rank(f, two), 0 if short else 3),
+    }
+    jobs = [(name, fault) for name, (fault, times) in faults.items() for _ in range(min(times, 1) if short else times)]
+    survived = {name: [] for name, _ in jobs}
+    for number, (name, fault) in enumerate(tqdm(jobs, "faults")):
+        folder = home / str(number)
+        folder.mkdir()
+        survived[name].append(fault(folder))
+        if survived[name][-1] is False:
+            tqdm.write(f"lost: {name}, see {folder}")
+    print(f"| {'fault':32}| times | survived | lost |\n|{'-' * 33}|-------|----------|------|")
+    for name, results in survived.items():
+        times = sum(result is not None for result in results)
+        print(f"| {name:32}| {times:5} | {results.count(True):8} | {results.count(False):4} |")
+    print(f"{len(INTERRUPTED)} runs were killed with half a checkpoint on the disk")
+    if any(False in results for results in survived.values()):
+        sys.exit(1)
+    shutil.rmtree(home)
+
+
+if __name__ == "__main__":
+    main()
