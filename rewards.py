@@ -427,7 +427,7 @@ class HPSv3(Reward):
 
     def __init__(self, body: nn.Module, head: nn.Module, tokenizer: Callable) -> None:
         super().__init__(body=body, head=head)
-        body.gradient_checkpointing_enable()
+        body.activation_checkpointing_enable()
         body.disable_input_require_grads()  # which that has asked for: the pixels have gradient of their own
         for layer in body.modules():
             if hasattr(layer, "gradient_checkpointing"):

@@ -390,7 +390,7 @@ class Run:
         """Adds state.json, and puts a checkpoint in its place by one rename; the oldest goes."""
         state = {name: getattr(self, name) for name in PROGRESS}
         state |= {"generator": self.generator.get_state().tolist(), "digests": digests}
-        state |= {name: (self.folder / name).read_text() for name in LOGS if (self.folder / name).exists()}
+        state |= {name: (self.folder / name).read_text() for name in ("config.json", *LOGS)}
         text = json.dumps(state)
         (part / "state.json").write_text(f"{hashlib.blake2b(text.encode()).hexdigest()}\n{text}")
         flush(part / "state.json", part)

@@ -443,7 +443,7 @@ def test_hpsv3_recomputes_its_layers_and_keeps_the_gradient(folder):
     for recompute in True, False:
         reward, images, saved = REWARDS["hpsv3"].load(folder("hpsv3")), pictures().requires_grad_(), []
         if not recompute:
-            reward.body.gradient_checkpointing_disable()
+            reward.body.activation_checkpointing_disable()
         with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.nbytes) or x, lambda x: x):
             scores = reward(images, PROMPTS)
         scores.sum().backward()
