@@ -723,7 +723,7 @@ def lay_out(out: Path, texts: list[str], files: list[list[str]], geneval: Path |
 
 
 def sampler(model: str, transformer: Path | None, lora: Path | None, dtype: torch.dtype) -> Any:
-    """A whole pipeline on this process's device, with the trained transformer or adapters in place."""
+    """A whole pipeline, not on its device yet, with the trained transformer or adapters in place."""
     if transformer and lora:
         raise BadInput("give --transformer or --lora, not both: a run trains one of them")
     for name, path in {"transformer": transformer, "lora": lora}.items():
@@ -772,7 +772,7 @@ def score(images: Path, out: Path, reward: str = "hpsv2.1", reward_weights: tupl
         done = json.loads(log.read_text())
         if done["reward"] != reward or [row["image"] for row in done["images"]] != list(prompts):
             raise BadInput(f"{log} holds scores of {done['reward']}, or of other images: choose another --out")
-        print(f"mean {reward} of {len(prompts)} images: {done['mean']:.4f}; as {log} says")
+        agree(lambda: print(f"mean {reward} of {len(prompts)} images: {done['mean']:.4f}; as {log} says"))
         return
     agree(lambda: claim(parts, {"images": images.resolve(), "reward": reward, "reward_weights": reward_weights}))
     model = together(lambda: rewards.load(reward, reward_weights, device=device()))

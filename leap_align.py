@@ -27,7 +27,7 @@ S; a time is a number, a () tensor or, with one time a sample, a (B,) tensor in 
     Alg. 1    the same in one pass over the timesteps               leap_rollout
     M11       L_raw = max(0, lambda - r)                            hinge
     M12       w = 1 / (max(d_j, tau) + max(d_0, tau))               distances, similarity_weight
-    M13       L = sg(w) L_raw                                       objective (checked: its reward)
+    M13       L = sg(w) L_raw                                       objective (differentiable, checked: its reward)
     Alg. 1    the direct-gradient methods                           refl, draft_lv, drtune, leap_align
     S16, S18  the gradient that follows                             proven in tests/test_gradient.py
 """

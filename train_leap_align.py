@@ -378,8 +378,7 @@ class Run:
             writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
             dcp.save(self.tensors(), storage_writer=writer)
             files = sorted(part.glob("*.safetensors"))[self.rank :: self.world]
-            flush(*files)
-            found = gather({file.name: digest(file) for file in files})
+            found = gather(together(lambda: sealed(files)))  # a disk that fails one process must not keep the others
             agree(lambda: self.finish(part, {name: value for part in found for name, value in part.items()}))
         except (OSError, dcp.CheckpointException) as error:
             raise BadInput(
@@ -398,12 +397,12 @@ class Run:
         clear(folder)  # there only if it was found damaged, and the run went back behind it
         os.replace(part, folder)
         flush(part.parent)
-        clear(*sorted(part.parent.glob("[0-9]*"))[: -self.config.keep])
+        clear(*checkpoints(self.folder)[: -self.config.keep])
 
     def restore(self) -> None:
         """Reads the newest checkpoint that is whole, on any number of processes."""
-        found = sorted((self.folder / "checkpoint").glob("[0-9]*"), reverse=True)
-        for folder in found:
+        found = checkpoints(self.folder)
+        for folder in reversed(found):
             state = verified(folder, self.rank, self.world)
             if not isinstance(state, str):
                 break
@@ -485,6 +484,17 @@ def flush(*paths: Path) -> None:
             os.close(number)
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the newest last."""
+    return sorted((folder / "checkpoint").glob("[0-9]*"), key=lambda path: int(path.name))
+
+
+def sealed(files: list[Path]) -> dict[str, str]:
+    """The digest of each file by its name, once it is on the disk."""
+    flush(*files)
+    return {file.name: digest(file) for file in files}
+
+
 def digest(file: Path) -> str:
     """What tells a file from a damaged copy of it."""
     with file.open("rb") as opened:
@@ -542,7 +552,7 @@ def claim(folder: Path, settings: dict[str, Any], resume: bool, how: frozenset[s
         if changed:
             changes = "; ".join(f"{name} was {old.get(name)}, is {settings[name]}" for name in changed)
             raise BadInput(f"{folder} was run under other settings: {changes}")
-    elif any((folder / "checkpoint").glob("[0-9]*")) or (folder / "result.json").exists():
+    elif checkpoints(folder) or (folder / "result.json").exists():
         raise BadInput(
             f"{folder} holds another run: choose another folder with --out, continue with --resume, or delete it"
         )
