@@ -7,13 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-
-
-def mean_and_error(values: list[float]) -> str:
-    """Mean ± standard error of the mean; of a single value no error is known."""
-    error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    return f"{np.mean(values):.3f} ± {error:.3f}"
+from toy.report import mean, number
 
 
 def table(folders: list[Path]) -> str:
@@ -21,7 +15,7 @@ def table(folders: list[Path]) -> str:
     results = [json.loads((folder / "result.json").read_text()) for folder in folders]
     rows = [f"| n = {len(results)} | before | after |", "|---|---|---|"]
     for name in results[0]["before"]:
-        cells = (mean_and_error([result[when][name] for result in results]) for when in ("before", "after"))
+        cells = (number(*mean([result[when][name] for result in results])) for when in ("before", "after"))
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
