@@ -7,5 +7,17 @@ nets.py     the velocity and the reward network
 learn.py    pre-training: flow matching, a reward from pairwise choices, and their cache
 pictures.py every figure that a toy run draws
 summary.py  several runs that differ in their seed, as one table
-variants.py changes to LeapAlign that only the laboratory needs
+benchmark.py   what a step costs, beside what it must cost
+
+The experiments, `python -m toy.experiments`:
+
+experiments.py  what is compared with what, and what is published of it
+laboratory.py   what they share: how much is computed, learning rates, tables
+cells.py        results that are computed once and kept, on several processes
+trial.py        a training run as a cell
+probe.py        what a method draws, costs and weighs, read off the method itself
+fidelity.py     each method's gradient beside the true one
+variants.py     LeapAlign but for one thing: the ablations
+report.py       means with errors, the paper's directions, tables
+charts.py       their figures
 """
