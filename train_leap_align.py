@@ -314,7 +314,8 @@ class Run:
         value = whole(norm)
         # Both are those of the whole batch, so that all processes do the same.
         if math.isfinite(loss) and math.isfinite(value):
-            nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
+            if value > self.config.clip:  # else it would multiply every gradient by one
+                nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
             self.optimizer.step()
             self.ema.update()
             self.skipped = 0
