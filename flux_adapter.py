@@ -316,6 +316,7 @@ class Adapter:
             score = self.reward(image, prompts[i : i + 1]).item()
             small = nn.functional.interpolate(image, (64, 64), mode="area").cpu()
             results[i] = (score, self.measured["saturated"], small, image.mul(255).round().byte().cpu())
+        self.renew()
         gathered = [None] * world
         dist.all_gather_object(gathered, results)
         rows = [row for _, row in sorted({i: row for part in gathered for i, row in part.items()}.items())]

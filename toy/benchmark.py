@@ -199,7 +199,7 @@ def count(name: str, folder: Path) -> list[Row]:
         methods = {"leap_align": METHODS["leap_align"]} if suffix else {**METHODS, "two passes": two_pass}
         for method, run.method in tqdm(methods.items(), f"{name}: operations", leave=False):
             network, whole = [], []
-            for run.iteration in range(2 if name in TINY else 16):  # refl and drtune stop early, at a random step
+            for run.iteration in range(3):  # refl and drtune stop early, at a random step
                 network.append(network_flops(run, run.method, velocity, x))
                 whole.append(flops(partial(run.backward, condition, x)))
             ratios = [statistics.mean(v) / m for v, m in zip((network, whole), least)]
