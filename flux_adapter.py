@@ -248,12 +248,13 @@ class Adapter:
         names = {name for name, p in self.model.named_parameters() if p.requires_grad}
         if self.options.lora_rank and state.keys() != names:
             raise BadInput(f"adapters for {len(state)} layers do not fit the model's {len(names)}")
+        self.renew()
         set_model_state_dict(self.model, state, options=StateDictOptions(full_state_dict=True, strict=False))
 
     # Noise, prompts, velocity
 
     def renew(self) -> None:
-        """Has the next forward gather and cast the weights: what a forward without backward has kept may be old."""
+        """Drops the cast weights that a forward without backward has kept: they may be old."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
