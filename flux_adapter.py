@@ -20,7 +20,7 @@ import warnings
 from base64 import b64decode
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import permutations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import rewards
@@ -201,8 +201,10 @@ class Adapter:
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
         # Inputs are cast by hand where that is right: casting all of them would round SD3's times and the RoPE tables.
         policy = MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
+        # Alone, cast weights are kept from one forward to the next: a backward or a new `velocity` casts them anew.
+        sharing = {"reshard_after_forward": mesh.size() > 1, "ignored_params": frozen}
         for module in [*repeated_blocks(self.model), self.model]:
-            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=frozen)
+            fully_shard(module, mesh=mesh, mp_policy=policy, **sharing)
         self.model.to_empty(device=self.device)
         self.read_transformer(self.folder / "transformer")
         self.reset_lora()
@@ -246,9 +248,16 @@ class Adapter:
         names = {name for name, p in self.model.named_parameters() if p.requires_grad}
         if self.options.lora_rank and state.keys() != names:
             raise BadInput(f"adapters for {len(state)} layers do not fit the model's {len(names)}")
+        self.renew()
         set_model_state_dict(self.model, state, options=StateDictOptions(full_state_dict=True, strict=False))
 
     # Noise, prompts, velocity
+
+    def renew(self) -> None:
+        """Drops the cast weights that a forward without backward has kept: they may be old."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def latent_size(self) -> tuple[int, int, int]:
         """Channels, height and width of the VAE's latents."""
@@ -308,6 +317,7 @@ class Adapter:
             score = self.reward(image, prompts[i : i + 1]).item()
             small = nn.functional.interpolate(image, (64, 64), mode="area").cpu()
             results[i] = (score, self.measured["saturated"], small, image.mul(255).round().byte().cpu())
+        self.renew()
         gathered = [None] * world
         dist.all_gather_object(gathered, results)
         rows = [row for _, row in sorted({i: row for part in gathered for i, row in part.items()}.items())]
@@ -385,7 +395,8 @@ class Flux(Adapter):
         return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
 
     def velocity(self, condition: list[str]) -> Velocity:
-        """v_theta under these prompts."""
+        """v_theta under these prompts, with the weights as they are now."""
+        self.renew()
         text = self.encode(condition)
         _, height, width = self.latent_size()
         place = {"device": self.device, "dtype": self.dtype}
@@ -434,10 +445,15 @@ class SD3(Adapter):
         )
         return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
 
+    @cached_property
+    def no_prompt(self) -> dict[str, Tensor]:
+        """The text inputs of the empty prompt, which never change."""
+        return self.encode([""])
+
     def velocity(self, condition: list[str]) -> Velocity:
-        """v = v_u + g (v_c - v_u): v_theta without and with these prompts."""
-        without = self.encode([""])
-        text = {k: torch.cat([without[k].expand_as(v), v]) for k, v in self.encode(condition).items()}
+        """v = v_u + g (v_c - v_u): v_theta without and with these prompts, with the weights as they are now."""
+        self.renew()
+        text = {k: torch.cat([self.no_prompt[k].expand_as(v), v]) for k, v in self.encode(condition).items()}
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             timestep = (1000 * t).expand(len(x)).repeat(2)

@@ -47,7 +47,8 @@ class Digits(ToyTask):
     def utility(self, samples: Tensor) -> Tensor:
         """People want what looks like some real image of the digit that they asked for."""
         distance = torch.cdist(samples.flatten(1), self.data.flatten(1))
-        return -4 * torch.stack([distance[:, self.truth == c].amin(1) for c in range(DIGITS)], 1)
+        nearest = distance.new_full((len(samples), DIGITS), torch.inf)
+        return -4 * nearest.scatter_reduce(1, self.truth.expand(len(samples), -1), distance, "amin")
 
     def judge(self, samples: Tensor, prompt: Tensor) -> dict[str, float]:
         """Two judges' agreement with the prompt, distance to the nearest unseen image, distance between samples."""

@@ -24,7 +24,7 @@ BATCH, RATE = 512, 2e-3
 
 def _descend(model: nn.Module, loss: Callable[[], Tensor], steps: int, title: str) -> None:
     """AdamW on loss(), the learning rate in one cycle up and down."""
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
     for _ in trange(steps, desc=title, leave=False):
         loss().backward()

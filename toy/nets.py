@@ -29,7 +29,7 @@ class VelocityNet(nn.Module):
         phase = t.reshape(-1, 1) * self.frequencies
         time = torch.cat([phase.sin(), phase.cos()], 1).expand(len(x), -1)
         v = self.body(torch.cat([x.flatten(1), time, self.prompt(prompt)], 1))
-        return v.reshape(x.shape).clone()  # FSDP2 cannot hook a view
+        return v.reshape(x.shape)
 
 
 class RewardNet(nn.Module):

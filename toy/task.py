@@ -161,6 +161,7 @@ class ToyTask(ABC):
     def place(self, mesh: DeviceMesh | None) -> None:
         """Shards the velocity network over several processes (FSDP2)."""
         if mesh is not None:
+            self.model.register_forward_hook(lambda model, inputs, v: v.clone())  # FSDP2 cannot hook a view
             # Resharding after each forward: an evaluation has no backward that would, and then swaps the weights.
             fully_shard(self.model, mesh=mesh, reshard_after_forward=True)
 
@@ -185,7 +186,7 @@ class ToyTask(ABC):
         return self.reward_model(sample, condition)
 
     def evaluate(self, folder: Path | None, iteration: int) -> dict[str, float]:
-        """Reward and held-out evaluators of samples from fixed noise; with a folder, their pictures as well."""
+        """Reward and held-out evaluators of samples from fixed noise; with a folder, what its pictures need."""
         n = self.options.evaluation_samples
         x_T = self.noise(n, torch.Generator().manual_seed(EVALUATION_SEED))
         prompt = torch.arange(n) % self.classes
@@ -200,15 +201,15 @@ class ToyTask(ABC):
                 if int(later.stem) > iteration:  # of a run that was stopped, and went on from an earlier checkpoint
                     later.unlink()
             np.savez(folder / "samples" / f"{iteration:06d}.npz", prompt=prompt, samples=samples, **shown)
-            self.draw(folder)
         utility = self.utility(samples).gather(1, prompt[:, None]).mean().item()
         return {"reward": reward, "utility": utility, **self.judge(samples, prompt)}
 
     def save(self, folder: Path) -> None:
-        """Writes the velocity network; every process calls it, the first one writes."""
+        """Writes the velocity network and draws the pictures, once; every process calls it, the first one writes."""
         weights = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if weights:
             learn.write(weights, folder / "model" / "velocity.pt")
+            self.draw(folder)
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote."""

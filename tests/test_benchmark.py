@@ -1,0 +1,155 @@
+"""The benchmark's counts against counts by hand, and its files."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import train_leap_align as trainer
+from leap_align import METHODS, BadInput, Hyper, uniform_times
+from toy import benchmark, learn
+from toy.benchmark import bare_step, floor, flops, network_flops, saved_bytes, two_pass
+
+B, IN, HIDDEN, T = 3, 4, 5, 6
+FORWARD = 2 * B * IN * HIDDEN + 2 * B * HIDDEN * IN  # 240: a product and a sum for each entry of two matrices
+BACKWARD = FORWARD + 2 * B * HIDDEN * IN  # 360: both weights' gradients, and that of the hidden layer
+BACKWARD_X = FORWARD + FORWARD  # 480: that of the input as well
+FLOOR = 6 * 240 + 360 + 480
+COSTS = {"leap_align": FLOOR, "two passes": FLOOR + 2 * 240, "full_backprop": 6 * 240 + 360 + 5 * 480}
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(IN, HIDDEN, bias=False), nn.Linear(HIDDEN, IN, bias=False))
+
+
+@pytest.fixture
+def task(net):
+    """The least that a task can be; its reward costs no matrix product."""
+    return SimpleNamespace(
+        times=uniform_times(T),
+        velocity=lambda condition: lambda x, t: net(x),
+        decode=lambda x: x,
+        reward=lambda sample, condition: sample.sum(1),
+    )
+
+
+def test_the_constants_are_those_of_the_comments():
+    assert (FORWARD, BACKWARD, BACKWARD_X, FLOOR) == (240, 360, 480, 2280)
+
+
+def test_floor_of_a_known_network(task):
+    assert floor(task.velocity(None), torch.randn(B, IN), task.times) == FLOOR
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_operations_of_a_method_by_hand(task, name):
+    method = {**METHODS, "two passes": two_pass}[name]
+    run = SimpleNamespace(iteration=0, task=task, hyper=Hyper())
+    assert network_flops(run, method, task.velocity(None), torch.randn(B, IN)) == COSTS[name]
+
+
+def test_leap_align_is_at_the_floor_on_the_toys_network():
+    shape = (8, 2)
+    net = benchmark.learn.VelocityNet((2,), 8, width=16, depth=2)
+    velocity, x = lambda x, t: net(x, t, torch.zeros(8, dtype=torch.long)), torch.randn(shape)
+    times = uniform_times(25)
+    run = SimpleNamespace(iteration=3, task=SimpleNamespace(times=times), hyper=Hyper())
+    assert network_flops(run, METHODS["leap_align"], velocity, x) <= 1.01 * floor(velocity, x, times)
+
+
+def test_bare_step_is_at_the_floor_and_reaches_every_weight(task, net):
+    assert flops(partial(bare_step, task, None, torch.randn(B, IN))) == FLOOR
+    assert all(p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+def test_fused_attention_counts_as_its_matrix_products():
+    q = torch.randn(2, 3, 10, 8)
+    assert flops(lambda: nn.functional.scaled_dot_product_attention(q, q, q)) == 2 * (2 * 2 * 3 * 10 * 10 * 8)
+
+
+# Memory
+
+
+def test_saved_bytes_by_hand(net):
+    """Each layer keeps its input for its weight's gradient: B x 4 and B x 5 numbers of four bytes; weights are none."""
+    x = torch.randn(B, IN)
+    assert saved_bytes(lambda: net(x)) == 4 * (B * IN + B * HIDDEN)
+    assert saved_bytes(lambda: net(x) + net(x)) == 4 * (B * IN + 2 * B * HIDDEN)  # x once
+
+
+def test_saved_bytes_leaves_out_the_frozen_weights_of_the_model_alone(net):
+    net[1].requires_grad_(False)  # it keeps its weight for the gradient of its input, and no input
+    x = torch.randn(B, IN)
+    assert saved_bytes(lambda: net(x), net) == 4 * B * IN
+    assert saved_bytes(lambda: net(x)) == 4 * (B * IN + HIDDEN * IN)
+
+
+def test_saved_bytes_misses_no_storage_that_was_freed_and_taken_again(net):
+    def steps():
+        for _ in range(50):
+            net(torch.randn(B, IN)).sum().backward()
+
+    assert saved_bytes(steps) == 50 * 4 * (B * IN + B * HIDDEN)
+
+
+@pytest.mark.parametrize(("name", "evaluations"), [("leap_align", lambda T: 2), ("full_backprop", lambda T: T)])
+def test_leap_align_saves_two_evaluations_and_full_backprop_all(net, name, evaluations):
+    for T in (10, 20, 40):
+        generator = torch.Generator().manual_seed(0)
+        endpoints = METHODS[name](lambda x, t: net(x), torch.randn(B, IN), uniform_times(T), Hyper(), generator)
+        # Beside inputs and hidden layers the lengths of the leaps are kept: a number each.
+        least = 4 * evaluations(T) * (B * IN + B * HIDDEN)
+        assert least <= saved_bytes(partial(next, endpoints), net) <= least + 4 * (evaluations(T) + 4)
+
+
+# The files
+
+
+def test_a_short_run_leaves_tables_and_a_figure(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(learn, "cached", lambda *_: None)  # random networks cost as much as trained ones
+    monkeypatch.setattr(benchmark, "METHODS", {name: METHODS[name] for name in ("leap_align", "full_backprop")})
+    parts = ("flops", "memory", "time", "gpu")
+    benchmark.main(benchmark.Options(out=tmp_path, tasks=("toy",), parts=parts, seconds=0.1))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"flops.csv", "memory.csv", "time.csv", "shares.csv", "benchmark.png"} <= names
+    printed = capsys.readouterr().out
+    assert "| toy | leap_align | 1.000 | 1.000 |" in printed
+    assert torch.cuda.is_available() or "was not measured" in printed
+    shares = next(line for line in (tmp_path / "shares.csv").read_text().splitlines() if line.startswith("toy"))
+    assert sum(map(float, shares.split(",")[1:])) == pytest.approx(1)
+    assert all(float(share) >= 0 for share in shares.split(",")[1:])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"tasks": ("toy", "mnist")}, {"parts": ("flop",)}, {"seconds": 0.0}, {"seconds": float("nan")}]
+)
+def test_wrong_flags_are_refused_in_one_line(wrong):
+    with pytest.raises(BadInput, match=r"^[^\n]+$"):
+        benchmark.check(benchmark.Options(**wrong))
+
+
+def test_without_diffusers_flux_and_sd3_are_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: None)
+    assert benchmark.check(benchmark.Options()) == ["toy", "digits"]
+    assert "flux, sd3: left out" in capsys.readouterr().out
+
+
+def test_the_full_size_step_runs_at_a_tiny_size(tmp_path, monkeypatch):
+    for library in ("diffusers", "peft", "open_clip"):
+        pytest.importorskip(library)
+    from toy import full_size
+
+    small = {"num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
+    small |= {"joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": (4, 4, 8)}
+    monkeypatch.setattr(full_size.RandomFlux, "size", full_size.DEV | small)
+    monkeypatch.setattr(full_size.trainer, "Config", partial(trainer.Config, T=2))
+    benchmark.make_tiny(["flux"], tmp_path)
+    try:
+        row = full_size.case(tmp_path, "selective", False, 1, pixels=32)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert row["s"] > 0 and row["predicted GiB"] == pytest.approx(23.6 + 2 * 11.3)

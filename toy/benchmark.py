@@ -1,0 +1,445 @@
+"""What a training step costs, beside what it must cost: operations, memory, time, and where the main job's time goes.
+
+    python -m toy.benchmark                                     everything, about ten minutes on two cores
+    python -m toy.benchmark --tasks digits --parts flops time   some of it
+
+The floor.  A LeapAlign step needs T evaluations of the velocity network and the backward of two of them: of the one at
+k to the weights alone, for x_k is a constant, of the one at j to its input x_j as well.  With F the operations of a
+forward and B, B+x those of the two backwards, floor = T F + B + B+x: about (T + 4) F, as a backward is two forwards
+less the first layer's gradient to its input.  It is counted on single calls, without a method and without checkpoints.
+
+The bare step.  A loop written by hand that calls the models as often and in the same shapes, as the trainer holds them
+(FLUX and SD3.5 under FSDP2), and does nothing else: prompts encoded, T velocities, two of them differentiated, decode,
+reward, one backward.  No noise is drawn, no weight is changed.
+
+    flops.csv    operations over the floor, by torch's FlopCounterMode: exact, attention counted as matrix products
+    memory.csv   bytes saved for backward against T: exact, each storage once, no weights
+    time.csv     seconds of the trainer's step and of the bare step, in turns; their ratio, and its quartiles
+    shares.csv   where the seconds of a step go
+    job.csv      where the seconds of `python train_leap_align.py` go, at first and with the networks in the cache
+    gpu.csv      FLUX.1-dev's architecture with random weights at 720 px: only where CUDA is found
+"""
+
+import io
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import train_leap_align as trainer
+from leap_align import (
+    METHODS,
+    BadInput,
+    Endpoints,
+    Hyper,
+    Velocity,
+    leap_trajectory,
+    rollout,
+    sample_pair,
+    similarity_weight,
+)
+from toy import learn
+from toy.cost_chart import JOB, SHARES, Row, draw, table
+
+TINY = {"flux": (), "sd3": ("--sd3",)}
+TASKS = ("toy", "digits", *TINY)
+GRIDS = (10, 25, 50, 100)
+PROMPTS = "a red cube\ntwo dogs on a beach\n"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure, and where to write it."""
+
+    out: Path = Path("runs/benchmark")
+    """Folder for the tables (CSV) and the figure."""
+    tasks: tuple[str, ...] = TASKS
+    """Some of toy, digits, flux and sd3; the last two are tiny random pipelines and need diffusers."""
+    parts: tuple[str, ...] = ("flops", "memory", "time", "job", "gpu")
+    """Some of flops, memory, time (with shares), job and gpu."""
+    seconds: float = 30.0
+    """How long each task's step is timed against its bare step."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def start(name: str, folder: Path, *flags: str) -> trainer.Run:
+    """A run of the trainer as from the command line, ready to step; the tiny pipelines lie in the folder."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    arguments = ["--task", name]
+    if name in TINY:
+        model = folder / name
+        arguments += [
+            "--model",
+            str(model),
+            "--prompts",
+            str(folder / "prompts.txt"),
+            "--height",
+            "64",
+            "--width",
+            "64",
+        ]
+        arguments += ["--reward-weights", str(model / "reward"), "--batch-size", "4"]
+    run = trainer.build(*trainer.parse([*arguments, *flags]))
+    run.generator.rows = run.parts()[0]
+    torch.set_num_threads(1)
+    return run
+
+
+def make_tiny(names: list[str], folder: Path) -> None:
+    """The tiny pipelines that the tasks need, as `flux_adapter.py tiny` writes them."""
+    (folder / "prompts.txt").write_text(PROMPTS)
+    for name in names:
+        import diffusers
+
+        import flux_adapter
+
+        diffusers.utils.logging.disable_progress_bar()
+        with redirect_stdout(io.StringIO()):
+            flux_adapter.tiny(folder / name, *map(bool, TINY[name]))
+
+
+def batch(run: trainer.Run) -> tuple[Any, Tensor]:
+    """Prompts and noise of a step, as the trainer draws them."""
+    n, task = run.config.batch_size, run.task
+    return task.conditions(n, run.generator), task.noise(n, run.generator).to(task.times.device)
+
+
+def bare_step(task: trainer.Task, condition: Any, x: Tensor) -> None:
+    """The calls of a LeapAlign step by hand, at the middle pair; the values are only about those of a rollout."""
+    velocity, T = task.velocity(condition), len(task.times) - 1
+    graph, first = 0.0, max(2, round(0.8 * T))
+    second = max(1, first // 2)
+    for i, length in zip(range(T, 0, -1), task.times.diff().flip(0).tolist()):
+        with torch.set_grad_enabled(i in (first, second)):
+            v = velocity(x + graph if i == second else x, task.times[i])
+        if i in (first, second):
+            graph = graph + 1e-3 * v
+        with torch.no_grad():
+            x = x - length * v
+    task.reward(task.decode(x + graph), condition).mean().backward()
+
+
+def two_pass(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generator: torch.Generator) -> Endpoints:
+    """LeapAlign as its published pseudo-code has it: a rollout first, then both leaps' velocities once more."""
+    i_k, i_j = sample_pair(len(times) - 1, generator)
+    trajectory = leap_trajectory(velocity, rollout(velocity, x_T, times), times, i_k, i_j, hyper.alpha)
+    yield trajectory.x_0, similarity_weight(trajectory, hyper.tau)
+    return {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operations
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def flops(action: Callable[[], object]) -> int:
+    """Floating-point operations of action(): matrix products and convolutions, a multiply-add being two."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
+        action()
+    return counter.get_total_flops()
+
+
+def floor(velocity: Velocity, x: Tensor, times: Tensor) -> int:
+    """T forwards, a backward to the weights, and one to weights and input, each counted on a single call."""
+    t = times[1]
+
+    def backward(x: Tensor) -> int:
+        return flops(lambda: velocity(x, t).sum().backward()) - forward
+
+    forward = flops(lambda: velocity(x, t))
+    return (len(times) - 1) * forward + backward(x) + backward(x.clone().requires_grad_())
+
+
+def network_flops(run: trainer.Run, method: Callable[..., Endpoints], velocity: Velocity, x: Tensor) -> int:
+    """A method's operations in the velocity network alone: the reward is a sum."""
+
+    def step() -> None:
+        generator = torch.Generator().manual_seed(run.iteration)
+        for x_0, _ in method(velocity, x, run.task.times, run.hyper, generator):
+            x_0.sum().backward()
+
+    return flops(step)
+
+
+def count(name: str, folder: Path) -> list[Row]:
+    """Operations of each method over the floor: of the network alone, and of everything over the bare step."""
+    small = ("--batch-size", "1") if name in TINY else ()
+    variants = {"": ("--no-gradient-checkpointing",), ", checkpoints": ()} if name in TINY else {"": ()}
+    rows, least = [], None
+    for suffix, flags in variants.items():
+        run = start(name, folder, *small, *flags)
+        condition, x = batch(run)
+        velocity = run.task.velocity(condition)
+        least = least or (floor(velocity, x, run.task.times), flops(partial(bare_step, run.task, condition, x)))
+        methods = {"leap_align": METHODS["leap_align"]} if suffix else {**METHODS, "two passes": two_pass}
+        for method, run.method in tqdm(methods.items(), f"{name}: operations", leave=False):
+            network, whole = [], []
+            for run.iteration in range(3):  # refl and drtune stop early, at a random step
+                network.append(network_flops(run, run.method, velocity, x))
+                whole.append(flops(partial(run.backward, condition, x)))
+            ratios = [statistics.mean(v) / m for v, m in zip((network, whole), least)]
+            counted = {"GFLOP": statistics.mean(whole) / len(x) / 1e9}
+            rows.append({"task": name, "method": method + suffix, "network": ratios[0], "all": ratios[1], **counted})
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def saved_bytes(action: Callable[[], object], model: nn.Module | None = None) -> int:
+    """Bytes that autograd saves for backward during action(), each storage once.
+
+    Weights do not count: leaves that require gradient, views of such, and all parameters and buffers of the model.
+    """
+    weights = [*model.parameters(), *model.buffers()] if model else []
+    weights = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+    known = {weight.untyped_storage().data_ptr() for weight in weights}
+    kept = {}  # the storages themselves, so that none is freed and another one laid in its place
+
+    def pack(tensor: Tensor) -> Tensor:
+        owner, storage = tensor if tensor._base is None else tensor._base, tensor.untyped_storage()
+        if not (owner.is_leaf and owner.requires_grad) and storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        action()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def memory(name: str, folder: Path) -> list[Row]:
+    """MiB that a step's graph through the velocity network keeps, a batch, with T steps and without checkpoints."""
+    rows = []
+    for T in tqdm(GRIDS, f"{name}: memory", leave=False):
+        flags = ("--no-gradient-checkpointing", "--batch-size", "1") if name in TINY else ()
+        run = start(name, folder, "--T", str(T), *flags)
+        condition, x = batch(run)
+        row: Row = {"task": name, "T": T}
+        for method in ("leap_align", "full_backprop"):
+            endpoints = METHODS[method](run.task.velocity(condition), x, run.task.times, run.hyper, run.generator)
+            row[f"{method} MiB"] = saved_bytes(partial(next, endpoints), run.task.model) / 2**20
+        rows.append(row)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Time
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def now() -> float:
+    """Seconds, once the accelerator has done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def timed(seconds: dict[str, float], name: str, action: Callable) -> Callable:
+    """action, its seconds added under the name."""
+
+    def wrapped(*arguments: Any, **more: Any) -> Any:
+        begin = now()
+        try:
+            return action(*arguments, **more)
+        finally:
+            seconds[name] += now() - begin
+
+    return wrapped
+
+
+@contextmanager
+def watched(run: trainer.Run, seconds: dict[str, float]):
+    """Has a run's steps add up where their seconds go; the backward is told apart by where its gradient has come."""
+    task, marks = run.task, {}
+    decode, velocity = timed(seconds, "decode", task.decode), timed(seconds, "text", task.velocity)
+
+    def watched_decode(x_0: Tensor) -> Tensor:
+        sample = decode(x_0)
+        if x_0.requires_grad:
+            sample.register_hook(lambda grad: marks.update(reward=now()))
+            x_0.register_hook(lambda grad: marks.update(decode=now()))
+        return sample
+
+    def watched_velocity(condition: Any) -> Velocity:
+        v = velocity(condition)
+        parts = [timed(seconds, name, v) for name in ("rollout", "leaps")]
+        return lambda x, t: parts[torch.is_grad_enabled()](x, t)
+
+    def backward(loss: Tensor, plain: Callable = Tensor.backward) -> None:
+        begin = now()
+        plain(loss)
+        for name, end in (*sorted(marks.items(), key=lambda mark: mark[1]), ("leaps", now())):
+            seconds[name] += end - begin
+            begin = end
+
+    replaced = {"velocity": watched_velocity, "decode": watched_decode, "reward": timed(seconds, "reward", task.reward)}
+    replaced |= {name: timed(seconds, "data", getattr(task, name)) for name in ("conditions", "noise")}
+    with ExitStack() as stack:
+        for name, action in replaced.items():
+            stack.enter_context(patch.object(task, name, action))
+        stack.enter_context(patch.object(run.optimizer, "step", timed(seconds, "optimizer", run.optimizer.step)))
+        stack.enter_context(patch.object(run.ema, "update", timed(seconds, "EMA", run.ema.update)))
+        stack.enter_context(patch.object(Tensor, "backward", backward))
+        yield
+
+
+def clock(action: Callable[[], object]) -> float:
+    """Seconds of action()."""
+    begin = now()
+    action()
+    return now() - begin
+
+
+def race(name: str, folder: Path, seconds: float) -> tuple[Row, Row]:
+    """The trainer's step against the bare one, in turns; and, in further steps, where the step's seconds go.
+
+    The ratio is the median over neighbouring pairs, so that a machine that is slow for a while is so for both.
+    """
+    run = start(name, folder)
+    condition, x = batch(run)
+    run.step()  # what only the first one has to do is left out
+    spent, steps, bares, optimizer = defaultdict(float), [], [], defaultdict(float)
+    with (
+        tqdm(total=round(seconds), desc=f"{name}: time", unit="s", leave=False) as bar,
+        patch.object(run, "descend", timed(optimizer, "", run.descend)),
+    ):
+        while len(steps) < 3 or bar.n < seconds:
+            bares.append(clock(lambda: bare_step(run.task, condition, x)))
+            run.optimizer.zero_grad()
+            steps.append(clock(run.step))
+            bar.update(min(bares[-1] + steps[-1], seconds - bar.n))
+    ratios = statistics.quantiles([step / bare for step, bare in zip(steps, bares)])
+    ms = {"step ms": 1e3 * statistics.median(steps), "bare ms": 1e3 * statistics.median(bares)}
+    descend = optimizer[""] / sum(steps) * ratios[1]
+    noise = {"quartiles": f"{ratios[0]:.3f}-{ratios[2]:.3f}", "steps": len(steps)}
+    row = {"task": name, **ms, "ratio": ratios[1], "of it optimizer, EMA": descend, **noise}
+    with watched(run, spent):
+        total = sum(clock(run.step) for _ in range(max(3, len(steps) // 4)))
+    spent["other"] = total - sum(spent.values())
+    return row, {"task": name, **{share: spent[share] / total for share in SHARES}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The main job
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def job(name: str, out: str, cache: str, began: float) -> None:
+    """In a process of its own: `python train_leap_align.py --task NAME`, and its parts' seconds as JSON."""
+    seconds = defaultdict(float, {"import": time.time() - began})
+    task_class = timed(seconds, "import", trainer.pkgutil.resolve_name)(trainer.TASKS[name])
+    learn.CACHE = Path(cache)
+    parts = [(trainer, "build", "build"), (trainer, "curves", "pictures"), (task_class, "draw", "pictures")]
+    parts += [(task_class, "pretrain", "pre-training"), (trainer.Run, "step", "training")]
+    parts += [(trainer.Run, "evaluate", "evaluations"), (trainer.Run, "save", "checkpoints")]
+    with ExitStack() as stack:
+        for owner, method, part in parts:
+            stack.enter_context(patch.object(owner, method, timed(seconds, part, getattr(owner, method))))
+        with redirect_stdout(io.StringIO()):
+            trainer.main(["--task", name, "--out", out])
+    seconds["build"] -= seconds["pre-training"]
+    seconds["other"] = time.time() - began - sum(seconds.values())
+    print(json.dumps(seconds))
+
+
+def main_job(name: str, folder: Path) -> list[Row]:
+    """Seconds of the main job and its parts, from nothing and with the networks in the cache."""
+    rows = []
+    for when in tqdm(("first", "second"), f"{name}: main job", leave=False):
+        code = (
+            f"from toy.benchmark import job; job({name!r}, '{folder}/{name}-{when}', '{folder}/cache', {time.time()})"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        if done.returncode:
+            raise BadInput(f"the main job failed: {done.stderr.strip().splitlines()[-1]}")
+        seconds = json.loads(done.stdout)
+        parts = {part: seconds.get(part, 0.0) for part in JOB}
+        rows.append({"task": name, "run": when, "seconds": sum(seconds.values()), **parts})
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The main program
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def measure(options: Options, names: list[str], folder: Path) -> dict[str, list[Row]]:
+    """Each part for each task."""
+    tables = defaultdict(list)
+    for name in tqdm(names, "tasks"):
+        if "flops" in options.parts:
+            tables["flops"] += count(name, folder)
+        if "memory" in options.parts:
+            tables["memory"] += memory(name, folder)
+        if "time" in options.parts:
+            for part, row in zip(("time", "shares"), race(name, folder, options.seconds)):
+                tables[part].append(row)
+        if "job" in options.parts and name not in TINY:
+            tables["job"] += main_job(name, folder)
+    return tables
+
+
+def check(options: Options) -> list[str]:
+    """The tasks to measure: those asked for, without what cannot run here."""
+    for flag, known in (("tasks", TASKS), ("parts", Options.parts)):
+        if unknown := sorted(set(getattr(options, flag)) - set(known)):
+            raise BadInput(f"unknown {flag} {', '.join(unknown)}: choose from {', '.join(known)}")
+    if not 0 < options.seconds < float("inf"):
+        raise BadInput(f"seconds={options.seconds} must be positive")
+    names = [name for name in options.tasks if name not in TINY or find_spec("diffusers")]
+    if left_out := [name for name in options.tasks if name not in names]:
+        print(f"{', '.join(left_out)}: left out, for diffusers is not installed")
+    return names
+
+
+def main(options: Options) -> None:
+    """Measures, prints the tables, writes them and the figure."""
+    names = check(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        make_tiny([name for name in names if name in TINY], Path(folder))
+        tables = measure(options, names, Path(folder))
+        if "gpu" in options.parts and torch.cuda.is_available() and find_spec("diffusers"):
+            from toy.full_size import survey
+
+            tables["gpu"] = survey(Path(folder))
+        elif "gpu" in options.parts:
+            print("gpu: FLUX.1-dev's size was not measured, for there is no CUDA device (or no diffusers) here")
+    for name, rows in tables.items():
+        table(name, rows, options.out)
+    draw(tables, options.out)
+    print(f"\ntables and figure are in {options.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except (BadInput, OSError) as error:
+        sys.exit(f"error: {error}")
