@@ -63,7 +63,8 @@ def compare(lab: Laboratory) -> None:
         for equal, end in ends[budget, method].items():
             about = {"task": task, "hinge": policy, "budget": budget, "equal": equal}
             if method == "leap_align":
-                rows.append(about | {"method": "pretrained"} | summary([run["0"] for run in many]))
+                before = [{name: run["0"][name] for name in FIGURES[task]} for run in many]
+                rows.append(about | {"method": "pretrained"} | summary(before))
             about |= {"method": method, "lr": lr, "iterations": end, "evaluations": round(end * cost[method])}
             about |= {"seconds": end * seconds[task, method]}
             rows.append(about | summary([run[str(end)] for run in many]))

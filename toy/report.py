@@ -59,10 +59,10 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def number(value: Any, error: float | None = None) -> str:
-    """As it stands in a table, with its error: three decimals, or three digits for what is very large or small."""
+    """As it stands in a table: three decimals, with its error if it has one; else three digits of what is tiny."""
     if not isinstance(value, float):
         return str(value)
-    form = "{:.3g}" if abs(value) >= 1000 or 0 < abs(value) < 0.01 else "{:.3f}"
+    form = "{:.3g}" if error is None and 0 < abs(value) < 0.01 else "{:.3f}"
     return form.format(value) + ("" if error is None else f" ± {form.format(error)}")
 
 
