@@ -330,6 +330,9 @@ class Adapter:
         diversity = (pairs[:, 0] - pairs[:, 1]).abs().mean().item()
         return {"reward": float(np.mean(score)), "diversity": diversity, "saturated": float(np.mean(saturated))}
 
+    def draw(self, folder: Path) -> None:
+        """Nothing more: each evaluation has drawn its sheet, to be looked at while the run goes on."""
+
     # Weights
 
     def save(self, folder: Path) -> None:

@@ -93,8 +93,11 @@ class Task(Protocol):
     def evaluate(self, folder: Path | None, iteration: int) -> dict[str, float]:
         """The evaluators, always on the same noise and prompts; `reward` and all of held_out among them.
 
-        Every process calls it, the first with the run's folder, in which it draws its pictures.
+        Every process calls it, the first with the run's folder, in which it leaves what the pictures need.
         """
+
+    def draw(self, folder: Path) -> None:
+        """Draws the pictures of a finished run in its folder; the first process calls it."""
 
     def save(self, folder: Path) -> None:
         """Writes the model into the run's folder; every process calls it."""
@@ -600,13 +603,14 @@ def curves(folder: Path, rows: list[dict[str, str]], evaluations: list[dict[str,
 
 
 def report(run: Run) -> None:
-    """result.json and curves.png, and the evaluators before and after on the screen."""
+    """result.json and the pictures, and the evaluators before and after on the screen."""
     before, after = run.evaluations[0], run.evaluations[-1]
     figures = [{name: value for name, value in row.items() if name != "iteration"} for row in (before, after)]
     result = {"before": figures[0], "after": figures[1], "seconds": run.seconds, "signs": list(run.signs.values())}
     write(run.folder / "result.json", lambda part: part.write_text(json.dumps(result, indent=2) + "\n"))
     with (run.folder / "metrics.csv").open(newline="") as file:
         curves(run.folder, list(csv.DictReader(file)), run.evaluations)
+    run.task.draw(run.folder)
     print(f"{'':14}{'before':>10}{'after':>10}")
     for name in figures[0]:
         print(f"{name:14}{figures[0][name]:10.3f}{figures[1][name]:10.3f}")

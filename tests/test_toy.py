@@ -179,6 +179,7 @@ def test_save_and_load(task, tmp_path):
 def test_pictures_are_drawn(task, tmp_path):
     for iteration in (0, 5):
         task.evaluate(tmp_path, iteration)
+    task.draw(tmp_path)
     for name in ("samples.png", "trajectories.png"):
         assert (tmp_path / name).stat().st_size > 10_000
     kept = np.load(tmp_path / "samples" / "000005.npz")

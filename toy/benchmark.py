@@ -59,7 +59,7 @@ from leap_align import (
     similarity_weight,
 )
 from toy import learn
-from toy.cost_chart import JOB, SHARES, Row, draw, table
+from toy.cost_chart import JOB, SHARES, Row, draw, show, write
 
 TINY = {"flux": (), "sd3": ("--sd3",)}
 TASKS = ("toy", "digits", *TINY)
@@ -199,7 +199,7 @@ def count(name: str, folder: Path) -> list[Row]:
         methods = {"leap_align": METHODS["leap_align"]} if suffix else {**METHODS, "two passes": two_pass}
         for method, run.method in tqdm(methods.items(), f"{name}: operations", leave=False):
             network, whole = [], []
-            for run.iteration in range(3):  # refl and drtune stop early, at a random step
+            for run.iteration in range(1 if name in TINY else 5):  # refl and drtune stop early, at a random step
                 network.append(network_flops(run, run.method, velocity, x))
                 whole.append(flops(partial(run.backward, condition, x)))
             ratios = [statistics.mean(v) / m for v, m in zip((network, whole), least)]
@@ -326,10 +326,8 @@ def race(name: str, folder: Path, seconds: float) -> tuple[Row, Row]:
     condition, x = batch(run)
     run.step()  # what only the first one has to do is left out
     spent, steps, bares, optimizer = defaultdict(float), [], [], defaultdict(float)
-    with (
-        tqdm(total=round(seconds), desc=f"{name}: time", unit="s", leave=False) as bar,
-        patch.object(run, "descend", timed(optimizer, "", run.descend)),
-    ):
+    bar = tqdm(total=seconds, desc=f"{name}: time", bar_format="{desc} {bar} {elapsed}", leave=False)
+    with bar, patch.object(run, "descend", timed(optimizer, "", run.descend)):
         while len(steps) < 3 or bar.n < seconds:
             bares.append(clock(lambda: bare_step(run.task, condition, x)))
             run.optimizer.zero_grad()
@@ -391,7 +389,7 @@ def main_job(name: str, folder: Path) -> list[Row]:
 
 
 def measure(options: Options, names: list[str], folder: Path) -> dict[str, list[Row]]:
-    """Each part for each task."""
+    """Each part for each task; what is done is on the disk, should the rest be interrupted."""
     tables = defaultdict(list)
     for name in tqdm(names, "tasks"):
         if "flops" in options.parts:
@@ -403,6 +401,8 @@ def measure(options: Options, names: list[str], folder: Path) -> dict[str, list[
                 tables[part].append(row)
         if "job" in options.parts and name not in TINY:
             tables["job"] += main_job(name, folder)
+        for part, rows in tables.items():
+            write(part, rows, options.out)
     return tables
 
 
@@ -432,8 +432,9 @@ def main(options: Options) -> None:
             tables["gpu"] = survey(Path(folder))
         elif "gpu" in options.parts:
             print("gpu: FLUX.1-dev's size was not measured, for there is no CUDA device (or no diffusers) here")
+    write("gpu", tables["gpu"], options.out)
     for name, rows in tables.items():
-        table(name, rows, options.out)
+        show(name, rows)
     draw(tables, options.out)
     print(f"\ntables and figure are in {options.out}")
 

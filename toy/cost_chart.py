@@ -16,16 +16,22 @@ JOB = ("import", "build", "pre-training", "training", "evaluations", "checkpoint
 """Parts of the main job."""
 
 
-def table(name: str, rows: list[Row], out: Path) -> None:
-    """Writes NAME.csv, and prints the same as Markdown."""
+def write(name: str, rows: list[Row], out: Path) -> None:
+    """NAME.csv."""
     if not rows:
         return
     with (out / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    shown = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *shown]
+
+
+def show(name: str, rows: list[Row]) -> None:
+    """Prints a table as Markdown."""
+    if not rows:
+        return
+    cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *cells]
     print(f"\n{name}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 

@@ -205,11 +205,10 @@ class ToyTask(ABC):
         return {"reward": reward, "utility": utility, **self.judge(samples, prompt)}
 
     def save(self, folder: Path) -> None:
-        """Writes the velocity network and draws the pictures, once; every process calls it, the first one writes."""
+        """Writes the velocity network; every process calls it, the first one writes."""
         weights = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if weights:
             learn.write(weights, folder / "model" / "velocity.pt")
-            self.draw(folder)
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote."""
