@@ -59,7 +59,8 @@ from leap_align import (
     similarity_weight,
 )
 from toy import learn
-from toy.cost_chart import JOB, SHARES, Row, draw, show, write
+from toy.cost_chart import JOB, SHARES, Row, draw
+from toy.report import markdown, write_csv
 
 TINY = {"flux": (), "sd3": ("--sd3",)}
 TASKS = ("toy", "digits", *TINY)
@@ -402,7 +403,7 @@ def measure(options: Options, names: list[str], folder: Path) -> dict[str, list[
         if "job" in options.parts and name not in TINY:
             tables["job"] += main_job(name, folder)
         for part, rows in tables.items():
-            write(part, rows, options.out)
+            write_csv(options.out / f"{part}.csv", rows)
     return tables
 
 
@@ -430,11 +431,11 @@ def main(options: Options) -> None:
             from toy.full_size import survey
 
             tables["gpu"] = survey(Path(folder))
+            write_csv(options.out / "gpu.csv", tables["gpu"])
         elif "gpu" in options.parts:
             print("gpu: FLUX.1-dev's size was not measured, for there is no CUDA device (or no diffusers) here")
-    write("gpu", tables["gpu"], options.out)
     for name, rows in tables.items():
-        show(name, rows)
+        print(f"\n{name}\n\n{markdown(rows, list(rows[0]))}")
     draw(tables, options.out)
     print(f"\ntables and figure are in {options.out}")
 

@@ -1,6 +1,5 @@
-"""The tables and the figure of toy/benchmark.py."""
+"""The figure of toy/benchmark.py."""
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +13,6 @@ SHARES = ("data", "text", "rollout", "leaps", "decode", "reward", "optimizer", "
 """Parts of a step."""
 JOB = ("import", "build", "pre-training", "training", "evaluations", "checkpoints", "pictures", "other")
 """Parts of the main job."""
-
-
-def write(name: str, rows: list[Row], out: Path) -> None:
-    """NAME.csv."""
-    if not rows:
-        return
-    with (out / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def show(name: str, rows: list[Row]) -> None:
-    """Prints a table as Markdown."""
-    if not rows:
-        return
-    cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *cells]
-    print(f"\n{name}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
 def draw_flops(axis: Axes, rows: list[Row]) -> None:
