@@ -1,5 +1,7 @@
 """What every test may use."""
 
+import os
+
 import pytest
 import torch
 
@@ -9,6 +11,9 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; left out unless -m is given")
     if not config.option.markexpr:
         config.option.markexpr = "not slow"
+    if hasattr(config, "workerinput"):  # several processes, each with threads for all cores, would wait for one another
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
 
 
 @pytest.fixture
