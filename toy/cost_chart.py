@@ -86,7 +86,7 @@ def draw(tables: dict[str, list[Row]], out: Path) -> None:
         return
     figure = Figure(figsize=(13, 3.4 * -(-len(shown) // 2)), layout="constrained")
     axes = figure.subplots(-(-len(shown) // 2), 2, squeeze=False).flat
-    for (name, rows), axis in zip(shown.items(), axes):  # in this order: zip would take an axis too many
+    for (name, rows), axis in zip(shown.items(), axes):
         DRAWERS[name](axis, rows)
     for axis in axes:  # one is left where their number is odd
         axis.axis("off")
