@@ -327,3 +327,64 @@ def test_a_finished_experiment_computes_nothing(folder, monkeypatch):
     monkeypatch.setattr(cells, "compute", None)
     experiments.main("pairs", folder, workers=1, smoke=True)
     assert (folder / "pairs.csv").read_text() == before
+
+
+# What the experiments compare
+
+
+@pytest.mark.parametrize("scale", [laboratory.Scale(), laboratory.SMOKE])
+def test_no_table_uses_a_seed_that_rates_were_chosen_on(scale):
+    assert not set(scale.seeds) & set(scale.tuning_seeds)
+
+
+def test_directions_of_the_comparison_look_the_right_way():
+    """LeapAlign 3, DRTune 2, DRaFT-LV 1, ReFL 0: the order of the paper's Table 2 on FLUX."""
+    scale = laboratory.Scale(tasks=("toy",), seeds=(0, 1), budgets={"small": 1})
+    level = {"leap_align": 3.0, "drtune": 2.0, "draft_lv": 1.0, "refl": 0.0, "full_backprop": 0.0}
+    runs = {
+        ("toy", "hinge", method, "small"): [{"1": {"reward": value, "utility": -value}} for _ in scale.seeds]
+        for method, value in level.items()
+    }
+    found = {(d.claim, d.figure): d.row()["toy"] for d in experiments.compare_directions(runs, scale)}
+    assert len(found) == 12
+    assert {toy for (_, figure), toy in found.items() if figure == "reward"} == {"agrees"}
+    assert {toy for (_, figure), toy in found.items() if figure == "utility"} == {"disagrees"}
+
+
+def test_directions_of_the_ablations_look_the_right_way():
+    """The paper's own choices are given 1, everything else 0."""
+    best = {
+        "alpha": "0.3",
+        "leaps": "2",
+        "reward of": "x_0",
+        "weight": "both",
+        "timesteps": "[0, 1]",
+        "k - j": "random",
+    }
+    best |= {"lambda": "0"}
+    scale = laboratory.Scale(tasks=("toy",), seeds=(0, 1), ablation_stops=(1, 2))
+    runs = {
+        ("toy", name, option): [
+            {
+                stop: dict.fromkeys(("reward", "utility"), float(best.get(name) == option)) | {"grad_norm": 0.0}
+                for stop in "12"
+            }
+            for _ in scale.seeds
+        ]
+        for name, ablation in experiments.ABLATIONS.items()
+        for option in ablation.options
+    }
+    found = [d.row() for d in experiments.ablation_directions(runs, scale)]
+    assert {row["toy"] for row in found if not row["claim"].startswith("nested")} == {"agrees"}
+
+
+@pytest.mark.parametrize("name", ["compare", "pairs"])
+def test_equal_compute_is_equal(name, folder):
+    experiments.main(name, folder, workers=1, smoke=True)
+    with (folder / f"{name}.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("equal") != "samples" and row["iterations"]]
+    for budget, least in (("small", 1), ("large", 2)):
+        spent = [(int(row["evaluations"]), int(row["iterations"])) for row in rows if row["budget"] == budget]
+        assert len(spent) >= 2
+        # 29 an iteration is LeapAlign's; another method comes as near as half an iteration of its own allows.
+        assert all(abs(total - 29 * least) <= total / max(1, n) / 2 + 1 or n == 0 for total, n in spent)

@@ -446,3 +446,5 @@ if __name__ == "__main__":
         main(tyro.cli(Options, description=__doc__))
     except (BadInput, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the tables of what is finished are kept")

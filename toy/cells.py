@@ -7,6 +7,7 @@ experiment that was stopped goes on with the cells that it lacks, and experiment
 import hashlib
 import json
 import os
+import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -57,9 +58,13 @@ class Cells:
                 yield compute(file, cell, settings)
             return
         # Spawned: a forked child would inherit torch's threads in whatever state they are.
+        # Ctrl-C is the parent's: from the first import on they ignore it, finish their cell, and end.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         pool = ProcessPoolExecutor(self.workers, get_context("spawn"))
+        tasks = [pool.submit(compute, file, cell, s) for file, s in missing.items()]
+        signal.signal(signal.SIGINT, before)
         try:
-            for done in as_completed([pool.submit(compute, file, cell, s) for file, s in missing.items()]):
+            for done in as_completed(tasks):
                 yield done.result()
         finally:
             pool.shutdown(cancel_futures=True)

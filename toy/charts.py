@@ -56,7 +56,7 @@ def compare(path: Path, runs: dict[tuple, list[dict]], figures: dict[str, tuple[
 def ablations(path: Path, rows: Rows, stops: tuple[int, int]) -> None:
     """ablations.png: the reward of every option at both stops; a row for each ablation, a column for each task.
 
-    Bars are standard errors; of the nested gradient alone the gradient's norm stands beside.
+    Bars are standard errors.
     """
     names, tasks = (list(dict.fromkeys(row[key] for row in rows)) for key in ("ablation", "task"))
     sheet = Figure(figsize=(12, 2.2 * len(names)), layout="constrained")
@@ -131,7 +131,7 @@ def _profile(axis: Axes, weights: Rows) -> None:
         style = "--" if "toy" in name else ":" if likened else "-"
         axis.plot(index, values / values.sum(), style, color=COLORS[method], marker=".", ms=3, label=name)
     axis.set(xlabel="timestep i (1 is the last step, next to the image)", ylabel="share of dv(x_i)/dθ")
-    axis.set(yscale="symlog", title="effective weight of each timestep, as a share; full_backprop is the true one")
+    axis.set(title="effective weight of each timestep, as a share; full_backprop is the true one")
     axis.set_yscale("symlog", linthresh=0.01)
     axis.legend(fontsize=8, ncols=2)
     axis.grid(alpha=0.3)

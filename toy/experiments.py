@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from leap_align import METHODS
+from leap_align import METHODS, BadInput
 from toy import charts
 from toy.cells import Cells
 from toy.fidelity import ALPHAS, against_truth, saved, scatter
@@ -93,8 +93,8 @@ def compared(lab: Laboratory, rates: dict[tuple, float], ends: dict[tuple, dict]
             }
             for seed in lab.scale.seeds
         ]
-    found = iter(lab.trials(settings, "compare"))
-    return {key: [next(found)["stops"] for _ in lab.scale.seeds] for key in rates}
+    found = iter(lab.runs(settings, "compare"))
+    return {key: [next(found) for _ in lab.scale.seeds] for key in rates}
 
 
 def summary(figures: list[dict[str, float]]) -> dict[str, float]:
@@ -220,8 +220,8 @@ def ablated(lab: Laboratory) -> dict[tuple, list[dict]]:
         about = {"task": task, "method": method, "lr": rates[task, "hinge", "leap_align", "large"]}
         about |= {"stops": list(scale.ablation_stops), "hyper": {"lam": 0.0} | changes, "ema": ABLATIONS[name].ema}
         settings += [about | {"seed": seed} for seed in scale.seeds]
-    found = iter(lab.trials(settings, "ablations"))
-    return {key: [next(found)["stops"] for _ in scale.seeds] for key in keys}
+    found = iter(lab.runs(settings, "ablations"))
+    return {key: [next(found) for _ in scale.seeds] for key in keys}
 
 
 def ablation_text(rows: list[dict], scale: Scale) -> str:
@@ -348,8 +348,8 @@ def paired(lab: Laboratory, ends: dict[str, list[int]]) -> dict[tuple, list[dict
         for task, kind in keys
         for seed in lab.scale.seeds
     ]
-    found = iter(lab.trials(settings, "pairs"))
-    return {key: [next(found)["stops"] for _ in lab.scale.seeds] for key in keys}
+    found = iter(lab.runs(settings, "pairs"))
+    return {key: [next(found) for _ in lab.scale.seeds] for key in keys}
 
 
 def memory(lab: Laboratory) -> None:
@@ -403,6 +403,8 @@ def main(
             EXPERIMENTS[experiment](lab)
     except KeyboardInterrupt:
         sys.exit("interrupted: what is finished is kept, the same command goes on")
+    except (BadInput, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

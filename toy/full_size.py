@@ -5,6 +5,7 @@ size, LoRA is trained: so it is the transformer's step, 98 % of the whole.  Noth
 Each row holds what was predicted from counts of operations and bytes beside what was measured.
 """
 
+import gc
 import statistics
 from pathlib import Path
 from typing import Any, ClassVar
@@ -84,12 +85,15 @@ def case(
     row |= {"s": "", "share of peak": "", "predicted GiB": BASE + 2 * n * ACTIVATIONS[checkpointing], "GiB": ""}
     if dist.is_initialized():
         dist.destroy_process_group()
+    gc.collect()  # the case before refers to itself in circles
+    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     try:
         seconds, row["GiB"] = step_cost(folder, checkpointing, compiled, n, task_class, pixels)
         row |= {"s": seconds, "share of peak": flops / seconds / PEAK}
     except torch.OutOfMemoryError:
         row["GiB"] = "out of memory"
-    torch.cuda.empty_cache()
     return row
 
 

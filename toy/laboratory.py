@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from leap_align import BadInput
 from toy.cells import Cells
 from toy.probe import evaluations
 from toy.report import Direction, mean, tally, verdicts, write_csv
@@ -84,6 +85,16 @@ class Laboratory:
             for key in keys
             for budget, stop in scale.budgets.items()
         }
+
+    def runs(self, settings: list[dict[str, Any]], title: str) -> list[dict[str, dict]]:
+        """Evaluations of training runs by their stops; refuses one that broke, for a table needs all of its seeds."""
+        found = self.trials(settings, title)
+        for s, run in zip(settings, found):
+            if "failed" in run:
+                raise BadInput(
+                    f"{s['task']}, {s['method']}, lr {s['lr']}, seed {s['seed']} broke: {run['failed']:.200}"
+                )
+        return [run["stops"] for run in found]
 
     def costs(self, T: int, settings: list[dict[str, Any]]) -> list[float]:
         """Evaluations of the velocity that an iteration costs a sample."""

@@ -58,7 +58,7 @@ def trained(
     """
     built = fresh(task, smoke=smoke)
     run = begun(built, method, lr, batch, seed, ema, Hyper(**hyper))
-    norm, figures = 0.0, {}
+    norms, figures = [0.0], {}
     try:
         for i in range(max(stops) + 1):
             if i in stops:
@@ -66,10 +66,11 @@ def trained(
                     judged = built.evaluate(None, i)
                 if not all(map(math.isfinite, judged.values())):
                     return {"failed": f"samples broke by iteration {i}"}
-                figures[str(i)] = judged | {"grad_norm": norm / max(i, 1)}
+                figures[str(i)] = judged | {"grad_norm": sum(norms) / max(1, len(norms) - 1)}
             if i < max(stops):
                 with redirect_stdout(StringIO()):  # it would tell of every step left out, across the progress bar
-                    norm += run.step()["grad_norm"]
+                    norm = run.step()["grad_norm"]
+                norms += [norm] if math.isfinite(norm) else []
     except ValueError as error:  # BadInput, or a judge that was given infinite samples
         return {"failed": str(error)}
     return {"stops": figures}
