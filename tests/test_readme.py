@@ -1,5 +1,6 @@
 """The README: what it names exists, its snippet runs, its commands parse."""
 
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -23,6 +24,7 @@ COMMANDS = [
     for line in LINES
     if "train_leap_align.py" in line
 ]
+MODULES = [line.split("python -m ", 1)[1].split("#")[0].split() for line in LINES if "python -m " in line]
 TOOLS = [line.split("flux_adapter.py", 1)[1].split("#")[0].split() for line in LINES if "flux_adapter.py" in line]
 
 
@@ -60,8 +62,16 @@ def test_every_tool_and_its_flags_exist(command):
     assert {word[2:].replace("-", "_") for word in command if word.startswith("--")} <= set(known)
 
 
+@pytest.mark.parametrize("command", MODULES, ids=" ".join)
+def test_every_module_and_experiment_exists(command):
+    from toy.experiments import EXPERIMENTS
+
+    assert importlib.util.find_spec(command[0])
+    assert command[0] != "toy.experiments" or command[1] in {*EXPERIMENTS, "all"}
+
+
 def test_there_are_commands():
-    assert len(COMMANDS) >= 12 and len(TOOLS) >= 6
+    assert len(COMMANDS) >= 9 and len(TOOLS) >= 6 and len(MODULES) >= 8
 
 
 def test_the_snippet_trains():
