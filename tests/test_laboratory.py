@@ -388,3 +388,10 @@ def test_equal_compute_is_equal(name, folder):
         assert len(spent) >= 2
         # 29 an iteration is LeapAlign's; another method comes as near as half an iteration of its own allows.
         assert all(abs(total - 29 * least) <= total / max(1, n) / 2 + 1 or n == 0 for total, n in spent)
+
+
+def test_each_table_of_the_comparison_begins_with_the_model_before_training(folder):
+    experiments.main("compare", folder, workers=1, smoke=True)
+    with (folder / "compare.csv").open() as file:
+        methods = [row["method"] for row in csv.DictReader(file)]
+    assert methods.count("pretrained") == 2 * 2 * 2  # hinge policies, budgets, samples or compute
