@@ -1,5 +1,6 @@
 """The README: what it names exists, its snippet runs, its commands parse."""
 
+import csv
 import importlib.util
 import inspect
 import re
@@ -108,3 +109,18 @@ def test_the_toy_command_installs_what_is_pinned():
 def test_every_picture_exists():
     for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
         assert (ROOT / path).stat().st_size > 0
+
+
+def test_every_figure_of_the_laboratory_stands_in_its_tables():
+    """`a ± b` of the README is a value and its error of some row of the committed CSV files."""
+    section = re.search(r"## The laboratory.*?(?=## The trainer)", README, re.S).group()
+    told = set(re.findall(r"[+-]?\d+\.\d+ ± \d+\.\d+", section))
+    known = set()
+    for path in (ROOT / "toy" / "results").glob("*.csv"):
+        with path.open() as file:
+            for row in csv.DictReader(file):
+                pairs = [(row[name], row.get(f"{name}_error")) for name in row]
+                pairs += [(row.get("difference"), row.get("error"))]
+                for value, error in ((float(v), float(e)) for v, e in pairs if v and e):
+                    known |= {f"{value:{sign}.{d}f} ± {error:.{d}f}" for sign in ("", "+") for d in (2, 3)}
+    assert len(told) > 150 and not told - known

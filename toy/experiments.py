@@ -329,7 +329,14 @@ def pairs(lab: Laboratory) -> None:
             rows.append({"task": task, "pairs": kind} | spent | variances | summary([run[str(end)] for run in many]))
     parts = []
     for task in scale.tasks:
-        columns = ["pairs", "budget", "iterations", "evaluations", *variances, *FIGURES[task]]
+        columns = [
+            "pairs",
+            "budget",
+            "iterations",
+            "evaluations",
+            *(f"variance, {what}" for what in SCATTERS),
+            *FIGURES[task],
+        ]
         title = f"### {task}, equal compute (n = {len(scale.seeds)}, mean ± standard error)\n\n"
         parts.append(title + markdown([row for row in rows if row["task"] == task], columns))
     lab.publish("pairs", rows, "\n\n".join(parts))
