@@ -10,7 +10,7 @@ from torch import nn
 import train_leap_align as trainer
 from leap_align import METHODS, BadInput, Hyper, uniform_times
 from toy import benchmark, learn
-from toy.benchmark import bare_step, floor, flops, network_flops, saved_bytes, two_pass
+from toy.benchmark import bare_step, floor, flops, network_flops, saved_bytes, two_pass, typical
 
 B, IN, HIDDEN, T = 3, 4, 5, 6
 FORWARD = 2 * B * IN * HIDDEN + 2 * B * HIDDEN * IN  # 240: a product and a sum for each entry of two matrices
@@ -48,8 +48,23 @@ def test_floor_of_a_known_network(task):
 @pytest.mark.parametrize("name", COSTS)
 def test_operations_of_a_method_by_hand(task, name):
     method = {**METHODS, "two passes": two_pass}[name]
-    run = SimpleNamespace(iteration=0, task=task, hyper=Hyper())
-    assert network_flops(run, method, task.velocity(None), torch.randn(B, IN)) == COSTS[name]
+    velocity, x = task.velocity(None), torch.randn(B, IN)
+    assert network_flops(method, velocity, x, task.times, Hyper(), seed=0) == COSTS[name]
+
+
+def test_typical_draws_cost_the_mean_of_all_draws(task):
+    """Over i_min = 1..11 and s = 1..13: 26 - i_min forwards, and a backward at s if it is run, at s + 12 always."""
+    velocity, x, times, hyper = task.velocity(None), torch.randn(B, IN), uniform_times(25), Hyper()
+    every = [(i_min, s) for i_min in range(1, 12) for s in range(1, 14)]
+    mean = {
+        "refl": sum((26 - i_min) * FORWARD + BACKWARD for i_min, _ in every) / len(every),
+        "drtune": sum((26 - i_min) * FORWARD + (1 + (s >= i_min)) * BACKWARD for i_min, s in every) / len(every),
+    }
+    for name, draws in (("refl", 1), ("drtune", 13)):
+        seeds = typical(METHODS[name], times, hyper)
+        counted = [network_flops(METHODS[name], velocity, x, times, hyper, seed) for seed in seeds]
+        assert len(seeds) == draws and sum(counted) / draws == pytest.approx(mean[name], rel=1e-12)
+    assert len(typical(METHODS["leap_align"], times, hyper)) == 1
 
 
 def test_leap_align_is_at_the_floor_on_the_toys_network():
@@ -57,8 +72,8 @@ def test_leap_align_is_at_the_floor_on_the_toys_network():
     net = benchmark.learn.VelocityNet((2,), 8, width=16, depth=2)
     velocity, x = lambda x, t: net(x, t, torch.zeros(8, dtype=torch.long)), torch.randn(shape)
     times = uniform_times(25)
-    run = SimpleNamespace(iteration=3, task=SimpleNamespace(times=times), hyper=Hyper())
-    assert network_flops(run, METHODS["leap_align"], velocity, x) <= 1.01 * floor(velocity, x, times)
+    counted = network_flops(METHODS["leap_align"], velocity, x, times, Hyper(), seed=3)
+    assert counted <= 1.01 * floor(velocity, x, times)
 
 
 def test_bare_step_is_at_the_floor_and_reaches_every_weight(task, net):

@@ -60,6 +60,7 @@ from leap_align import (
 )
 from toy import learn
 from toy.cost_chart import JOB, SHARES, Row, draw
+from toy.probe import finish, seeded
 from toy.report import markdown, write_csv
 
 TINY = {"flux": (), "sd3": ("--sd3",)}
@@ -78,7 +79,7 @@ class Options:
     """Some of toy, digits, flux and sd3; the last two are tiny random pipelines and need diffusers."""
     parts: tuple[str, ...] = ("flops", "memory", "time", "job", "gpu")
     """Some of flops, memory, time (with shares), job and gpu."""
-    seconds: float = 30.0
+    seconds: float = 60.0
     """How long each task's step is timed against its bare step."""
 
 
@@ -109,6 +110,11 @@ def start(name: str, folder: Path, *flags: str) -> trainer.Run:
     run.generator.rows = run.parts()[0]
     torch.set_num_threads(1)
     return run
+
+
+def label(name: str) -> str:
+    """A task's name in tables and figure: nobody shall take a tiny pipeline's figures for FLUX's."""
+    return f"tiny {name}" if name in TINY else name
 
 
 def make_tiny(names: list[str], folder: Path) -> None:
@@ -176,15 +182,32 @@ def floor(velocity: Velocity, x: Tensor, times: Tensor) -> int:
     return (len(times) - 1) * forward + backward(x) + backward(x.clone().requires_grad_())
 
 
-def network_flops(run: trainer.Run, method: Callable[..., Endpoints], velocity: Velocity, x: Tensor) -> int:
+def network_flops(
+    method: Callable[..., Endpoints], velocity: Velocity, x: Tensor, times: Tensor, hyper: Hyper, seed: int
+) -> int:
     """A method's operations in the velocity network alone: the reward is a sum."""
 
     def step() -> None:
-        generator = torch.Generator().manual_seed(run.iteration)
-        for x_0, _ in method(velocity, x, run.task.times, run.hyper, generator):
+        for x_0, _ in method(velocity, x, times, hyper, seeded(seed)):
             x_0.sum().backward()
 
     return flops(step)
+
+
+def typical(method: Callable[..., Endpoints], times: Tensor, hyper: Hyper) -> list[int]:
+    """Seeds of draws whose operations have the mean of all draws'.
+
+    Operations are linear in the early stop i_min, uniform over 1..m, so that its middle stands for all (m odd);
+    every start s of DRTune is taken, for it decides how many of the trained timesteps are run.
+    """
+    found, middle = {}, (1 + hyper.m) // 2
+    for seed in range(2000):
+        _, drawn = finish(method(lambda x, t: 0 * x, torch.zeros(1, 1), times, hyper, seeded(seed)))
+        if "i_min" not in drawn:  # every draw costs the same
+            return [seed]
+        if drawn["i_min"] == middle:
+            found.setdefault(drawn.get("s"), seed)
+    return list(found.values())
 
 
 def count(name: str, folder: Path) -> list[Row]:
@@ -201,12 +224,14 @@ def count(name: str, folder: Path) -> list[Row]:
         methods = {"leap_align": METHODS["leap_align"]} if suffix else {**METHODS, "two passes": two_pass}
         for method, run.method in tqdm(methods.items(), f"{name}: operations", leave=False):
             network, whole = [], []
-            for run.iteration in range(1 if name in TINY else 5):  # refl and drtune stop early, at a random step
-                network.append(network_flops(run, run.method, velocity, x))
+            for seed in typical(run.method, run.task.times, run.hyper):
+                network.append(network_flops(run.method, velocity, x, run.task.times, run.hyper, seed))
+                run.generator.manual_seed(seed)
                 whole.append(flops(partial(run.backward, condition, x)))
             ratios = [statistics.mean(v) / m for v, m in zip((network, whole), least)]
             counted = {"GFLOP": statistics.mean(whole) / len(x) / 1e9}
-            rows.append({"task": name, "method": method + suffix, "network": ratios[0], "all": ratios[1], **counted})
+            about = {"task": label(name), "method": method + suffix}
+            rows.append(about | {"network": ratios[0], "all": ratios[1], **counted})
     return rows
 
 
@@ -243,7 +268,7 @@ def memory(name: str, folder: Path) -> list[Row]:
         flags = ("--no-gradient-checkpointing", "--batch-size", "1") if name in TINY else ()
         run = start(name, folder, "--T", str(T), *flags)
         condition, x = batch(run)
-        row: Row = {"task": name, "T": T}
+        row: Row = {"task": label(name), "T": T}
         for method in ("leap_align", "full_backprop"):
             endpoints = METHODS[method](run.task.velocity(condition), x, run.task.times, run.hyper, run.generator)
             row[f"{method} MiB"] = saved_bytes(partial(next, endpoints), run.task.model) / 2**20
@@ -339,11 +364,11 @@ def race(name: str, folder: Path, seconds: float) -> tuple[Row, Row]:
     ms = {"step ms": 1e3 * statistics.median(steps), "bare ms": 1e3 * statistics.median(bares)}
     descend = optimizer[""] / sum(steps) * ratios[1]
     noise = {"quartiles": f"{ratios[0]:.3f}-{ratios[2]:.3f}", "steps": len(steps)}
-    row = {"task": name, **ms, "ratio": ratios[1], "of it optimizer, EMA": descend, **noise}
+    row = {"task": label(name), **ms, "ratio": ratios[1], "of it optimizer, EMA": descend, **noise}
     with watched(run, spent):
         total = sum(clock(run.step) for _ in range(max(3, len(steps) // 4)))
     spent["other"] = total - sum(spent.values())
-    return row, {"task": name, **{share: spent[share] / total for share in SHARES}}
+    return row, {"task": label(name), **{share: spent[share] / total for share in SHARES}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
