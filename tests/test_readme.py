@@ -124,3 +124,23 @@ def test_every_figure_of_the_laboratory_stands_in_its_tables():
                 for value, error in ((float(v), float(e)) for v, e in pairs if v and e):
                     known |= {f"{value:{sign}.{d}f} ± {error:.{d}f}" for sign in ("", "+") for d in (2, 3)}
     assert len(told) > 150 and not told - known
+
+
+def test_every_figure_of_the_benchmark_stands_in_its_tables():
+    """Each number in a table of the README is one of the committed CSV file's, rounded."""
+    section = re.search(r"## What a step costs.*?(?=## FLUX)", README, re.S).group()
+    heads = {
+        "| operations": "flops",
+        "| MiB": "memory",
+        "| a step | trainer": "time",
+        "| main job": "job",
+    }
+    for head, name in heads.items():
+        table = section[section.index(head) :].split("\n\n")[0].splitlines()[2:]
+        told = set(re.findall(r"\d+(?:\.\d+)?", " ".join(line.split("|", 2)[2] for line in table)))
+        known = set()
+        with (ROOT / "toy" / "results" / f"benchmark-{name}.csv").open() as file:
+            for value in (value for row in csv.DictReader(file) for value in row.values()):
+                numbers = map(float, re.findall(r"(?<![\w.])\d+\.?\d*(?:e-\d+)?", value))
+                known |= {f"{number:.{digits}f}" for number in numbers for digits in range(4)}
+        assert len(told) >= 6 and not told - known, (name, told - known)
