@@ -502,8 +502,9 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer's blocks, which diffusers itself lists as the parts worth compiling."""
-    return [module for module in model.modules() if type(module).__name__ in model._repeated_blocks]
+    """The transformer's blocks, which diffusers itself lists as the parts worth compiling, FSDP2-wrapped or not."""
+    names = set(model._repeated_blocks)
+    return [module for module in model.modules() if names & {kind.__name__ for kind in type(module).__mro__}]
 
 
 def text_encoders(pipeline: Any) -> list[nn.Module]:

@@ -13,7 +13,7 @@ from leap_align import Hyper, leap_trajectory, similarity_weight, uniform_times
 from tests.problems import Net, euler, grid, randn, seeded
 from toy import cells, experiments, fidelity, laboratory, probe, variants
 from toy.report import Direction, markdown, mean, number, tally, verdicts
-from toy.trial import SMOKE, trained
+from toy.trial import SMOKE_OPTIONS, trained
 
 # Variants
 
@@ -228,7 +228,7 @@ def test_two_processes_fill_the_same_cells(tmp_path):
 
 
 def test_a_trial_is_what_the_trainer_does(tmp_path):
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMOKE.items()]
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMOKE_OPTIONS.items()]
     out = tmp_path / "run"
     trainer.main(
         [*flags, "--iterations=3", "--batch-size=64", "--lr=1e-3", "--seed=7", "--method=drtune", f"--out={out}"]
@@ -383,7 +383,7 @@ def test_equal_compute_is_equal(name, folder):
     experiments.main(name, folder, workers=1, smoke=True)
     with (folder / f"{name}.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row.get("equal") != "samples" and row["iterations"]]
-    for budget, least in (("small", 1), ("large", 2)):
+    for budget, least in laboratory.SMOKE.budgets.items():
         spent = [(int(row["evaluations"]), int(row["iterations"])) for row in rows if row["budget"] == budget]
         assert len(spent) >= 2
         # 29 an iteration is LeapAlign's; another method comes as near as half an iteration of its own allows.

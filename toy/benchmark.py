@@ -8,20 +8,24 @@ k to the weights alone, for x_k is a constant, of the one at j to its input x_j 
 forward and B, B+x those of the two backwards, floor = T F + B + B+x: about (T + 4) F, as a backward is two forwards
 less the first layer's gradient to its input.  It is counted on single calls, without a method and without checkpoints.
 
-The bare step.  A loop written by hand that calls the models as often and in the same shapes, as the trainer holds them
-(FLUX and SD3.5 under FSDP2), and does nothing else: prompts encoded, T velocities, two of them differentiated, decode,
-reward, one backward.  No noise is drawn, no weight is changed.
+The bare step.  A loop written by hand that calls the models as often and in the same shapes, and does nothing else:
+prompts encoded, T velocities, two of them differentiated, decode, reward, one backward.  No noise is drawn, no weight
+is changed.  The trainer holds FLUX and SD3.5 under FSDP2; the bare step is timed on that and on the plain model.
 
-    flops.csv    operations over the floor, by torch's FlopCounterMode: exact, attention counted as matrix products
+    flops.csv    operations by torch's FlopCounterMode, which counts matrix products and convolutions (attention as its
+                 products), exactly: of the network over the floor, and of everything over the bare step
     memory.csv   bytes saved for backward against T: exact, each storage once, no weights
-    time.csv     seconds of the trainer's step and of the bare step, in turns; their ratio, and its quartiles
+    time.csv     milliseconds of the trainer's step and of the bare step, in turns, on one thread; median of the ratios
     shares.csv   where the seconds of a step go
     job.csv      where the seconds of `python train_leap_align.py` go, at first and with the networks in the cache
     gpu.csv      FLUX.1-dev's architecture with random weights at 720 px: only where CUDA is found
+
+A table that is measured again is written anew: give another --out to keep both.
 """
 
 import io
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -41,6 +45,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -95,17 +100,9 @@ def start(name: str, folder: Path, *flags: str) -> trainer.Run:
     arguments = ["--task", name]
     if name in TINY:
         model = folder / name
-        arguments += [
-            "--model",
-            str(model),
-            "--prompts",
-            str(folder / "prompts.txt"),
-            "--height",
-            "64",
-            "--width",
-            "64",
-        ]
-        arguments += ["--reward-weights", str(model / "reward"), "--batch-size", "4"]
+        arguments += ["--model", str(model), "--reward-weights", str(model / "reward")]
+        arguments += ["--prompts", str(folder / "prompts.txt")]
+        arguments += ["--height", "64", "--width", "64", "--batch-size", "4"]
     run = trainer.build(*trainer.parse([*arguments, *flags]))
     run.generator.rows = run.parts()[0]
     torch.set_num_threads(1)
@@ -328,13 +325,15 @@ def watched(run: trainer.Run, seconds: dict[str, float]):
 
     replaced = {"velocity": watched_velocity, "decode": watched_decode, "reward": timed(seconds, "reward", task.reward)}
     replaced |= {name: timed(seconds, "data", getattr(task, name)) for name in ("conditions", "noise")}
+    update = timed(seconds, "optimizer", run.descend)
     with ExitStack() as stack:
         for name, action in replaced.items():
             stack.enter_context(patch.object(task, name, action))
-        stack.enter_context(patch.object(run.optimizer, "step", timed(seconds, "optimizer", run.optimizer.step)))
+        stack.enter_context(patch.object(run, "descend", update))
         stack.enter_context(patch.object(run.ema, "update", timed(seconds, "EMA", run.ema.update)))
         stack.enter_context(patch.object(Tensor, "backward", backward))
         yield
+    seconds["optimizer"] -= seconds["EMA"]  # a part of the update
 
 
 def clock(action: Callable[[], object]) -> float:
@@ -344,30 +343,65 @@ def clock(action: Callable[[], object]) -> float:
     return now() - begin
 
 
-def race(name: str, folder: Path, seconds: float) -> tuple[Row, Row]:
-    """The trainer's step against the bare one, in turns; and, in further steps, where the step's seconds go.
+def contenders(run: trainer.Run) -> dict[str, Callable[[], object]]:
+    """The trainer's step, the bare one, and where FSDP2 holds the model, the bare one on the model without it."""
+    task = run.task
+    bare = partial(bare_step, task, *batch(run))
+    if not isinstance(task.model, FSDPModule):
+        return {"step": run.step, "bare": bare}
+    import diffusers
 
-    The ratio is the median over neighbouring pairs, so that a machine that is slow for a while is so for both.
+    kind, folder = getattr(diffusers, task.transformer_name), task.folder / "transformer"
+    plain = kind.from_pretrained(folder, torch_dtype=task.dtype, local_files_only=True).to(task.device)
+    if task.options.gradient_checkpointing:
+        plain.enable_gradient_checkpointing()
+
+    def unwrapped() -> None:
+        with patch.object(task, "model", plain):
+            bare()
+        plain.zero_grad()
+
+    return {"step": run.step, "bare": bare, "unwrapped": unwrapped}
+
+
+def race(run: trainer.Run, name: str, seconds: float) -> dict[str, list[float]]:
+    """Seconds of each contender, in turns, so that a machine that is slow for a while is so for all.
+
+    The order is drawn anew in every round: whoever follows the same one finds its weights in the cache, or does not.
     """
-    run = start(name, folder)
-    condition, x = batch(run)
+    actions, laps, order = contenders(run), defaultdict(list), random.Random(0)
     run.step()  # what only the first one has to do is left out
-    spent, steps, bares, optimizer = defaultdict(float), [], [], defaultdict(float)
     bar = tqdm(total=seconds, desc=f"{name}: time", bar_format="{desc} {bar} {elapsed}", leave=False)
-    with bar, patch.object(run, "descend", timed(optimizer, "", run.descend)):
-        while len(steps) < 3 or bar.n < seconds:
-            bares.append(clock(lambda: bare_step(run.task, condition, x)))
-            run.optimizer.zero_grad()
-            steps.append(clock(run.step))
-            bar.update(min(bares[-1] + steps[-1], seconds - bar.n))
-    ratios = statistics.quantiles([step / bare for step, bare in zip(steps, bares)])
-    ms = {"step ms": 1e3 * statistics.median(steps), "bare ms": 1e3 * statistics.median(bares)}
-    descend = optimizer[""] / sum(steps) * ratios[1]
-    noise = {"quartiles": f"{ratios[0]:.3f}-{ratios[2]:.3f}", "steps": len(steps)}
-    row = {"task": label(name), **ms, "ratio": ratios[1], "of it optimizer, EMA": descend, **noise}
-    with watched(run, spent):
-        total = sum(clock(run.step) for _ in range(max(3, len(steps) // 4)))
+    with bar:
+        while len(laps["step"]) < 3 or bar.n < seconds:
+            for contender in order.sample([*actions], len(actions)):
+                run.optimizer.zero_grad()
+                laps[contender].append(clock(actions[contender]))
+            bar.update(min(sum(lap[-1] for lap in laps.values()), seconds - bar.n))
+    return laps
+
+
+def overhead(steps: list[float], bares: list[float]) -> tuple[float, float, str]:
+    """Median of the ratios of neighbours, its standard error were they normal, and the quartiles."""
+    low, median, high = statistics.quantiles([step / bare for step, bare in zip(steps, bares)])
+    error = 1.2533 * (high - low) / 1.349 / len(steps) ** 0.5
+    return median, error, f"{low:.3f}-{high:.3f}"
+
+
+def step_times(name: str, folder: Path, seconds: float) -> tuple[Row, Row]:
+    """The step beside the bare one; and, in further steps, where the step's seconds go."""
+    run = start(name, folder)
+    laps = race(run, name, seconds)
+    with watched(run, spent := defaultdict(float)):
+        total = sum(clock(run.step) for _ in range(max(3, len(laps["step"]) // 4)))
     spent["other"] = total - sum(spent.values())
+    ratio, error, quartiles = overhead(laps["step"], laps["bare"])
+    row = {"task": label(name)} | {f"{part} ms": 1e3 * statistics.median(laps[part]) for part in ("step", "bare")}
+    row |= {"ratio": ratio, "ratio_error": error, "quartiles": quartiles, "steps": len(laps["step"])}
+    row["of it update"] = ratio * (spent["optimizer"] + spent["EMA"]) / total
+    if "unwrapped" in laps:
+        row["unwrapped ms"] = 1e3 * statistics.median(laps["unwrapped"])
+        row["over unwrapped"], row["over unwrapped_error"], _ = overhead(laps["step"], laps["unwrapped"])
     return row, {"task": label(name), **{share: spent[share] / total for share in SHARES}}
 
 
@@ -424,7 +458,7 @@ def measure(options: Options, names: list[str], folder: Path) -> dict[str, list[
         if "memory" in options.parts:
             tables["memory"] += memory(name, folder)
         if "time" in options.parts:
-            for part, row in zip(("time", "shares"), race(name, folder, options.seconds)):
+            for part, row in zip(("time", "shares"), step_times(name, folder, options.seconds)):
                 tables[part].append(row)
         if "job" in options.parts and name not in TINY:
             tables["job"] += main_job(name, folder)
@@ -456,14 +490,17 @@ def main(options: Options) -> None:
         if "gpu" in options.parts and torch.cuda.is_available() and find_spec("diffusers"):
             from toy.full_size import survey
 
-            tables["gpu"] = survey(Path(folder))
-            write_csv(options.out / "gpu.csv", tables["gpu"])
+            for row in survey(Path(folder)):
+                tables["gpu"].append(row)
+                write_csv(options.out / "gpu.csv", tables["gpu"])
         elif "gpu" in options.parts:
             print("gpu: FLUX.1-dev's size was not measured, for there is no CUDA device (or no diffusers) here")
     for name, rows in tables.items():
-        print(f"\n{name}\n\n{markdown(rows, list(rows[0]))}")
-    draw(tables, options.out)
-    print(f"\ntables and figure are in {options.out}")
+        columns = dict.fromkeys(column for row in rows for column in row if not column.endswith("_error"))
+        print(f"\n{name}\n\n{markdown(rows, [*columns])}")
+    if tables:
+        draw(tables, options.out)
+        print(f"\ntables and figure are in {options.out}")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def ablations(path: Path, rows: Rows, stops: tuple[int, int]) -> None:
             task, stop = tasks[column // 2], stops[column % 2]
             some = [r for r in rows if (r["ablation"], r["task"], r["iterations"]) == (name, task, stop)]
             _options(axis, some)
-            axis.set_title(f"{name}: {task}, {stop} iterations", fontsize=9)
+            axis.set_title(f"{name}: {task}, {stop} iterations", fontsize=8)
     sheet.supylabel("reward")
     _keep(sheet, path)
 

@@ -33,8 +33,8 @@ def draw_memory(axis: Axes, rows: list[Row]) -> None:
     for i, name in enumerate(dict.fromkeys(row["task"] for row in rows)):
         some = [row for row in rows if row["task"] == name]
         T = [row["T"] for row in some]
-        axis.loglog(T, [row["leap_align MiB"] for row in some], f"C{i}o-", label=name)
-        axis.loglog(T, [row["full_backprop MiB"] for row in some], f"C{i}o--", alpha=0.6)
+        axis.loglog(T, [row["leap_align MiB"] for row in some], f"C{i}{'os^D'[i]}-", label=name, alpha=0.7)
+        axis.loglog(T, [row["full_backprop MiB"] for row in some], f"C{i}{'os^D'[i]}--", alpha=0.6)
     axis.set(title="saved for backward; dashed: full_backprop", xlabel="T", ylabel="MiB")
     axis.set_xticks(T, T)
     axis.minorticks_off()
@@ -42,14 +42,14 @@ def draw_memory(axis: Axes, rows: list[Row]) -> None:
 
 
 def draw_time(axis: Axes, rows: list[Row]) -> None:
-    """The ratio of each task with its quartiles, and the part of it that is not optimizer and EMA."""
+    """The ratio of each task with its quartiles, and the part of it that is the update of weights and average."""
     for i, row in enumerate(rows):
         low, high = map(float, row["quartiles"].split("-"))
         axis.barh(i, row["ratio"] - 1, color="C0")
-        axis.barh(i, row["of it optimizer, EMA"], color="C1")
+        axis.barh(i, row["of it update"], color="C1")
         axis.plot([low - 1, high - 1], [i, i], "k-", lw=2)
     axis.axvline(0.05, color="k", lw=0.8, ls=":")
-    axis.set(title="step over bare step, less 1; orange: optimizer, EMA", yticks=range(len(rows)))
+    axis.set(title="step over bare step, less 1; orange: the update", yticks=range(len(rows)))
     axis.set_yticklabels([row["task"] for row in rows])
     axis.invert_yaxis()
 

@@ -14,14 +14,14 @@ from toy.variants import VARIANTS
 from train_leap_align import Config, Run
 
 TASKS = {"toy": Modes, "digits": Digits}
-SMOKE = {"pretrain_steps": 60, "reward_steps": 60, "evaluation_samples": 160}
+SMOKE_OPTIONS = {"pretrain_steps": 60, "reward_steps": 60, "evaluation_samples": 160}
 """Options of a task for a look at the machinery; what comes out of it means nothing."""
 
 
 @cache
 def _built(name: str, T: int, smoke: bool) -> tuple[ToyTask, dict]:
     """A task and its pre-trained weights, once a process."""
-    task = TASKS[name](ToyOptions(**SMOKE if smoke else {}), T)
+    task = TASKS[name](ToyOptions(**SMOKE_OPTIONS if smoke else {}), T)
     return task, {key: value.clone() for key, value in task.model.state_dict().items()}
 
 
