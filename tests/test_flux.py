@@ -158,7 +158,8 @@ def test_rollout_is_the_pipelines(models, name, tolerance, T):
     assert (drawn(pipeline, x_T, PROMPTS[:2], T) - states[0]).abs().max() <= tolerance
     with torch.no_grad():
         images = task.decode(states[0])
-    assert (drawn(pipeline, x_T, PROMPTS[:2], T, "pt") - images).abs().max() <= tolerance
+    # The VAE's convolutions round by where their input lies in memory, on some processors.
+    assert (drawn(pipeline, x_T, PROMPTS[:2], T, "pt") - images).abs().max() <= 1e-5
     assert images.shape == (2, 3, 64, 96)
     assert (0 < images.min() and images.max() < 1) or task.measured["saturated"] > 0
 

@@ -352,7 +352,8 @@ def contenders(run: trainer.Run) -> dict[str, Callable[[], object]]:
     import diffusers
 
     kind, folder = getattr(diffusers, task.transformer_name), task.folder / "transformer"
-    plain = kind.from_pretrained(folder, torch_dtype=task.dtype, local_files_only=True).to(task.device)
+    plain = kind.from_pretrained(folder, torch_dtype=task.dtype, local_files_only=True, use_safetensors=True)
+    plain.to(task.device)
     if task.options.gradient_checkpointing:
         plain.enable_gradient_checkpointing()
 
