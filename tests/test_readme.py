@@ -4,6 +4,8 @@ import csv
 import importlib.util
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,6 +106,25 @@ def test_the_toy_command_installs_what_is_pinned():
     pinned = (ROOT / "requirements.txt").read_text().split("\n\n")[0].splitlines()[1:]
     (command,) = re.findall(r"pip install (torch==.*?) &&", README.replace("\\\n", ""))
     assert command.split() == pinned
+
+
+def test_the_toy_needs_no_more_than_its_command_installs(tmp_path):
+    """The main job to its end, checkpoint and all, where every other package of requirements.txt cannot be imported."""
+    _, others, _ = (ROOT / "requirements.txt").read_text().split("\n\n")
+    names = [line.split("==")[0].removesuffix("_torch") for line in others.splitlines()[1:]]
+    code = f"""
+import sys
+from pathlib import Path
+sys.modules |= dict.fromkeys({names})
+import train_leap_align
+from toy import learn
+learn.CACHE = Path({str(tmp_path)!r})
+train_leap_align.main({["--iterations", "1", "--batch-size", "4", "--pretrain-steps", "1", "--reward-steps", "1"]}
+                      + ["--evaluation-samples", "160", "--out", {str(tmp_path / "run")!r}])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "diffusers" in names and done.returncode == 0, done.stderr[-500:]
+    assert (tmp_path / "run" / "result.json").exists()
 
 
 def test_every_picture_exists():
