@@ -79,6 +79,10 @@ def test_leap_align_is_at_the_floor_on_the_toys_network():
 def test_bare_step_is_at_the_floor_and_reaches_every_weight(task, net):
     assert flops(partial(bare_step, task, None, torch.randn(B, IN))) == FLOOR
     assert all(p.grad.abs().sum() > 0 for p in net.parameters())
+    with_graph = []
+    task.velocity = lambda condition: lambda x, t: with_graph.append(torch.is_grad_enabled()) or net(x)
+    bare_step(task, None, torch.randn(B, IN))
+    assert len(with_graph) == T and sum(with_graph) == 2
 
 
 def test_fused_attention_counts_as_its_matrix_products():

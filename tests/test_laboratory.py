@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train_leap_align as trainer
-from leap_align import Hyper, leap_trajectory, similarity_weight, uniform_times
+from leap_align import BadInput, Hyper, leap_trajectory, similarity_weight, uniform_times
 from tests.problems import Net, euler, grid, randn, seeded
 from toy import cells, experiments, fidelity, laboratory, probe, variants
 from toy.report import Direction, markdown, mean, number, tally, verdicts
@@ -249,6 +249,34 @@ def test_a_trial_that_breaks_says_so_and_leaves_nothing_behind(capsys):
     after = trial(lr=1e-3)
     assert before == after
     assert not capsys.readouterr().out
+
+
+def test_a_step_left_out_has_no_part_in_the_mean_norm(monkeypatch):
+    norms = iter([3.0, math.nan, 5.0])
+    monkeypatch.setattr(trainer.Run, "step", lambda run: {"grad_norm": next(norms)})
+    figures = trained("toy", "leap_align", 1e-3, 0, [3], {"lam": 0.0}, smoke=True)["stops"]["3"]
+    assert figures["grad_norm"] == 4.0
+
+
+def test_a_table_refuses_a_run_that_broke(tmp_path, monkeypatch):
+    broke = lambda self, settings, title: [{"stops": {}}, {"failed": "too many\nsteps"}]  # noqa: E731
+    monkeypatch.setattr(laboratory.Laboratory, "trials", broke)
+    lab = laboratory.Laboratory(tmp_path, cells.Cells(tmp_path, 1), laboratory.SMOKE)
+    settings = [{"task": "toy", "method": "refl", "lr": lr, "seed": 0} for lr in (1e-3, 1e-2)]
+    with pytest.raises(BadInput, match=r"^toy, refl, lr 0.01, seed 0 broke: too many steps$"):
+        lab.runs(settings, "")
+
+
+def test_paces_are_measured_one_after_the_other(tmp_path, monkeypatch):
+    used = []
+
+    def results(self, cell, settings, title):
+        used.append(self.workers)
+        return [{"seconds": 0.5} for _ in settings]
+
+    monkeypatch.setattr(cells.Cells, "results", results)
+    lab = laboratory.Laboratory(tmp_path, cells.Cells(tmp_path, 8), laboratory.SMOKE)
+    assert lab.paces([("toy", "refl")], 3) == {("toy", "refl"): 0.5} and used == [1]
 
 
 def test_directions_by_hand():

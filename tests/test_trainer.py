@@ -193,6 +193,20 @@ def test_evaluation_and_model_are_of_the_averaged_weights(tmp_path, monkeypatch)
     assert not torch.equal(seen[-1][0], expected[0])
 
 
+@pytest.mark.parametrize("norm", [0.9, 1.1, 5.0])
+def test_a_gradient_is_scaled_to_the_clip_and_never_up(tmp_path, norm):
+    config, hyper, options, task = trainer.parse([*SMALL, "--clip", "1.0", "--out", str(tmp_path)])
+    run = trainer.build(config, hyper, options, task)
+    run.optimizer = torch.optim.SGD(run.parameters, lr=1.0)
+    before = [p.detach().clone() for p in run.parameters]
+    for p in run.parameters:
+        p.grad = torch.zeros_like(p)
+    run.parameters[0].grad.view(-1)[0] = norm
+    assert run.descend(0.0) == pytest.approx(norm)
+    moved = sum((p - old).square().sum() for p, old in zip(run.parameters, before)).sqrt()
+    assert moved.item() == pytest.approx(min(norm, 1.0), rel=1e-4)
+
+
 def test_the_gradient_is_clipped(tmp_path, monkeypatch):
     norms = []
     step = torch.optim.AdamW.step

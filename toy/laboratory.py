@@ -91,9 +91,8 @@ class Laboratory:
         found = self.trials(settings, title)
         for s, run in zip(settings, found):
             if "failed" in run:
-                raise BadInput(
-                    f"{s['task']}, {s['method']}, lr {s['lr']}, seed {s['seed']} broke: {run['failed']:.200}"
-                )
+                reason = " ".join(run["failed"].split())
+                raise BadInput(f"{s['task']}, {s['method']}, lr {s['lr']}, seed {s['seed']} broke: {reason:.200}")
         return [run["stops"] for run in found]
 
     def costs(self, T: int, settings: list[dict[str, Any]]) -> list[float]:
