@@ -138,11 +138,10 @@ def begin(out: Path, iterations: int) -> None:
 
 def signalled(folder: Path, whole: tuple, number: int) -> bool:
     """SIGTERM or SIGINT from outside: it saves, tells the status, and goes on."""
-    out = folder / "run"
-    pid = start(out)
-    while not (out / "metrics.csv").exists():
-        time.sleep(0.01)
-    time.sleep(draw.uniform(0, 0.5))
+    out, iterations = folder / "run", draw.randrange(45)
+    pid, log = start(out), out / "metrics.csv"
+    while not log.exists() or len(log.read_text().splitlines()) <= iterations:  # its first line names the columns
+        time.sleep(0.001)
     os.kill(pid, number)
     return finish(pid) == 128 + number and recovers(out, whole)
 
