@@ -30,6 +30,7 @@ FLAGS = "--pretrain-steps 300 --reward-steps 300 --evaluation-samples 160 --T 12
 FLAGS += "--iterations 60 --checkpoint-every 5 --evaluate-every 30".split()
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "train_leap_align.py"]
 draw = random.Random(0)
+tqdm.monitor_interval = 0  # its thread may hold tqdm's lock while a run is forked, which would then wait for ever
 
 
 def arguments(out: Path) -> list[str]:
