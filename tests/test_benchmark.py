@@ -10,7 +10,7 @@ from torch import nn
 import train_leap_align as trainer
 from leap_align import METHODS, BadInput, Hyper, uniform_times
 from toy import benchmark, learn
-from toy.benchmark import bare_step, floor, flops, network_flops, saved_bytes, two_pass, typical
+from toy.benchmark import TWO_PASSES, bare_step, floor, flops, network_flops, saved_bytes, typical
 
 B, IN, HIDDEN, T = 3, 4, 5, 6
 FORWARD = 2 * B * IN * HIDDEN + 2 * B * HIDDEN * IN  # 240: a product and a sum for each entry of two matrices
@@ -47,7 +47,7 @@ def test_floor_of_a_known_network(task):
 
 @pytest.mark.parametrize("name", COSTS)
 def test_operations_of_a_method_by_hand(task, name):
-    method = {**METHODS, "two passes": two_pass}[name]
+    method = {**METHODS, "two passes": TWO_PASSES}[name]
     velocity, x = task.velocity(None), torch.randn(B, IN)
     assert network_flops(method, velocity, x, task.times, Hyper(), seed=0) == COSTS[name]
 

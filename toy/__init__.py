@@ -7,7 +7,12 @@ nets.py     the velocity and the reward network
 learn.py    pre-training: flow matching, a reward from pairwise choices, and their cache
 pictures.py every figure that a toy run draws
 summary.py  several runs that differ in their seed, as one table
-benchmark.py   what a step costs, beside what it must cost
+
+What a step costs, `python -m toy.benchmark`:
+
+benchmark.py   operations, bytes and time, beside what they must be
+full_size.py   the same step with FLUX.1-dev's architecture, where a GPU is found
+cost_chart.py  its figure
 
 The experiments, `python -m toy.experiments`:
 

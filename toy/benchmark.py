@@ -58,15 +58,12 @@ from leap_align import (
     Endpoints,
     Hyper,
     Velocity,
-    leap_trajectory,
-    rollout,
-    sample_pair,
-    similarity_weight,
 )
 from toy import learn
 from toy.cost_chart import JOB, SHARES, Row, draw
 from toy.probe import finish, seeded
 from toy.report import markdown, write_csv
+from toy.variants import changed
 
 TINY = {"flux": (), "sd3": ("--sd3",)}
 TASKS = ("toy", "digits", *TINY)
@@ -148,12 +145,9 @@ def bare_step(task: trainer.Task, condition: Any, x: Tensor) -> None:
     task.reward(task.decode(x + graph), condition).mean().backward()
 
 
-def two_pass(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generator: torch.Generator) -> Endpoints:
-    """LeapAlign as its published pseudo-code has it: a rollout first, then both leaps' velocities once more."""
-    i_k, i_j = sample_pair(len(times) - 1, generator)
-    trajectory = leap_trajectory(velocity, rollout(velocity, x_T, times), times, i_k, i_j, hyper.alpha)
-    yield trajectory.x_0, similarity_weight(trajectory, hyper.tau)
-    return {}
+TWO_PASSES = changed
+"""LeapAlign as its published pseudo-code has it, a rollout first, then both leaps' velocities once more: what the
+ablations change a part of, here with none changed."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,7 +212,7 @@ def count(name: str, folder: Path) -> list[Row]:
         run.backward(condition, x)  # what is computed once a run is left out, as the encoding of SD3.5's empty prompt
         velocity = run.task.velocity(condition)
         least = least or (floor(velocity, x, run.task.times), flops(partial(bare_step, run.task, condition, x)))
-        methods = {"leap_align": METHODS["leap_align"]} if suffix else {**METHODS, "two passes": two_pass}
+        methods = {"leap_align": METHODS["leap_align"]} if suffix else {**METHODS, "two passes": TWO_PASSES}
         for method, run.method in tqdm(methods.items(), f"{name}: operations", leave=False):
             network, whole = [], []
             for seed in typical(run.method, run.task.times, run.hyper):
