@@ -33,21 +33,22 @@ S; a time is a number, a () tensor or, with one time a sample, a (B,) tensor in 
 """
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
-"""v_theta: x (B, *S) and t, () or (B,), to (B, *S); its condition c is closed over.  States stay in the precision of
-x_T: keep that float32 and return v in it, whatever the network computes in, or every step is rounded to v's."""
+"""v_theta: x (B, *S) and t, () or (B,), to (B, *S); its condition c is closed over.  States keep the dtype of x_T.  Use
+float32 and return v in float32, whatever the network computes in; otherwise every step is rounded to v's precision."""
 
 
 class BadInput(ValueError):
-    """An argument that cannot be right: one line that names it, its value and what is allowed."""
+    """A wrong argument: one line that names it, its value and what is allowed."""
 
 
 def _check_hyper(alpha: float = 0, tau: float = 1, lam: float | None = None) -> None:
@@ -74,8 +75,8 @@ def uniform_times(T: int) -> Tensor:
 def shifted_times(T: int, shift: float) -> Tensor:
     """The grid of FLUX and SD3: s u / (1 + (s - 1) u) over the even grid u, shape (T+1,).
 
-    A shift s > 1 spends more steps near the noise.  Written over s u + (1 - u), the same number, so that
-    times[T] is exactly 1.
+    A shift s > 1 spends more steps near the noise.  The denominator is written s u + (1 - u), which is the same
+    number, so that times[T] is exactly 1.
     """
     if not 0 < shift < math.inf:
         raise BadInput(f"shift={shift} must be positive and finite")
@@ -84,7 +85,7 @@ def shifted_times(T: int, shift: float) -> Tensor:
 
 
 def _steps(times: Tensor) -> int:
-    """T of a grid, which has to ascend from 0 to 1."""
+    """T of a grid, which must ascend from 0 to 1."""
     if not torch.is_tensor(times):
         raise BadInput(f"times={times!r:.40} must be a tensor (T+1,), as from uniform_times")
     if times.ndim != 1 or len(times) < 2 or times[0] != 0 or times[-1] != 1 or not (times.diff() > 0).all():
@@ -97,7 +98,7 @@ def _steps(times: Tensor) -> int:
 
 
 def _over_batch(t: Tensor | float, x: Tensor) -> Tensor | float:
-    """A time that broadcasts over x (B, *S): a number and () stay, (B,) becomes (B, 1, ..., 1)."""
+    """A time that broadcasts over x (B, *S): a number or () stays, (B,) becomes (B, 1, ..., 1)."""
     if not torch.is_tensor(t):
         return t
     if t.shape not in ((), x.shape[:1]):
@@ -121,7 +122,7 @@ def leap(x: Tensor, v: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
     """One-step leap from time t to time s (Eq. S8, S9, M4):  x̂_{s|t} = x_t - (t - s) v.
 
     x, v (B, *S); t, s a number, () or (B,).  Gradient flows to x and v.  Over one interval of the grid a leap
-    is the Euler step.  Raises BadInput where shapes differ.
+    is the Euler step.  Raises BadInput if the shapes differ.
     """
     if v.shape != x.shape:
         raise BadInput(f"the velocity's shape {tuple(v.shape)} must be the state's, {tuple(x.shape)}")
@@ -162,8 +163,8 @@ def interpolate(x_0: Tensor, x_1: Tensor, t: Tensor | float, path: Path = RECTIF
 def leap_general(x: Tensor, v: Tensor, t: Tensor | float, s: Tensor | float, path: Path) -> Tensor:
     """One-step leap along any path (Eq. S7):  x̂_{s|t} = a_s x̂_{0|t} + b_s x̂_{1|t}.
 
-    Eq. S5 and S6 with their fractions cleared, over a ḃ - ȧ b instead of a and b, which vanish at an end of
-    the path.  For RECTIFIED this is `leap`.  Arguments, gradient and errors as there.
+    Eq. S5 and S6 are multiplied out: they divide by a ḃ - ȧ b, not by a or b, which are 0 at one end of the path.
+    For RECTIFIED this is `leap`, with the same arguments, gradient and errors.
     """
     if v.shape != x.shape:
         raise BadInput(f"the velocity's shape {tuple(v.shape)} must be the state's, {tuple(x.shape)}")
@@ -177,8 +178,8 @@ def leap_general(x: Tensor, v: Tensor, t: Tensor | float, s: Tensor | float, pat
 def connect(x_hat: Tensor, x: Tensor) -> Tensor:
     """Latent connector (Eq. S11, S13, M5, M7):  the value of the real state x, the gradient of x̂.
 
-    The paper's x̂ + sg(x - x̂) is off by rounding (up to 1.6e-2 in bfloat16); summed as sg(x) + (x̂ - sg(x̂)) it
-    has the same gradient and is exactly x in every dtype.  Shapes (B, *S); x receives no gradient.
+    The paper's x̂ + sg(x - x̂) has a rounding error (up to 1.6e-2 in bfloat16).  Written as sg(x) + (x̂ - sg(x̂)),
+    it has the same gradient and is exactly x in every dtype.  Shapes (B, *S); x receives no gradient.
     """
     if x_hat.shape != x.shape:
         raise BadInput(f"x_hat of shape {tuple(x_hat.shape)} and x of shape {tuple(x.shape)} must agree")
@@ -188,7 +189,7 @@ def connect(x_hat: Tensor, x: Tensor) -> Tensor:
 def discount(x: Tensor, alpha: float) -> Tensor:
     """Gradient discounting (Eq. S17, M9):  the value of x, its gradient scaled by alpha in [0, 1].
 
-    The paper's alpha x + (1 - alpha) sg(x), summed as sg(x) + alpha (x - sg(x)) so that the value is exactly x.
+    The paper's alpha x + (1 - alpha) sg(x), written as sg(x) + alpha (x - sg(x)), so that the value is exactly x.
     """
     _check_hyper(alpha=alpha)
     return stop_gradient(x) + alpha * (x - stop_gradient(x))
@@ -218,7 +219,7 @@ def rollout(velocity: Velocity, x_T: Tensor, times: Tensor, i_end: int = 0) -> l
 class LeapTrajectory(NamedTuple):
     """A leap trajectory x_k -> x̂_{j|k} ⇢ x_j -> x̂_{0|j} ⇢ x_0.  All (B, *S).
 
-    x_0 and x_j are connected: real values, gradients of the leaps x_hat_0 and x_hat_j.
+    x_0 and x_j are connected: they have the values of the real states and the gradients of x_hat_0 and x_hat_j.
     """
 
     x_0: Tensor
@@ -270,13 +271,13 @@ def leap_rollout(velocity: Velocity, x_T: Tensor, times: Tensor, i_k: int, i_j: 
         else:
             with torch.no_grad():
                 v = velocity(x_t, t)
-        # The Euler step takes the value of v alone, or every later state would carry the graph of v_k along.
+        # The Euler step uses only the value of v; otherwise every later state would carry the graph of v_k.
         x_t = leap(x_t, stop_gradient(v), t, times[i - 1])
     return LeapTrajectory(connect(x_hat_0, x_t), x_hat_0, x_j, x_hat_j)  # S13
 
 
 def _at(states: list[Tensor], i: int | Tensor) -> Tensor:
-    """States x_i (B, *S) for one index, or for an index a sample."""
+    """States x_i (B, *S) for one index, or for one index a sample."""
     return torch.stack(states)[i, torch.arange(len(i), device=i.device)] if torch.is_tensor(i) and i.ndim else states[i]
 
 
@@ -297,7 +298,7 @@ def _check_pair(i_k: int | Tensor, i_j: int | Tensor, T: int, B: int | None = No
 
 
 def differentiable(reward: Tensor, x_0: Tensor) -> Tensor:
-    """The reward itself, if gradient can follow from it: (B,) for x_0 (B, *S), requiring grad if x_0 does."""
+    """The reward unchanged, if it can be trained on: (B,) for x_0 (B, *S), and requiring grad if x_0 does."""
     if reward.shape != x_0.shape[:1]:
         raise BadInput(f"reward of shape {tuple(reward.shape)} must be (B,) = {tuple(x_0.shape[:1])}")
     if x_0.requires_grad and not reward.requires_grad:
@@ -306,17 +307,17 @@ def differentiable(reward: Tensor, x_0: Tensor) -> Tensor:
 
 
 def checked(reward: Tensor, x_0: Tensor) -> Tensor:
-    """`differentiable`, and finite: for a loop of your own that has no other guard of its weights."""
+    """`differentiable`, and also finite: for a training loop that has no other protection against NaN."""
     if not differentiable(reward, x_0).isfinite().all():
         bad = (~reward.isfinite()).nonzero()[:, 0].tolist()
-        raise BadInput(f"the reward is not finite for samples {bad[:5]} of {len(reward)}: lower lr, or look at them")
+        raise BadInput(f"the reward is not finite for samples {bad[:5]} of {len(reward)}: lower lr, or inspect them")
     return reward
 
 
 def hinge(reward: Tensor, lam: float | None) -> Tensor:
     """L_raw (Eq. M11):  max(0, lambda - r).  reward (B,) to (B,); gradient -1 below lambda, 0 above.
 
-    lam=None drops the hinge, -r, which is what Algorithm 1 prints.
+    lam=None drops the hinge and gives -r, as Algorithm 1 prints it.
     """
     if reward.ndim != 1:
         raise BadInput(f"reward of shape {tuple(reward.shape)} must be (B,): one number a sample")
@@ -325,7 +326,7 @@ def hinge(reward: Tensor, lam: float | None) -> Tensor:
 
 
 def distances(trajectory: LeapTrajectory) -> tuple[Tensor, Tensor]:
-    """d_j, d_0 (Eq. M12): mean |x - x̂| of each sample at either connection, both (B,), no gradient."""
+    """d_j, d_0 (Eq. M12): mean |x - x̂| of each sample at the two connectors, both (B,), no gradient."""
     x_0, x_hat_0, x_j, x_hat_j = (stop_gradient(x) for x in trajectory)
     d_j = (x_j - x_hat_j).abs().reshape(len(x_0), -1).mean(1)
     d_0 = (x_0 - x_hat_0).abs().reshape(len(x_0), -1).mean(1)
@@ -335,7 +336,7 @@ def distances(trajectory: LeapTrajectory) -> tuple[Tensor, Tensor]:
 def similarity_weight(trajectory: LeapTrajectory, tau: float) -> Tensor:
     """Trajectory-similarity weight (Eq. M12):  w_sim = 1 / (max(d_j, tau) + max(d_0, tau)).
 
-    (B,), no gradient, in (0, 1/(2 tau)].  tau > 0 keeps a leap that happens to fit perfectly from outweighing all.
+    (B,), no gradient, in (0, 1/(2 tau)].  tau > 0 bounds the weight of a leap that happens to fit perfectly.
     """
     _check_hyper(tau=tau)
     d_j, d_0 = distances(trajectory)
@@ -345,7 +346,7 @@ def similarity_weight(trajectory: LeapTrajectory, tau: float) -> Tensor:
 def objective(reward: Tensor, weight: Tensor, lam: float | None) -> Tensor:
     """The loss (Eq. M13):  mean over the batch of sg(w_sim) max(0, lambda - r).
 
-    reward, weight (B,) to ().  Gradient flows to the reward alone.
+    reward, weight (B,) to ().  Gradient flows to the reward only.
     """
     if weight.shape != reward.shape:
         raise BadInput(f"reward of shape {tuple(reward.shape)} and weight of {tuple(weight.shape)} must both be (B,)")
@@ -362,35 +363,37 @@ def sample_pair(
 ) -> tuple:
     """Timesteps (i_k, i_j), uniform over all pairs low <= i_j < i_k <= high (Algorithm 1, line 7).
 
-    Two ints, or with a size two (size,) integer tensors.  high=None means T.  i_j = 0 is never drawn: it would
-    leave the second leap without length.
+    Two ints, or with a size two (size,) integer tensors.  high=None means T.  i_j = 0 is never drawn, because the
+    second leap would then have no length.
     """
     high = T if high is None else high
     if not 1 <= low < high <= T:
         raise BadInput(f"low={low}, high={high} must satisfy 1 <= low < high <= T={T}")
     a = _randint(low, high, generator, size)
     b = _randint(low, high - 1, generator, size)
-    b = b + (b >= a)  # skips a: of the other indices each is as likely
+    b = b + (b >= a)  # skip a: all other indices are equally likely
     i_k, i_j = torch.maximum(a, b), torch.minimum(a, b)
     return (int(i_k), int(i_j)) if size is None else (i_k, i_j)
 
 
 class BatchGenerator(torch.Generator):
-    """A generator whose holder works on `rows` of a batch of `size` samples.
+    """A generator for a caller that holds only `rows` of a batch of `batch_size` samples.
 
-    What a method draws for each sample is then drawn for the whole batch and cut to these rows, what it draws once
-    is shared: so N processes or N accumulated parts with the same seed do exactly what one does.
+    Draws per sample are made for the whole batch and cut to these rows; draws per batch are shared.  So N processes
+    or N microbatches that start from the same state draw exactly what one process draws.
     """
 
-    size: int
-    rows: slice
+    def __new__(cls, batch_size: int, rows: slice) -> "BatchGenerator":
+        generator = super().__new__(cls)
+        generator.batch_size, generator.rows = batch_size, rows
+        return generator
 
 
 def _batch(x: Tensor, generator: torch.Generator) -> tuple[int, slice]:
-    """How many samples to draw for, and which of them are those of x: all of them but under a BatchGenerator."""
+    """The number of samples to draw for, and the rows that belong to x: all of them without a BatchGenerator."""
     _check_generator(generator)
     if isinstance(generator, BatchGenerator):
-        return generator.size, generator.rows
+        return generator.batch_size, generator.rows
     return len(x), slice(None)
 
 
@@ -418,13 +421,13 @@ class Hyper:
     alpha: float = 0.3
     """Discount of the nested gradient, in [0, 1] (alpha; leap_align)."""
     tau: float = 0.1
-    """Least distance that the similarity weight tells apart (tau; leap_align)."""
+    """Lower bound of the distances in the similarity weight (tau; leap_align)."""
     lam: float | None = 0.55
-    """Reward above which a sample counts as good enough (lambda; every method); None trains on -reward."""
+    """Reward above which a sample gives no gradient (lambda; every method); None trains on -reward."""
     m: int = 11
-    """Early stop: the last step is drawn from the timesteps 1..m (m; refl, drtune)."""
+    """Early stop: the last timestep is drawn from 1..m (m; refl, drtune)."""
     K: int = 2
-    """Timesteps that are trained (K; drtune)."""
+    """Trained timesteps (K; drtune)."""
     n: int = 2
     """Re-noised copies of the image (n; draft_lv)."""
     low: int = 1
@@ -432,7 +435,7 @@ class Hyper:
     high: int | None = None
     """Greatest timestep of a pair, None for T (leap_align)."""
     pairs: Literal["batch", "sample"] = "batch"
-    """One pair (k, j) a batch, as in the paper, or a pair a sample, at two more evaluations (leap_align)."""
+    """One pair (k, j) a batch, as in the paper, or a pair a sample, for two more evaluations (leap_align)."""
 
     def __post_init__(self) -> None:
         _check_hyper(self.alpha, self.tau, self.lam)
@@ -443,11 +446,35 @@ class Hyper:
             raise BadInput(f"pairs={self.pairs!r} must be 'batch' or 'sample'")
 
 
-Endpoints = Generator[tuple[Tensor, Tensor], None, dict]
-"""What a method gives: pairs (x_0 with its graph (B, *S), weight (B,)), one loss and one backward each, so that one
-graph lives at a time; its return value names what was drawn and measured, for a log."""
+class Endpoints(Iterator[tuple[Tensor, Tensor]]):
+    """What a method returns: an iterator over pairs (x_0 with its graph (B, *S), weight (B,)).
+
+    Each pair takes one loss and one backward before the next is requested, so that one graph lives at a time.
+    After the last pair, `log` holds what the method drew and measured, such as i_k, i_j, d_j, d_0.
+    """
+
+    def __init__(self, pairs: Generator[tuple[Tensor, Tensor], None, dict]) -> None:
+        self.pairs, self.log = pairs, {}
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        try:
+            return next(self.pairs)
+        except StopIteration as end:
+            self.log = end.value or self.log
+            raise
 
 
+def method(pairs: Callable[..., Generator[tuple[Tensor, Tensor], None, dict]]) -> Callable[..., Endpoints]:
+    """Decorates a generator function, which yields the pairs and returns the log, so that it returns Endpoints."""
+
+    @wraps(pairs)
+    def endpoints(*arguments, **keywords) -> Endpoints:
+        return Endpoints(pairs(*arguments, **keywords))
+
+    return endpoints
+
+
+@method
 def refl(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generator: torch.Generator) -> Endpoints:
     """ReFL: sample without gradient, stop early at t_min, leap to the image with gradient."""
     i_min = _draw_stop(times, hyper, generator)  # line 2
@@ -458,8 +485,9 @@ def refl(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generator
     return {"i_min": i_min}
 
 
+@method
 def draft_lv(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generator: torch.Generator) -> Endpoints:
-    """DRaFT-LV: gradient through the last step, then through n more last steps from the image noised again."""
+    """DRaFT-LV: gradient through the last step, then through n more last steps from re-noised copies of the image."""
     size, rows = _batch(x_T, generator)
     x_1 = rollout(velocity, x_T, times, i_end=1)[0]
     t = times[1]
@@ -474,13 +502,14 @@ def draft_lv(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, gener
     return {}
 
 
+@method
 def drtune(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generator: torch.Generator) -> Endpoints:
-    """DRTune: gradient through the outputs of K spread timesteps, never through the network's input; early stop."""
+    """DRTune: gradient through the outputs of K evenly spaced timesteps, never through the input; early stop."""
     T, K = _steps(times), hyper.K
     if K > T:
         raise BadInput(f"K={K} must be at most T={T}")
     if hyper.m > (most := 1 + (K - 1) * (T // K)):
-        raise BadInput(f"m={hyper.m} must be at most 1 + (K-1)*floor(T/K) = {most}, or no trained timestep may be run")
+        raise BadInput(f"m={hyper.m} must be at most 1 + (K-1)*floor(T/K) = {most}, or a run may train no step")
     i_min = _draw_stop(times, hyper, generator)  # line 2
     s = int(_randint(1, T - (K - 1) * (T // K), generator))  # line 4
     i_train = {s + i * (T // K) for i in range(K)}  # line 5
@@ -493,8 +522,9 @@ def drtune(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generat
     return {"i_min": i_min, "s": s}
 
 
+@method
 def leap_align(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generator: torch.Generator) -> Endpoints:
-    """LeapAlign: gradient through two leaps between states of the rollout; weighted by their likeness to it."""
+    """LeapAlign: gradient through two leaps between states of the rollout; weight by how well they match it."""
     T, alpha = _steps(times), hyper.alpha
     if hyper.pairs == "batch":
         i_k, i_j = sample_pair(T, generator, hyper.low, hyper.high)  # line 7
@@ -508,10 +538,11 @@ def leap_align(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, gen
     return {"i_k": i_k, "i_j": i_j, "d_j": d_j, "d_0": d_0}
 
 
+@method
 def full_backprop(
     velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generator: torch.Generator
 ) -> Endpoints:
-    """What the methods avoid: gradient through all T steps of the sampling run, at T times the memory."""
+    """What the methods avoid: gradient through all T steps of the sampling run, with T times the memory."""
     x_t = stop_gradient(x_T)
     for i in range(_steps(times), 0, -1):
         x_t = leap(x_t, velocity(x_t, times[i]), times[i], times[i - 1])
@@ -536,6 +567,6 @@ def _draw_stop(times: Tensor, hyper: Hyper, generator: torch.Generator) -> int:
 
 
 def _randn(size: int, x: Tensor, generator: torch.Generator) -> Tensor:
-    """Gaussian noise in the sample shape, dtype and place of x; drawn where the generator lives."""
+    """Gaussian noise with the sample shape, dtype and device of x, drawn on the generator's device."""
     noise = torch.randn(size, *x.shape[1:], generator=generator, dtype=x.dtype, device=generator.device)
     return noise.to(x.device)

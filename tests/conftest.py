@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
 
 
 def pytest_configure(config):
@@ -23,3 +24,20 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """A folder with a tiny random pipeline of each task, and prompts.txt; only for tests that need diffusers."""
+    from tests.tiny_pipelines import write_models
+
+    return write_models(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def one_process():
+    """One thread, and no process group outlives its test."""
+    torch.set_num_threads(1)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()

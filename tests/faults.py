@@ -1,7 +1,7 @@
-"""What can happen to a run, done to it: `python -m tests.faults` (minutes; --short for the form that the tests run).
+"""Faults injected into runs: `python -m tests.faults` (minutes; --short for the four faults that the tests run).
 
-Each fault hits a small toy run, which is then resumed and has to end bit for bit like one that nothing happened to:
-the log, the figures and the weights.  The table at the end says how often it survived.
+Each fault hits a small toy run, which is then resumed and must end bit for bit like an undisturbed one: the log, the
+evaluators and the weights.  The table at the end counts how often the run survived.
 """
 
 import argparse
@@ -30,17 +30,17 @@ FLAGS = "--pretrain-steps 300 --reward-steps 300 --evaluation-samples 160 --T 12
 FLAGS += "--iterations 60 --checkpoint-every 5 --evaluate-every 30".split()
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "train_leap_align.py"]
 draw = random.Random(0)
-tqdm.monitor_interval = 0  # its thread may hold tqdm's lock while a run is forked, which would then wait for ever
+tqdm.monitor_interval = 0  # its thread may hold tqdm's lock at a fork, and the child would wait for it for ever
 
 
 def arguments(out: Path) -> list[str]:
-    """Flags that start the run, or go on with it where it has a checkpoint."""
-    begun = any((out / "checkpoint").glob("[0-9]*"))
-    return [*FLAGS, "--out", str(out), *(["--resume"] if begun else [])]
+    """Flags that start the run, or resume it if it has a checkpoint."""
+    has_checkpoint = any((out / "checkpoint").glob("[0-9]*"))
+    return [*FLAGS, "--out", str(out), *(["--resume"] if has_checkpoint else [])]
 
 
 def start(out: Path, before=lambda: None) -> int:
-    """The run in a process of its own, forked so that nothing has to be imported again; before() runs in it first."""
+    """The run in a forked process, which need not import anything again; before() runs in it first."""
     pid = os.fork()
     if pid:
         return pid
@@ -48,7 +48,7 @@ def start(out: Path, before=lambda: None) -> int:
     os.dup2(silence, 1)
     os.dup2(os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     status = 0
-    Modes.draw = trainer.curves = lambda *_: None  # pictures would take most of the time
+    Modes.draw_figures = trainer.report.draw_curves = lambda *_: None  # figures would take most of the time
     try:
         before()
         trainer.main(arguments(out))
@@ -68,7 +68,7 @@ def finish(pid: int) -> int:
 
 
 def outcome(out: Path) -> tuple:
-    """What has to be the same: the log without its seconds, the figures, the weights."""
+    """What must be equal: the log without its seconds, the evaluators, the weights."""
     with (out / "metrics.csv").open(newline="") as file:
         log = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
     result = json.loads((out / "result.json").read_text())
@@ -76,15 +76,15 @@ def outcome(out: Path) -> tuple:
     return log, result["before"], result["after"], {name: weight.tolist() for name, weight in weights.items()}
 
 
-def recovers(out: Path, whole: tuple) -> bool:
-    """The run goes on to the end, and nothing shows that it was disturbed."""
-    return finish(start(out)) == 0 and outcome(out) == whole
+def recovers(out: Path, expected: tuple) -> bool:
+    """Whether the run resumes to its end with the outcome of an undisturbed run."""
+    return finish(start(out)) == 0 and outcome(out) == expected
 
 
-# Faults: each gives True where nothing was lost
+# Faults: each returns True if nothing was lost
 
 
-def killed(folder: Path, whole: tuple, during_checkpoint: bool, kills: int = 1) -> bool:
+def killed(folder: Path, expected: tuple, during_checkpoint: bool, kills: int = 1) -> bool:
     """SIGKILL, at any moment or while a checkpoint is written."""
     out = folder / "run"
     for _ in range(kills):
@@ -93,62 +93,62 @@ def killed(folder: Path, whole: tuple, during_checkpoint: bool, kills: int = 1) 
         time.sleep(draw.uniform(0, 1))
         while during_checkpoint and not part.exists() and os.waitpid(pid, os.WNOHANG) == (0, 0):
             time.sleep(0.0005)
-        time.sleep(draw.uniform(0, 0.02) if during_checkpoint else 0)
+        time.sleep(draw.uniform(0, 0.005) if during_checkpoint else 0)
         try:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         except (ProcessLookupError, ChildProcessError):
-            break  # it was faster
+            break  # the run finished first
         if during_checkpoint and part.exists():
             INTERRUPTED.append(out)
-    return ((out / "result.json").exists() and outcome(out) == whole) or recovers(out, whole)
+    return ((out / "result.json").exists() and outcome(out) == expected) or recovers(out, expected)
 
 
 INTERRUPTED: list[Path] = []
 """Runs that were killed with half a checkpoint on the disk."""
 
 
-def damaged(folder: Path, whole: tuple, how: str) -> bool:
-    """The newest checkpoint cut off, or one bit of it flipped."""
+def damaged(folder: Path, expected: tuple, damage: str) -> bool:
+    """The newest checkpoint is cut off, or one bit of it is flipped."""
     out = folder / "run"
-    begin(out, iterations=draw.randrange(12, 55))
+    stop_after(out, iterations=draw.randrange(12, 55))
     newest = max((out / "checkpoint").glob("[0-9]*"))
     file = draw.choice(sorted(newest.iterdir()))
     content = bytearray(file.read_bytes())
     place = draw.randrange(len(content))
     content[place] ^= 1 << draw.randrange(8)
-    file.write_bytes(content if how == "flipped" else content[:place])
-    return recovers(out, whole)
+    file.write_bytes(content if damage == "flipped" else content[:place])
+    return recovers(out, expected)
 
 
-def begin(out: Path, iterations: int) -> None:
-    """A run that has got somewhere: SIGTERM after some iterations."""
+def stop_after(out: Path, iterations: int) -> None:
+    """A run that SIGTERM stops after some iterations."""
 
     def stop() -> None:
-        step = trainer.Run.step
+        step = trainer.Trainer.step
 
         def counted(self):
-            if self.iteration == iterations:
+            if self.progress.iteration == iterations:
                 os.kill(os.getpid(), signal.SIGTERM)
             return step(self)
 
-        trainer.Run.step = counted
+        trainer.Trainer.step = counted
 
     assert finish(start(out, stop)) == 128 + signal.SIGTERM
 
 
-def signalled(folder: Path, whole: tuple, number: int) -> bool:
-    """SIGTERM or SIGINT from outside: it saves, tells the status, and goes on."""
+def signalled(folder: Path, expected: tuple, number: int) -> bool:
+    """SIGTERM or SIGINT from outside: the run saves, exits with the signal's status, and resumes."""
     out, iterations = folder / "run", draw.randrange(45)
     pid, log = start(out), out / "metrics.csv"
     while not log.exists() or len(log.read_text().splitlines()) <= iterations:  # its first line names the columns
         time.sleep(0.001)
     os.kill(pid, number)
-    return finish(pid) == 128 + number and recovers(out, whole)
+    return finish(pid) == 128 + number and recovers(out, expected)
 
 
-def filled(folder: Path, whole: tuple) -> bool | None:
-    """A disk that runs full during a checkpoint, and later has room again; None where no disk can be mounted."""
+def filled(folder: Path, expected: tuple) -> bool | None:
+    """A disk that is full during a checkpoint and has room again later; None if no disk can be mounted."""
     disk = folder / "disk"
     disk.mkdir()
     mount = ctypes.CDLL(None).mount
@@ -156,43 +156,43 @@ def filled(folder: Path, whole: tuple) -> bool | None:
         return None
     try:
         out = disk / "run"
-        begin(out, iterations=12)
+        stop_after(out, iterations=12)
         ballast = disk / "ballast"
         free = shutil.disk_usage(disk).free
         ballast.write_bytes(bytes(max(0, free - draw.randrange(400_000))))
         status, line = finish(start(out)), out.with_suffix(".log").read_text().splitlines()[-1]
         ballast.unlink()
-        return status == 1 and "No space left" in line and recovers(out, whole)
+        return status == 1 and "No space left" in line and recovers(out, expected)
     finally:
         ctypes.CDLL(None).umount2(str(disk).encode(), 2)
 
 
-def poisoned(folder: Path, whole: tuple) -> bool:
-    """NaN from the reward now and then: those steps are left out, the weights stay finite."""
+def poisoned(folder: Path, expected: tuple) -> bool:
+    """NaN from the reward in some iterations: exactly those steps are skipped, the weights stay finite."""
     out, good = folder / "run", Modes.reward
     bad = set(draw.sample(range(60), 5))
 
     def poison() -> None:
-        step = trainer.Run.step
+        step = trainer.Trainer.step
 
         def counted(self):
-            Modes.reward = (lambda *a: good(*a) * math.nan) if self.iteration in bad else good
+            Modes.reward = (lambda *a: good(*a) * math.nan) if self.progress.iteration in bad else good
             try:
                 return step(self)
             finally:
                 Modes.reward = good
 
-        trainer.Run.step = counted
+        trainer.Trainer.step = counted
 
     if finish(start(out, poison)):
         return False
     log, _, _, weights = outcome(out)
-    left_out = {int(row["iteration"]) - 1 for row in log if float(row["skipped"])}
-    return left_out == bad and all(torch.tensor(weight).isfinite().all() for weight in weights.values())
+    skipped = {int(row["iteration"]) - 1 for row in log if float(row["skipped"])}
+    return skipped == bad and all(torch.tensor(weight).isfinite().all() for weight in weights.values())
 
 
-def lost_rank(folder: Path, whole: tuple) -> bool:
-    """SIGKILL for one of two processes; the two go on together."""
+def lost_rank(folder: Path, expected: tuple) -> bool:
+    """SIGKILL for one of two processes; a run of two processes then resumes."""
     out = folder / "run"
     while not (out / "result.json").exists():
         launched = subprocess.Popen(
@@ -209,7 +209,7 @@ def lost_rank(folder: Path, whole: tuple) -> bool:
                 return False
         elif launched.wait():
             return False
-    return outcome(out) == whole
+    return outcome(out) == expected
 
 
 # The table
@@ -218,31 +218,31 @@ SHORT = ("SIGKILL at any moment", "SIGKILL during a checkpoint", "disk full duri
 
 
 def two_processes(folder: Path) -> tuple:
-    """The outcome on two processes that nothing happens to."""
+    """The outcome of an undisturbed run on two processes."""
     subprocess.run([*TORCHRUN, *arguments(folder / "run")], cwd=ROOT, capture_output=True, check=True)
     return outcome(folder / "run")
 
 
 def main() -> None:
-    """Does every fault as often as asked, and prints the table; status 1 if anything was lost."""
+    """Injects every fault several times and prints the table; exit status 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="once, and only what has no test of its own")
+    parser.add_argument("--short", action="store_true", help="once, and only the faults without a test of their own")
     short = parser.parse_args().short
     home = Path(tempfile.mkdtemp())
-    finish(start(home / "whole"))
-    whole = outcome(home / "whole")
+    finish(start(home / "undisturbed"))
+    expected = outcome(home / "undisturbed")
     (home / "two").mkdir()
     two = None if short else two_processes(home / "two")
     faults = {
-        "SIGKILL at any moment": (lambda f: killed(f, whole, False), 15),
-        "SIGKILL during a checkpoint": (lambda f: killed(f, whole, True), 15),
-        "SIGKILL five times in one run": (lambda f: killed(f, whole, False, 5), 3),
-        "SIGTERM": (lambda f: signalled(f, whole, signal.SIGTERM), 5),
-        "SIGINT (Ctrl-C)": (lambda f: signalled(f, whole, signal.SIGINT), 5),
-        "checkpoint cut off": (lambda f: damaged(f, whole, "cut"), 10),
-        "checkpoint with one bit flipped": (lambda f: damaged(f, whole, "flipped"), 10),
-        "disk full during a checkpoint": (lambda f: filled(f, whole), 5),
-        "NaN from the reward": (lambda f: poisoned(f, whole), 5),
+        "SIGKILL at any moment": (lambda f: killed(f, expected, False), 15),
+        "SIGKILL during a checkpoint": (lambda f: killed(f, expected, True), 15),
+        "SIGKILL five times in one run": (lambda f: killed(f, expected, False, 5), 3),
+        "SIGTERM": (lambda f: signalled(f, expected, signal.SIGTERM), 5),
+        "SIGINT (Ctrl-C)": (lambda f: signalled(f, expected, signal.SIGINT), 5),
+        "checkpoint cut off": (lambda f: damaged(f, expected, "cut"), 10),
+        "checkpoint with one bit flipped": (lambda f: damaged(f, expected, "flipped"), 10),
+        "disk full during a checkpoint": (lambda f: filled(f, expected), 5),
+        "NaN from the reward": (lambda f: poisoned(f, expected), 5),
         "one of two processes killed": (lambda f: lost_rank(f, two), 3),
     }
     if short:

@@ -1,4 +1,4 @@
-"""Small problems and instruments that the tests share.  What a test expects is made here, not by leap_align."""
+"""Small problems and instruments that the tests share.  Expected values are made here, never by leap_align."""
 
 import math
 
@@ -62,7 +62,7 @@ def bumpy(x):
 
 
 class Recorder:
-    """A velocity that remembers of each call the time, and whether state and result carried a graph."""
+    """A velocity that records each call: the time, and whether the state and the result carry a graph."""
 
     def __init__(self, velocity):
         self.velocity, self.times, self.state_has_graph, self.has_graph = velocity, [], [], []
@@ -79,10 +79,6 @@ class Recorder:
 
 
 def run(name, *arguments):
-    """Runs a method to its end: its endpoints [(x_0, weight), ...] and what it says that it drew."""
-    endpoints, method = [], METHODS[name](*arguments)
-    while True:
-        try:
-            endpoints.append(next(method))
-        except StopIteration as end:
-            return endpoints, end.value
+    """A method's endpoints [(x_0, weight), ...] and its log."""
+    endpoints = METHODS[name](*arguments)
+    return list(endpoints), endpoints.log

@@ -1,21 +1,35 @@
-"""The benchmark's counts against counts by hand, and its files."""
+"""toy/benchmark/ against operations that are counted by hand, and its files."""
 
-from functools import partial
+import csv
+import runpy
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-import train_leap_align as trainer
 from leap_align import METHODS, BadInput, Hyper, uniform_times
-from toy import benchmark, learn
-from toy.benchmark import TWO_PASSES, bare_step, floor, flops, network_flops, saved_bytes, typical
+from runtime.counters import flop_count
+from toy import pretrain
+from toy.benchmark import __main__ as benchmark
+from toy.benchmark import operations
+from toy.benchmark.bare_step import bare_step
+from toy.benchmark.main_job import PARTS, measure_main_job
+from toy.benchmark.operations import (
+    METHODS_AND_TWO_PASSES,
+    floor_flop_count,
+    network_flop_count,
+    representative_seeds,
+)
+from toy.benchmark.step_time import SHARES, median_ratio, step_shares, steps_to_compare
+from toy.benchmark.stopwatch import Stopwatch
+from toy.benchmark.tasks import make_tiny_pipelines, run_module, start_trainer
+from toy.nets import VelocityNet
 
 B, IN, HIDDEN, T = 3, 4, 5, 6
 FORWARD = 2 * B * IN * HIDDEN + 2 * B * HIDDEN * IN  # 240: a product and a sum for each entry of two matrices
-BACKWARD = FORWARD + 2 * B * HIDDEN * IN  # 360: both weights' gradients, and that of the hidden layer
-BACKWARD_X = FORWARD + FORWARD  # 480: that of the input as well
+BACKWARD = FORWARD + 2 * B * HIDDEN * IN  # 360: the gradients of both weights and of the hidden layer
+BACKWARD_X = FORWARD + FORWARD  # 480: also that of the input
 FLOOR = 6 * 240 + 360 + 480
 COSTS = {"leap_align": FLOOR, "two passes": FLOOR + 2 * 240, "full_backprop": 6 * 240 + 360 + 5 * 480}
 
@@ -28,7 +42,7 @@ def net():
 
 @pytest.fixture
 def task(net):
-    """The least that a task can be; its reward costs no matrix product."""
+    """The smallest possible task; its reward costs no matrix product."""
     return SimpleNamespace(
         times=uniform_times(T),
         velocity=lambda condition: lambda x, t: net(x),
@@ -37,110 +51,95 @@ def task(net):
     )
 
 
+@pytest.fixture
+def random_networks(monkeypatch):
+    """No pre-training: random networks cost as much as trained ones."""
+    monkeypatch.setattr(pretrain, "fit_or_load", lambda *_: None)
+
+
+# Operations
+
+
 def test_the_constants_are_those_of_the_comments():
     assert (FORWARD, BACKWARD, BACKWARD_X, FLOOR) == (240, 360, 480, 2280)
 
 
-def test_floor_of_a_known_network(task):
-    assert floor(task.velocity(None), torch.randn(B, IN), task.times) == FLOOR
+def test_the_floor_of_a_known_network(task):
+    assert floor_flop_count(task.velocity(None), torch.randn(B, IN), task.times) == FLOOR
 
 
 @pytest.mark.parametrize("name", COSTS)
-def test_operations_of_a_method_by_hand(task, name):
-    method = {**METHODS, "two passes": TWO_PASSES}[name]
-    velocity, x = task.velocity(None), torch.randn(B, IN)
-    assert network_flops(method, velocity, x, task.times, Hyper(), seed=0) == COSTS[name]
+def test_the_operations_of_a_method_equal_those_counted_by_hand(task, name):
+    velocity, x_T = task.velocity(None), torch.randn(B, IN)
+    assert network_flop_count(METHODS_AND_TWO_PASSES[name], velocity, x_T, task.times, Hyper(), seed=0) == COSTS[name]
 
 
-def test_typical_draws_cost_the_mean_of_all_draws(task):
-    """Over i_min = 1..11 and s = 1..13: 26 - i_min forwards, and a backward at s if it is run, at s + 12 always."""
-    velocity, x, times, hyper = task.velocity(None), torch.randn(B, IN), uniform_times(25), Hyper()
-    every = [(i_min, s) for i_min in range(1, 12) for s in range(1, 14)]
+def test_the_two_pass_form_has_the_gradient_of_leap_align(task, net):
+    gradients, x_T = [], torch.randn(B, IN)
+    for name in ("leap_align", "two passes"):
+        generator = torch.Generator().manual_seed(0)
+        for x_0, _ in METHODS_AND_TWO_PASSES[name](task.velocity(None), x_T, task.times, Hyper(), generator):
+            gradients.append(torch.autograd.grad(x_0.sum(), list(net.parameters())))
+    torch.testing.assert_close(*gradients)
+
+
+def test_representative_draws_cost_the_mean_of_all_draws(task):
+    """Over i_min = 1..11 and s = 1..13: 26 - i_min forwards; a backward at s if it is run, and at s + 12 always."""
+    velocity, x_T, times, hyper = task.velocity(None), torch.randn(B, IN), uniform_times(25), Hyper()
+    draws = [(i_min, s) for i_min in range(1, 12) for s in range(1, 14)]
     mean = {
-        "refl": sum((26 - i_min) * FORWARD + BACKWARD for i_min, _ in every) / len(every),
-        "drtune": sum((26 - i_min) * FORWARD + (1 + (s >= i_min)) * BACKWARD for i_min, s in every) / len(every),
+        "refl": sum((26 - i_min) * FORWARD + BACKWARD for i_min, _ in draws) / len(draws),
+        "drtune": sum((26 - i_min) * FORWARD + (1 + (s >= i_min)) * BACKWARD for i_min, s in draws) / len(draws),
     }
-    for name, draws in (("refl", 1), ("drtune", 13)):
-        seeds = typical(METHODS[name], times, hyper)
-        counted = [network_flops(METHODS[name], velocity, x, times, hyper, seed) for seed in seeds]
-        assert len(seeds) == draws and sum(counted) / draws == pytest.approx(mean[name], rel=1e-12)
-    assert len(typical(METHODS["leap_align"], times, hyper)) == 1
+    for name, number in (("refl", 1), ("drtune", 13)):
+        seeds = representative_seeds(METHODS[name], times, hyper)
+        counts = [network_flop_count(METHODS[name], velocity, x_T, times, hyper, seed) for seed in seeds]
+        assert len(seeds) == number and sum(counts) / number == pytest.approx(mean[name], rel=1e-12)
+    assert len(representative_seeds(METHODS["leap_align"], times, hyper)) == 1
 
 
-def test_leap_align_is_at_the_floor_on_the_toys_network():
-    shape = (8, 2)
-    net = benchmark.learn.VelocityNet((2,), 8, width=16, depth=2)
-    velocity, x = lambda x, t: net(x, t, torch.zeros(8, dtype=torch.long)), torch.randn(shape)
-    times = uniform_times(25)
-    counted = network_flops(METHODS["leap_align"], velocity, x, times, Hyper(), seed=3)
-    assert counted <= 1.01 * floor(velocity, x, times)
+def test_leap_align_reaches_the_floor_on_the_network_of_the_toy():
+    net, x_T, times = VelocityNet((2,), 8, width=16, depth=2), torch.randn(8, 2), uniform_times(25)
+    velocity = lambda x, t: net(x, t, torch.zeros(8, dtype=torch.long))  # noqa: E731
+    count = network_flop_count(METHODS["leap_align"], velocity, x_T, times, Hyper(), seed=3)
+    assert count <= 1.01 * floor_flop_count(velocity, x_T, times)
 
 
-def test_bare_step_is_at_the_floor_and_reaches_every_weight(task, net):
-    assert flops(partial(bare_step, task, None, torch.randn(B, IN))) == FLOOR
+def test_the_bare_step_reaches_the_floor_and_every_weight(task, net):
+    assert flop_count(lambda: bare_step(task, None, torch.randn(B, IN))) == FLOOR
     assert all(p.grad.abs().sum() > 0 for p in net.parameters())
     with_graph = []
-    task.velocity = lambda condition: lambda x, t: with_graph.append(torch.is_grad_enabled()) or net(x)
+
+    def velocity(x, t):
+        with_graph.append(torch.is_grad_enabled())
+        return net(x)
+
+    task.velocity = lambda condition: velocity
     bare_step(task, None, torch.randn(B, IN))
     assert len(with_graph) == T and sum(with_graph) == 2
 
 
-def test_fused_attention_counts_as_its_matrix_products():
-    q = torch.randn(2, 3, 10, 8)
-    assert flops(lambda: nn.functional.scaled_dot_product_attention(q, q, q)) == 2 * (2 * 2 * 3 * 10 * 10 * 8)
+# The command
 
 
-# Memory
+def read_table(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
-def test_saved_bytes_by_hand(net):
-    """Each layer keeps its input for its weight's gradient: B x 4 and B x 5 numbers of four bytes; weights are none."""
-    x = torch.randn(B, IN)
-    assert saved_bytes(lambda: net(x)) == 4 * (B * IN + B * HIDDEN)
-    assert saved_bytes(lambda: net(x) + net(x)) == 4 * (B * IN + 2 * B * HIDDEN)  # x once
-
-
-def test_saved_bytes_leaves_out_the_frozen_weights_of_the_model_alone(net):
-    net[1].requires_grad_(False)  # it keeps its weight for the gradient of its input, and no input
-    x = torch.randn(B, IN)
-    assert saved_bytes(lambda: net(x), net) == 4 * B * IN
-    assert saved_bytes(lambda: net(x)) == 4 * (B * IN + HIDDEN * IN)
-
-
-def test_saved_bytes_misses_no_storage_that_was_freed_and_taken_again(net):
-    def steps():
-        for _ in range(50):
-            net(torch.randn(B, IN)).sum().backward()
-
-    assert saved_bytes(steps) == 50 * 4 * (B * IN + B * HIDDEN)
-
-
-@pytest.mark.parametrize(("name", "evaluations"), [("leap_align", lambda T: 2), ("full_backprop", lambda T: T)])
-def test_leap_align_saves_two_evaluations_and_full_backprop_all(net, name, evaluations):
-    for T in (10, 20, 40):
-        generator = torch.Generator().manual_seed(0)
-        endpoints = METHODS[name](lambda x, t: net(x), torch.randn(B, IN), uniform_times(T), Hyper(), generator)
-        # Beside inputs and hidden layers the lengths of the leaps are kept: a number each.
-        least = 4 * evaluations(T) * (B * IN + B * HIDDEN)
-        assert least <= saved_bytes(partial(next, endpoints), net) <= least + 4 * (evaluations(T) + 4)
-
-
-# The files
-
-
-def test_a_short_run_leaves_tables_and_a_figure(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(learn, "cached", lambda *_: None)  # random networks cost as much as trained ones
-    monkeypatch.setattr(benchmark, "METHODS", {name: METHODS[name] for name in ("leap_align", "full_backprop")})
-    parts = ("flops", "memory", "time", "gpu")
+def test_a_short_benchmark_writes_tables_and_a_figure(tmp_path, monkeypatch, capsys, random_networks):
+    few = {name: METHODS[name] for name in ("leap_align", "full_backprop")}
+    monkeypatch.setattr(operations, "METHODS_AND_TWO_PASSES", few)
+    parts = ("flops", "memory", "time")
     benchmark.main(benchmark.Options(out=tmp_path, tasks=("toy",), parts=parts, seconds=0.1))
     names = {path.name for path in tmp_path.iterdir()}
-    assert {"flops.csv", "memory.csv", "time.csv", "shares.csv", "benchmark.png"} <= names
-    printed = capsys.readouterr().out
-    assert "| toy | leap_align | 1.000 | 1.000 |" in printed
-    assert torch.cuda.is_available() or "was not measured" in printed
-    shares = next(line for line in (tmp_path / "shares.csv").read_text().splitlines() if line.startswith("toy"))
-    assert sum(map(float, shares.split(",")[1:])) == pytest.approx(1)
-    assert all(float(share) >= 0 for share in shares.split(",")[1:])
+    assert names == {"flops.csv", "memory.csv", "time.csv", "shares.csv", "benchmark.png"}
+    assert "| toy | leap_align | 1.000 | 1.000 |" in capsys.readouterr().out
+    (row,) = read_table(tmp_path / "shares.csv")
+    shares = {phase: float(share) for phase, share in row.items() if phase != "task"}
+    assert tuple(shares) == SHARES and sum(shares.values()) == pytest.approx(1)
+    assert all(share > 0 for share in shares.values())
+    assert max(shares, key=shares.get) == "rollout"  # 23 of the 25 evaluations
 
 
 @pytest.mark.parametrize(
@@ -149,6 +148,14 @@ def test_a_short_run_leaves_tables_and_a_figure(tmp_path, monkeypatch, capsys):
 def test_wrong_flags_are_refused_in_one_line(wrong):
     with pytest.raises(BadInput, match=r"^[^\n]+$"):
         benchmark.check(benchmark.Options(**wrong))
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_the_command_ends_with_the_refusal_as_one_line(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["toy.benchmark", "--seconds", "0"])
+    with pytest.raises(SystemExit) as refusal:
+        runpy.run_module("toy.benchmark", run_name="__main__")
+    assert refusal.value.code == "error: seconds=0.0 must be positive"
 
 
 def test_without_diffusers_flux_and_sd3_are_left_out(monkeypatch, capsys):
@@ -160,106 +167,67 @@ def test_without_diffusers_flux_and_sd3_are_left_out(monkeypatch, capsys):
 # Time
 
 
-def test_overhead_by_hand():
-    """Ratios 1, 1.1, 1.2: the median is not the mean of the times, and slow neighbours do not count."""
-    ratio, error, quartiles = benchmark.overhead([1.0, 22.0, 1.2], [1.0, 20.0, 1.0])
+def test_median_ratio_by_hand():
+    """Ratios 1, 1.1, 1.2: the median is not the ratio of the mean times, and two slow neighbours do not count."""
+    ratio, error, quartiles = median_ratio([1.0, 22.0, 1.2], [1.0, 20.0, 1.0])
     assert ratio == pytest.approx(1.1) and quartiles == "1.000-1.200"
-    assert error == pytest.approx(1.2533 * (0.2 / 1.349) / 3**0.5)  # of a median, spread from the quartiles
+    assert error == pytest.approx(1.2533 * (0.2 / 1.349) / 3**0.5)  # of a median, with the spread of the quartiles
+
+
+def test_the_stopwatch_adds_up_phases_as_context_and_as_decorator(monkeypatch):
+    clock = iter([0.0, 1.0, 10.0, 12.0, 20.0, 23.0])
+    monkeypatch.setattr("toy.benchmark.stopwatch.now", lambda: next(clock))
+    stopwatch = Stopwatch()
+    with stopwatch.phase("a"):
+        pass
+    timed = stopwatch.phase("b")(lambda x: x + 1)
+    assert (timed(1), timed(2)) == (2, 3)
+    assert stopwatch.seconds == {"a": 1.0, "b": 5.0}
+
+
+def test_timing_the_shares_does_not_change_a_step(tmp_path, random_networks):
+    rows = []
+    for timed in (False, True):
+        torch.manual_seed(0)
+        trainer = start_trainer("toy", tmp_path, "--T", "4", "--batch-size", "8")
+        if timed:
+            step_shares(trainer, 1)
+        else:
+            trainer.step()
+        rows.append(trainer.step())
+    assert {**rows[0], "seconds": 0} == {**rows[1], "seconds": 0}
 
 
 def test_the_bare_step_without_fsdp_does_the_same_work(tmp_path):
     for library in ("diffusers", "open_clip"):
         pytest.importorskip(library)
-    benchmark.make_tiny(["flux"], tmp_path)
-    run = benchmark.start("flux", tmp_path, "--T", "3", "--batch-size", "1")
+    make_tiny_pipelines(["flux"], tmp_path)
+    trainer = start_trainer("flux", tmp_path, "--T", "3", "--batch-size", "1")
     try:
-        actions = benchmark.contenders(run)
-        actions["bare"]()  # the reward encodes a prompt once a run
-        run.optimizer.zero_grad()
-        counted = flops(actions["unwrapped"])
-        assert all(p.grad is None for p in run.parameters)
-        assert counted == flops(actions["bare"]) > 0
-        assert all(p.grad is not None for p in run.parameters)
+        steps = steps_to_compare(trainer)
+        steps["bare"]()  # the reward encodes each prompt once a run
+        trainer.optimizer.zero_grad()
+        operations = flop_count(steps["unwrapped"])
+        assert all(p.grad is None for p in trainer.parameters)
+        assert operations == flop_count(steps["bare"]) > 0
+        assert all(p.grad is not None for p in trainer.parameters)
     finally:
         torch.distributed.destroy_process_group()
 
 
-# FLUX.1-dev's size
+# The main job
+
+SHORT_JOB = "--iterations 2 --batch-size 4 --pretrain-steps 1 --reward-steps 1 --evaluation-samples 160".split()
 
 
-@pytest.fixture
-def full_size():
-    for library in ("diffusers", "peft", "open_clip"):
-        pytest.importorskip(library)
-    from toy import full_size
-
-    return full_size
-
-
-def test_the_full_size_step_runs_at_a_tiny_size(full_size, tmp_path, monkeypatch):
-    small = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
-    small |= {"joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": (4, 4, 8)}
-    monkeypatch.setattr(full_size.RandomFlux, "size", full_size.DEV | small)
-    monkeypatch.setattr(full_size.trainer, "Config", partial(trainer.Config, T=2))
-    benchmark.make_tiny(["flux"], tmp_path)
-    rows, costs = [], []
-    try:
-        for checkpointing in full_size.ACTIVATIONS:
-            costs.append(flops(lambda c=checkpointing: rows.append(full_size.case(tmp_path, c, False, 1, pixels=32))))
-    finally:
-        torch.distributed.destroy_process_group()
-    assert all(row["s"] > 0 for row in rows)
-    on, selective, off = costs  # two of four blocks are computed once more, of one kind each
-    assert off < selective < on and selective - off == pytest.approx((on - off) / 2, rel=0.2)
+def test_the_parts_of_the_main_job_add_up_and_the_second_run_uses_the_cache(tmp_path):
+    first, second = measure_main_job("toy", tmp_path, *SHORT_JOB)
+    for row in (first, second):
+        assert row["seconds"] == pytest.approx(sum(row[part] for part in PARTS))
+        assert all(row[part] > 0 for part in PARTS if part != "pre-training")
+    assert first["pre-training"] > 0 == second["pre-training"]
 
 
-def test_a_case_that_does_not_fit_says_so(full_size, tmp_path, monkeypatch):
-    monkeypatch.setattr(full_size, "step_cost", lambda *_: (_ for _ in ()).throw(BadInput("needs 24 GiB")))
-    assert full_size.case(tmp_path, "on", False, 1)["GiB"] == "needs 24 GiB"
-
-
-class FusedAttention(torch.autograd.Function):
-    """What attention on a GPU keeps: its inputs, its output and a number a row."""
-
-    @staticmethod
-    def forward(ctx, query, key, value):
-        out = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        return out
-
-
-def test_the_predictions_of_the_full_size_are_counted(full_size, monkeypatch):
-    """Operations, and bytes kept, of FLUX.1-dev's own architecture with LoRA at 720 px, on the meta device."""
-    from diffusers import FluxTransformer2DModel
-    from peft import LoraConfig
-
-    with torch.device("meta"):
-        model = FluxTransformer2DModel(**full_size.DEV).requires_grad_(False)
-        model.add_adapter(LoraConfig(r=64, target_modules=[*full_size.Flux.Options.lora_targets]))
-        model.to(torch.bfloat16)
-        side = 720 // 16
-        like = partial(torch.empty, dtype=torch.bfloat16)
-        inputs = {"hidden_states": like(1, side**2, 64), "encoder_hidden_states": like(1, full_size.TOKENS, 4096)}
-        inputs |= {"pooled_projections": like(1, 768), "timestep": like(1), "guidance": like(1)}
-        inputs |= {"img_ids": torch.empty(side**2, 3), "txt_ids": torch.empty(full_size.TOKENS, 3)}
-    assert flops(lambda: model(**inputs)) == pytest.approx(full_size.FORWARD, rel=0.01)
-
-    weights, kept = {weight.untyped_storage()._cdata for weight in model.parameters()}, {}
-
-    def keep(tensor):
-        if tensor.untyped_storage()._cdata not in weights:
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    fused = lambda query, key, value, **_: FusedAttention.apply(query, key, value)  # noqa: E731
-    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", fused)
-    for mode in ("off", "on", "selective"):
-        if mode != "off":
-            model.enable_gradient_checkpointing()
-        if mode == "selective":
-            full_size.every_other(model)
-        kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model(**inputs)
-        found = sum(storage.nbytes() for storage in kept.values()) / 2**30
-        assert found == pytest.approx(full_size.ACTIVATIONS[mode], rel=0.01), mode
+def test_a_module_that_does_not_exist_is_refused_in_one_line():
+    with pytest.raises(BadInput, match=r"^`python -m toy.nothing` failed: [^\n]*No module named toy.nothing$"):
+        run_module("toy.nothing")

@@ -83,7 +83,7 @@ def test_shifted_times_ascends_from_exactly_0_to_exactly_1(dtype):
 # Leaps
 
 
-def test_leap_by_hand():
+def test_leap_against_a_hand_calculation():
     x, v = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[10.0, 20.0], [-10.0, 0.0]])
     assert torch.equal(leap(x, v, 0.75, 0.25), torch.tensor([[-4.0, -8.0], [8.0, 4.0]]))
     t, s = torch.tensor([0.75, 1.0]), torch.tensor([0.25, 0.0])
@@ -91,7 +91,7 @@ def test_leap_by_hand():
 
 
 @all_shifts
-def test_rollout_is_the_euler_run_and_a_leap_over_one_interval_its_step(shift):
+def test_rollout_is_euler_and_a_leap_over_one_interval_its_step(shift):
     net, x_T, times, expected = problem(shift=shift)
     states = rollout(net.velocity(net.theta), x_T, times)
     assert len(states) == T + 1 and torch.equal(states[T], x_T)
@@ -135,7 +135,7 @@ def test_path_runs_from_image_to_noise(path):
     assert torch.allclose(interpolate(x_0, x_1, 1, path), x_1, rtol=0, atol=1e-15)
 
 
-def test_interpolate_by_hand():
+def test_interpolate_against_a_hand_calculation():
     x_0, x_1 = torch.tensor([[1.0], [1.0]]), torch.tensor([[3.0], [3.0]])
     assert torch.equal(interpolate(x_0, x_1, 0.25), torch.tensor([[1.5], [1.5]]))
     assert torch.equal(interpolate(x_0, x_1, torch.tensor([0.25, 0.5])), torch.tensor([[1.5], [2.0]]))
@@ -163,7 +163,7 @@ def test_leap_general_is_leap_on_the_rectified_path(t, s):
 
 
 @all_leaps
-def test_leap_along_the_cosine_path_is_exact_for_a_known_image_and_noise(t, s):
+def test_leap_along_the_cosine_path_is_exact(t, s):
     x_0, x_1, quarter = randn(B, 3), randn(B, 3, seed=1), math.pi / 2
     t, s = (torch.tensor(u, dtype=torch.float64) for u in (t, s))
     angle_t, angle_s = (u.reshape(-1, 1) * quarter for u in (t, s))
@@ -187,7 +187,7 @@ def test_leap_general_is_the_printed_s7_between_the_ends(path):
 
 @pytest.mark.parametrize("t", [0.0, 0.25, 0.6, 1.0])
 @pytest.mark.parametrize("curve", ["rectified", "cosine"])
-def test_leap_from_the_true_velocity_of_gaussian_data_is_the_posterior_mean(t, curve):
+def test_leap_with_the_true_velocity_is_the_posterior_mean(t, curve):
     """x_0 ~ N(mean, scale^2), x_1 ~ N(0, 1): E[x_0 | x_t], E[x_1 | x_t] and so v(x_t) are regressions on x_t."""
     mean, scale, x = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.3, 1.0, 2.0]), randn(B, 3)
     if curve == "cosine":
@@ -208,7 +208,7 @@ def test_leap_from_the_true_velocity_of_gaussian_data_is_the_posterior_mean(t, c
 
 
 @all_dtypes
-def test_connector_has_exactly_the_value_of_the_state_and_the_gradient_of_the_leap(dtype):
+def test_connector_value_and_gradient(dtype):
     x_hat = (10 * randn(1000, dtype=dtype)).requires_grad_()
     x = randn(1000, seed=1, dtype=dtype).requires_grad_()
     joined = connect(x_hat, x)
@@ -220,7 +220,7 @@ def test_connector_has_exactly_the_value_of_the_state_and_the_gradient_of_the_le
 
 @all_dtypes
 @pytest.mark.parametrize("alpha", [0, 0.1, 0.3, 1])
-def test_discount_has_exactly_the_value_of_x_and_alpha_times_its_gradient(dtype, alpha):
+def test_discount_value_and_gradient(dtype, alpha):
     x = randn(1000, dtype=dtype).requires_grad_()
     out = discount(x, alpha)
     out.backward(torch.ones_like(x))
@@ -372,7 +372,7 @@ def hand_made():
     )
 
 
-def test_distances_by_hand():
+def test_distances_against_a_hand_calculation():
     d_j, d_0 = distances(hand_made())
     assert torch.equal(d_j, torch.tensor([0.5, 0.0])) and torch.equal(d_0, torch.tensor([0.25, 2.0]))
     assert not d_j.requires_grad and not d_0.requires_grad
@@ -382,12 +382,12 @@ def test_distances_by_hand():
     "tau, expected",
     [(1e-12, [1 / 0.75, 0.5]), (0.1, [1 / 0.75, 1 / 2.1]), (0.3, [1 / 0.8, 1 / 2.3]), (4.0, [1 / 8, 1 / 8])],
 )
-def test_similarity_weight_by_hand(tau, expected):
+def test_similarity_weight_against_a_hand_calculation(tau, expected):
     weight = similarity_weight(hand_made(), tau)
     assert torch.allclose(weight, torch.tensor(expected), rtol=0, atol=1e-10) and not weight.requires_grad
 
 
-def test_hinge_by_hand():
+def test_hinge_against_a_hand_calculation():
     reward = torch.tensor([-1.0, 0.25, 0.75], requires_grad=True)
     loss = hinge(reward, 0.5)
     loss.sum().backward()
@@ -400,7 +400,7 @@ def test_without_lambda_the_hinge_is_minus_the_reward():
     assert torch.equal(hinge(reward, None), torch.tensor([1.0, -0.25, -0.75]))
 
 
-def test_objective_by_hand():
+def test_objective_against_a_hand_calculation():
     reward = torch.tensor([-1.0, 0.25, 0.75], requires_grad=True)
     weight = torch.tensor([2.0, 4.0, 8.0], requires_grad=True)
     loss = objective(reward, weight, 0.5)
@@ -476,9 +476,8 @@ def test_two_halves_of_a_batch_draw_what_the_whole_draws(name, pairs):
     whole, drawn = run(name, net.velocity(net.theta), x_T, times, hyper, seeded(5))
     halves = []
     for rows in (slice(0, 3), slice(3, 6)):
-        generator = BatchGenerator()
+        generator = BatchGenerator(size, rows)
         generator.manual_seed(5)
-        generator.size, generator.rows = size, rows
         halves.append(run(name, net.velocity(net.theta), x_T[rows], times, hyper, generator))
     for (x_0, weight), *parts in zip(whole, *(endpoints for endpoints, _ in halves)):
         assert torch.allclose(torch.cat([p[0] for p in parts]), x_0, rtol=0, atol=1e-13)
@@ -489,6 +488,21 @@ def test_two_halves_of_a_batch_draw_what_the_whole_draws(name, pairs):
             assert torch.allclose(torch.cat(parts), value, rtol=0, atol=1e-13)
         else:
             assert parts == [value, value]
+
+
+@all_methods
+def test_the_log_is_complete_after_the_last_endpoint(name):
+    net, x_T, times, _ = problem()
+    endpoints = METHODS[name](net.velocity(net.theta), x_T, times, Hyper(m=4), seeded())
+    next(endpoints)
+    assert endpoints.log == {}
+    list(endpoints)
+    log = endpoints.log
+    expected = {"leap_align": {"i_k", "i_j", "d_j", "d_0"}, "refl": {"i_min"}, "drtune": {"i_min", "s"}}
+    assert log.keys() == expected.get(name, set())
+    with pytest.raises(StopIteration):
+        next(endpoints)
+    assert endpoints.log == log
 
 
 def test_the_papers_hyperparameters_are_the_defaults():

@@ -1,8 +1,9 @@
-"""The README: what it names exists, its snippet runs, its commands parse."""
+"""The README files: what they name exists, snippets run, commands parse, numbers are the committed ones."""
 
 import csv
 import importlib.util
 import inspect
+import pkgutil
 import re
 import subprocess
 import sys
@@ -15,70 +16,138 @@ import leap_align
 import train_leap_align as trainer
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+FOLDERS = ("", "toy/", "toy/laboratory/", "toy/benchmark/", "full_scale/", "runtime/")
+PAGES = {f"{folder}README.md": (ROOT / folder / "README.md").read_text() for folder in FOLDERS}
+README = PAGES["README.md"]
 TABLE = re.search(r"\| equation \|.*?\n\n", README, re.S).group().splitlines()[2:]
 LINES = [
     line.strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for page in PAGES.values()
+    for block in re.findall(r"```bash\n(.*?)```", page, re.S)
     for line in re.split(r"[;\n]|&&", block.replace("\\\n", " "))
 ]
-COMMANDS = [
-    line.replace("$s", "0").replace("$m", "refl").split("train_leap_align.py", 1)[1].split()
-    for line in LINES
-    if "train_leap_align.py" in line
-]
-MODULES = [line.split("python -m ", 1)[1].split("#")[0].split() for line in LINES if "python -m " in line]
-TOOLS = [line.split("flux_adapter.py", 1)[1].split("#")[0].split() for line in LINES if "flux_adapter.py" in line]
+
+
+def commands(program):
+    """The arguments of every command that runs a program, without comments."""
+    lines = [line.split(program, 1)[1].split("#")[0].split() for line in LINES if program in line]
+    return [[word.replace("$s", "0") for word in line] for line in {tuple(line): line for line in lines}.values()]
+
+
+TRAINER, TOOLS = commands("train_leap_align.py"), commands("-m full_scale")
+MODULES = [line for line in commands("python -m ") if line[0] != "full_scale"]
+every_page = pytest.mark.parametrize("page", PAGES)
+
+
+# Form
+
+
+def test_the_readme_has_at_most_16_kilobytes():
+    assert len(README.encode()) <= 16 * 1024
+
+
+@every_page
+def test_no_line_is_longer_than_120_characters(page):
+    assert not [line for line in PAGES[page].splitlines() if len(line) > 120]
+
+
+@every_page
+def test_every_link_and_figure_exists(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", PAGES[page]):
+        if not target.startswith("http"):
+            path = ROOT / Path(page).parent / target
+            assert path.is_dir() or path.stat().st_size > 0
+
+
+# The equation table
 
 
 @pytest.mark.parametrize("row", [row for row in TABLE if row], ids=lambda row: row.split("|")[1].strip())
 def test_every_function_and_test_of_the_equation_table_exists(row):
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    _, _, here, proof, _ = re.split(r"(?<!\\)\|", row)
-    for name in re.findall(r"`(\w+)`", here):
-        assert callable(getattr(leap_align, name)) or name in ("RECTIFIED", "COSINE")
-    for name in (names := re.findall(r"`(\w+)`", proof)):
+    _, _, functions, proofs, _ = re.split(r"(?<!\\)\|", row)
+    for name in re.findall(r"`(\w+)`", functions):
+        assert callable(getattr(leap_align, name))
+    for name in (names := re.findall(r"`(\w+)`", proofs)):
         assert f"def {name}(" in tests
     assert names
 
 
-def test_every_equation_function_stands_in_the_table():
-    assert {f"`{name}`" for name in leap_align.METHODS} - {"`full_backprop`"} <= set(
-        re.findall(r"`\w+`", "".join(TABLE))
-    )
+def test_every_method_of_the_paper_is_in_the_table():
+    names = set(re.findall(r"`(\w+)`", "".join(TABLE)))
+    assert set(leap_align.METHODS) - {"full_backprop"} <= names
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_every_command_is_understood(command):
-    if "flux" in command:
+@every_page
+def test_every_test_that_a_page_names_exists(page):
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", PAGES[page]):
+        assert f"def {name}(" in tests
+
+
+# Commands
+
+
+@pytest.mark.parametrize("command", TRAINER, ids=" ".join)
+def test_every_command_of_the_trainer_parses(command):
+    if {"flux", "sd3"} & set(command):
         pytest.importorskip("diffusers")
-    config, hyper, _, _ = trainer.parse(command)
-    trainer.check(config, hyper, world=1)
+    if "--help" not in command:
+        flags = trainer.parse(command)
+        trainer.check(flags.run, flags.method, world_size=1)
 
 
 @pytest.mark.parametrize("command", TOOLS, ids=" ".join)
 def test_every_tool_and_its_flags_exist(command):
     pytest.importorskip("diffusers")
-    from flux_adapter import TOOLS
+    from full_scale.__main__ import TOOLS
 
-    known = inspect.signature(TOOLS[command[0]]).parameters
-    assert {word[2:].replace("-", "_") for word in command if word.startswith("--")} <= set(known)
+    flags = {word[2:].replace("-", "_") for word in command if word.startswith("--")}
+    assert flags - {"help"} <= set(inspect.signature(pkgutil.resolve_name(TOOLS[command[0]])).parameters)
 
 
 @pytest.mark.parametrize("command", MODULES, ids=" ".join)
 def test_every_module_and_experiment_exists(command):
-    from toy.experiments import EXPERIMENTS
+    from toy.laboratory.__main__ import EXPERIMENTS
 
     assert importlib.util.find_spec(command[0])
-    assert command[0] != "toy.experiments" or command[1] in {*EXPERIMENTS, "all"}
+    assert command[0] != "toy.laboratory" or command[1] in {*EXPERIMENTS, "all"}
 
 
 def test_there_are_commands():
-    assert len(COMMANDS) >= 9 and len(TOOLS) >= 6 and len(MODULES) >= 8
+    assert len(TRAINER) >= 9 and len(TOOLS) >= 6 and len(MODULES) >= 8
+
+
+def test_the_toy_command_installs_the_pinned_versions():
+    pinned = (ROOT / "requirements.txt").read_text().split("\n\n")[0].splitlines()[1:]
+    (command,) = re.findall(r"pip install (torch==.*?) &&", README.replace("\\\n", ""))
+    assert command.split() == pinned
+
+
+def test_the_toy_needs_only_the_packages_of_its_command(tmp_path):
+    """The main job, with a checkpoint, where every other package of requirements.txt cannot be imported."""
+    _, others, _ = (ROOT / "requirements.txt").read_text().split("\n\n")
+    names = [line.split("==")[0].removesuffix("_torch") for line in others.splitlines()[1:]]
+    flags = "--iterations 1 --batch-size 4 --pretrain-steps 1 --reward-steps 1 --evaluation-samples 160 --out".split()
+    code = f"""
+import sys
+from pathlib import Path
+sys.modules |= dict.fromkeys({names})
+import train_leap_align
+from toy import pretrain
+pretrain.CACHE = Path({str(tmp_path)!r})
+train_leap_align.main({[*flags, str(tmp_path / "run")]})
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "diffusers" in names and done.returncode == 0, done.stderr[-500:]
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+# Snippets
 
 
 def test_the_snippet_trains():
-    snippet, *_ = re.findall(r"```python\n(.*?)```", README, re.S)
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.S)
     names = {}
     exec(snippet, names)
     model = torch.nn.Conv2d(16, 16, 1)
@@ -94,78 +163,58 @@ def test_the_snippet_trains():
 
 
 def test_the_example_of_a_reward_keeps_the_contract():
-    from rewards import Own, check_reward
+    from full_scale.rewards import CustomReward, check_reward
 
-    _, example = re.findall(r"```python\n(.*?)```", README, re.S)
+    (example,) = re.findall(r"```python\n(.*?)```", PAGES["full_scale/README.md"], re.S)
     names = {}
     exec(example, names)
-    check_reward(Own(names["colourful"]()))
+    check_reward(CustomReward(names["colourful"]()))
 
 
-def test_the_toy_command_installs_what_is_pinned():
-    pinned = (ROOT / "requirements.txt").read_text().split("\n\n")[0].splitlines()[1:]
-    (command,) = re.findall(r"pip install (torch==.*?) &&", README.replace("\\\n", ""))
-    assert command.split() == pinned
+# Numbers
 
 
-def test_the_toy_needs_no_more_than_its_command_installs(tmp_path):
-    """The main job to its end, checkpoint and all, where every other package of requirements.txt cannot be imported."""
-    _, others, _ = (ROOT / "requirements.txt").read_text().split("\n\n")
-    names = [line.split("==")[0].removesuffix("_torch") for line in others.splitlines()[1:]]
-    code = f"""
-import sys
-from pathlib import Path
-sys.modules |= dict.fromkeys({names})
-import train_leap_align
-from toy import learn
-learn.CACHE = Path({str(tmp_path)!r})
-train_leap_align.main({["--iterations", "1", "--batch-size", "4", "--pretrain-steps", "1", "--reward-steps", "1"]}
-                      + ["--evaluation-samples", "160", "--out", {str(tmp_path / "run")!r}])
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert "diffusers" in names and done.returncode == 0, done.stderr[-500:]
-    assert (tmp_path / "run" / "result.json").exists()
-
-
-def test_every_picture_exists():
-    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
-        assert (ROOT / path).stat().st_size > 0
-
-
-def test_every_figure_of_the_laboratory_stands_in_its_tables():
-    """`a ± b` of the README is a value and its error of some row of the committed CSV files."""
-    section = re.search(r"## The laboratory.*?(?=## The trainer)", README, re.S).group()
-    told = set(re.findall(r"[+-]?\d+\.\d+ ± \d+\.\d+", section))
+def test_every_number_of_the_laboratory_is_in_its_tables():
+    """`a ± b` on the pages is a value and its error in some row of the committed CSV files."""
+    shown = set(re.findall(r"[+-]?\d+\.\d+ ± \d+\.\d+", PAGES["toy/laboratory/README.md"]))
     known = set()
-    for path in (ROOT / "toy" / "results").glob("*.csv"):
+    for path in (ROOT / "toy" / "laboratory" / "results").glob("*.csv"):
         with path.open() as file:
             for row in csv.DictReader(file):
                 pairs = [(row[name], row.get(f"{name}_error")) for name in row]
                 pairs += [(row.get("difference"), row.get("error"))]
                 for value, error in ((float(v), float(e)) for v, e in pairs if v and e):
                     known |= {f"{value:{sign}.{d}f} ± {error:.{d}f}" for sign in ("", "+") for d in (2, 3)}
-    assert len(told) > 150 and not told - known
+    assert len(shown) > 150 and not shown - known
+
+
+@pytest.mark.parametrize("head", ["| `toy`: eight modes", "| `digits`: 8x8 images"])
+def test_the_toy_tables_of_the_readme_are_those_of_the_toys_page(head):
+    _, rows = table(README, head)
+    assert len(rows) >= 5
+    for name, cells in rows.items():
+        assert f"| {name.split()[0]} | {' | '.join(cells)} |" in PAGES["toy/README.md"]
 
 
 def table(section, head):
-    """A table of the README: its columns' names, and its rows by their first cell."""
+    """A table of a page: its columns' names, and its rows by their first cell."""
     lines = section[section.index(head) :].split("\n\n")[0].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return cells[0][1:], {row[0].strip("`*"): row[1:] for row in cells[2:]}
 
 
 def benchmark(name):
-    with (ROOT / "toy" / "results" / f"benchmark-{name}.csv").open() as file:
+    with (ROOT / "toy" / "benchmark" / "results" / f"{name}.csv").open() as file:
         return list(csv.DictReader(file))
 
 
-def agree(told, value):
-    """Whether a number of the README is this one, to the digits that it shows."""
-    digits = len(told.partition(".")[2])
-    return abs(float(told) - float(value)) <= 0.5000001 * 10**-digits
+def equal_as_shown(shown, value):
+    """Whether a number on a page is this value, to the digits that the page shows."""
+    digits = len(shown.partition(".")[2])
+    return abs(float(shown) - float(value)) <= 0.5000001 * 10**-digits
 
 
-COSTS = re.search(r"## What a step costs.*?(?=## FLUX)", README, re.S).group()
+COSTS = PAGES["toy/benchmark/README.md"]
 NAMES = {"toy": "toy", "digits": "digits", "tiny FLUX": "tiny flux", "tiny SD3.5": "tiny sd3"}
 """Tasks in the README and in the benchmark's tables."""
 
@@ -178,7 +227,7 @@ def test_operations_of_the_readme_are_those_of_the_benchmark():
     for name, cells in rows.items():
         method = "two passes" if "two passes" in name else known.get(name, name.split("`")[0])
         for cell, tasks in zip(cells, (("toy", "digits"), ("tiny flux",), ("tiny sd3",)), strict=True):
-            assert not cell or all(agree(cell, found[task, method]) for task in tasks)
+            assert not cell or all(equal_as_shown(cell, found[task, method]) for task in tasks)
 
 
 def test_bytes_of_the_readme_are_those_of_the_benchmark():
@@ -188,7 +237,7 @@ def test_bytes_of_the_readme_are_those_of_the_benchmark():
     for name, cells in rows.items():
         for cell, column in zip(cells, columns, strict=True):
             pair = found[NAMES[name.split(",")[0].strip("`")], column.removeprefix("T = ")]
-            assert all(map(agree, cell.split(" / "), pair))
+            assert all(map(equal_as_shown, cell.split(" / "), pair))
 
 
 @pytest.mark.parametrize(("head", "name", "keys"), [
@@ -206,8 +255,8 @@ def test_times_of_the_readme_are_those_of_the_benchmark(head, name, keys):
         task, _, run = (part.strip() for part in about.replace("`", "").partition(","))
         row = found[NAMES[task], runs.get(run)]
         for cell, key in zip(cells, keys or [{"building": "build", "all": "seconds"}.get(c, c) for c in columns]):
-            told = cell.split(" ± ")
-            assert not cell or all(map(agree, told, (row[key], row.get(f"{key}_error")))), (about, key, cell, row[key])
+            values = (row[key], row.get(f"{key}_error"))
+            assert not cell or all(map(equal_as_shown, cell.split(" ± "), values)), (about, key, cell, values)
 
 
 def test_before_and_after_of_the_readme_are_the_committed_ones():

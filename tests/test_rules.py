@@ -1,4 +1,4 @@
-"""The rules of the house, read from the sources: what each file may know of the others, and what none may do."""
+"""The rules of the project, read from the sources: what each room may import, and what no file may do."""
 
 import ast
 import subprocess
@@ -11,20 +11,13 @@ import torch
 from leap_align import METHODS
 
 ROOT = Path(__file__).parents[1]
-TOP = {"leap_align.py", "train_leap_align.py", "flux_adapter.py", "rewards.py"}
-TOP |= {"toy", "tests", "requirements.txt", "README.md"}
+TOP_LEVEL = {"leap_align.py", "beyond.py", "train_leap_align.py", "flux_adapter.py", "runtime", "full_scale", "toy"}
+TOP_LEVEL |= {"tests", "requirements.txt", "README.md"}
 TASKS = {"toy", "digits", "flux", "sd3"}
-
-
-def parsed(path):
-    file = ROOT / path
-    return ast.parse(file.read_text()) if file.exists() else None
-
-
-FILES = ["leap_align.py", "train_leap_align.py", "flux_adapter.py", "rewards.py"]
-FILES += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("toy/*.py"))
-TREES = {path: tree for path in FILES if (tree := parsed(path))}
-TASK_FILES = [p for p in TREES if p in ("toy/task.py", "toy/modes.py", "toy/digits.py", "flux_adapter.py")]
+PATTERNS = ("*.py", "runtime/**/*.py", "full_scale/**/*.py", "toy/**/*.py")
+FILES = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
+TREES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in FILES}
+TASK_FILES = ["flux_adapter.py", "toy/digits.py", "toy/modes.py", "toy/task.py"]
 
 LEAP_ALIGN = TREES["leap_align.py"]
 every_file = pytest.mark.parametrize("path", TREES)
@@ -52,13 +45,78 @@ def names(tree):
     return {name_of(node) for node in nodes(tree, ast.Name | ast.Attribute)} | imported
 
 
+def imports(tree):
+    """The dotted names of everything that is imported, inside functions as well."""
+    modules = {alias.name for node in nodes(tree, ast.Import) for alias in node.names}
+    for node in nodes(tree, ast.ImportFrom):
+        module = "." * node.level + (node.module or "")
+        modules |= {f"{module}.{alias.name}" for alias in node.names}
+    return modules
+
+
+# Which room may import which: arrows point downwards only
+
+ROOMS = ("leap_align", "beyond", "train_leap_align", "flux_adapter", "runtime", "full_scale", "toy", "tests")
+MAY_IMPORT = {
+    "leap_align.py": set(),
+    "beyond.py": {"leap_align"},
+    "runtime/": {"leap_align", "runtime"},
+    "full_scale/": {"leap_align", "runtime", "full_scale"},
+    "full_scale/benchmark.py": {"leap_align", "runtime", "full_scale", "flux_adapter", "train_leap_align"},
+    "toy/": {"leap_align", "runtime", "toy"},
+    "toy/laboratory/": {"leap_align", "runtime", "toy", "train_leap_align"},
+    "toy/benchmark/": {"leap_align", "runtime", "toy", "train_leap_align"},
+    "flux_adapter.py": {"leap_align", "runtime", "full_scale"},
+    "train_leap_align.py": {"leap_align", "beyond", "runtime"},
+}
+"""The laboratory and the two benchmarks start the trainer, so they stand above it."""
+
+
+def forbidden_imports(path, tree):
+    """The project's modules that a file imports although its room may not."""
+    room = max((prefix for prefix in MAY_IMPORT if path.startswith(prefix)), key=len)
+    return {name for name in imports(tree) if name.split(".")[0] in set(ROOMS) - MAY_IMPORT[room]}
+
+
+@every_file
+def test_imports_point_downwards(path):
+    assert not forbidden_imports(path, TREES[path])
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("flux_adapter.py", "from train_leap_align import main"),
+        ("runtime/ema.py", "def f():\n    import full_scale.rewards"),
+        ("toy/task.py", "import train_leap_align as trainer"),
+        ("toy/laboratory/compare.py", "from full_scale import tiny"),
+        ("full_scale/tiny.py", "from toy import nets"),
+    ],
+)
+def test_an_upward_import_is_found(path, line):
+    assert forbidden_imports(path, ast.parse(line))
+
+
+@every_file
+def test_no_import_is_relative(path):
+    """A module that is imported under two names is loaded twice."""
+    assert not any(node.level for node in nodes(TREES[path], ast.ImportFrom))
+
+
+@pytest.mark.parametrize("room", ["toy", "toy/laboratory"])
+def test_no_lower_room_imports_a_higher_one(room):
+    """The tasks do not need the laboratory and the benchmark, nor the laboratory the benchmark."""
+    higher = ("toy.laboratory", "toy.benchmark") if room == "toy" else ("toy.benchmark",)
+    for path, tree in TREES.items():
+        if Path(path).parent == Path(room):
+            assert not [name for name in imports(tree) if name.startswith(higher)], path
+
+
 # Rule 1: leap_align.py
 
 
 def test_leap_align_imports_torch_and_the_standard_library_alone():
-    modules = {alias.name for node in nodes(LEAP_ALIGN, ast.Import) for alias in node.names}
-    modules |= {"." * node.level + (node.module or "") for node in nodes(LEAP_ALIGN, ast.ImportFrom)}
-    assert {module.split(".")[0] for module in modules} <= {"torch", *sys.stdlib_module_names} - {"random"}
+    assert {module.split(".")[0] for module in imports(LEAP_ALIGN)} <= {"torch", *sys.stdlib_module_names} - {"random"}
 
 
 def test_leap_align_prints_and_reads_nothing():
@@ -90,12 +148,12 @@ def test_leap_align_draws_from_a_generator_alone():
     assert not names(LEAP_ALIGN) & GLOBAL
 
 
-# Rule 2: where the gradient stops, and who knows whom
+# Rule 2: where the gradient stops, and which names a file may know
 
 
 @every_file
-def test_gradient_is_cut_in_leap_align_alone(path):
-    assert path == "leap_align.py" or not names(TREES[path]) & {"detach", "detach_"}
+def test_only_leap_align_and_beyond_stop_gradients(path):
+    assert path in ("leap_align.py", "beyond.py") or not names(TREES[path]) & {"detach", "detach_"}
 
 
 @pytest.mark.parametrize("path", TASK_FILES)
@@ -119,19 +177,19 @@ def test_no_branch_over_the_method(path):
     assert "method" not in [name_of(node.subject) for node in nodes(TREES[path], ast.Match)]
 
 
-@pytest.mark.parametrize("modules", ["leap_align", "train_leap_align, toy.modes, toy.digits"])
-def test_importing_it_needs_no_large_library(modules):
+@pytest.mark.parametrize("modules", ["leap_align", "train_leap_align, toy.modes, toy.digits", "full_scale.rewards"])
+def test_importing_these_needs_no_large_library(modules):
     script = f"import sys, {modules}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not set(done.stdout.split()) & {"diffusers", "transformers", "open_clip", "hpsv2", "peft", "torchvision"}
 
 
-# Rule 4: tensors of inference mode cannot be saved for backward
+# Rule 4: tensors made in inference mode cannot be saved for backward
 
 
 @every_file
-def test_nobody_uses_inference_mode(path):
+def test_no_file_uses_inference_mode(path):
     assert not names(TREES[path]) & {"inference_mode"}
 
 
@@ -144,4 +202,4 @@ def test_the_top_level_holds_what_the_design_lists():
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("needs git and a repository")
     top = {line.split("/")[0] for line in listed.splitlines()}
-    assert {name for name in top if not name.startswith(".")} <= TOP
+    assert {name for name in top if not name.startswith(".")} <= TOP_LEVEL

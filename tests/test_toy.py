@@ -1,4 +1,4 @@
-"""The toy tasks: what is learned, what the judges say, and that the training does not meet the judges."""
+"""The toy tasks: what they learn, what their evaluators measure, and that training never sees the evaluators."""
 
 import dataclasses
 import json
@@ -11,15 +11,16 @@ import pytest
 import torch
 
 from leap_align import Hyper, rollout, uniform_times
-from toy import learn
+from toy import pretrain
 from toy.digits import Digits
+from toy.laboratory.variants import nested_only, nested_trajectory
 from toy.modes import CENTRES, SPREAD, Modes
-from toy.summary import table
+from toy.summary import format_number, markdown_table, mean_and_error, summary
 from toy.task import ToyOptions
-from toy.variants import nested_only, nested_trajectory
 
 SMALL = ToyOptions(pretrain_steps=300, reward_steps=300, evaluation_samples=160)
-HELD_OUT_ANSWERS = {Modes: ("alignment", "spread"), Digits: ("svm", "diversity")}
+EVALUATORS = {Modes: ("alignment", "spread"), Digits: ("svm", "diversity")}
+"""Of each task: an evaluator of the prompt, and one of diversity."""
 
 
 @pytest.fixture(scope="module", params=[Modes, Digits])
@@ -27,22 +28,23 @@ def task(request):
     return request.param(SMALL, T=10)
 
 
-def test_judges_know_real_data_from_wrongly_captioned(task):
-    name = HELD_OUT_ANSWERS[type(task)][0]
+def test_evaluators_tell_right_captions_from_wrong_ones(task):
+    name = EVALUATORS[type(task)][0]
     samples, truth = task.data[:1000], task.truth[:1000]
-    assert task.judge(samples, truth)[name] > 0.95
-    assert task.judge(samples, (truth + 1) % task.classes)[name] < 0.05
+    assert task.evaluate_held_out(samples, truth)[name] > 0.95
+    assert task.evaluate_held_out(samples, (truth + 1) % task.classes)[name] < 0.05
 
 
-def test_judges_see_collapse(task):
-    name = HELD_OUT_ANSWERS[type(task)][1]
+def test_diversity_halves_when_samples_move_halfway_to_their_mean(task):
+    name = EVALUATORS[type(task)][1]
     samples, truth = task.data[:1000], task.truth[:1000]
     centre = torch.stack([task.data[task.truth == c].mean(0) for c in range(task.classes)])[truth]
     half = torch.lerp(samples, centre, 0.5)
-    assert task.judge(half, truth)[name] == pytest.approx(task.judge(samples, truth)[name] / 2, rel=0.02)
+    expected = task.evaluate_held_out(samples, truth)[name] / 2
+    assert task.evaluate_held_out(half, truth)[name] == pytest.approx(expected, rel=0.02)
 
 
-def test_utility_is_highest_for_what_is_shown(task):
+def test_utility_is_highest_for_the_true_class(task):
     assert (task.utility(task.data[:500]).argmax(1) == task.truth[:500]).float().mean() > 0.98
 
 
@@ -53,32 +55,32 @@ def test_choices_follow_the_hidden_utility(task):
     assert (lead > 0).double().mean().item() == pytest.approx(lead.abs().sigmoid().mean().item(), abs=0.02)
 
 
-def test_learned_reward_ranks_as_people_do(task):
+def test_the_learned_reward_agrees_with_the_choices(task):
     chosen, other, prompt = task.choices(task.data, n=4000)
     with torch.no_grad():
         right = (task.reward(chosen, prompt) > task.reward(other, prompt)).float().mean()
     assert right > 0.8
 
 
-def test_zero_of_the_reward_is_real_data(task):
+def test_the_mean_reward_of_real_data_is_zero(task):
     with torch.no_grad():
         assert task.reward(task.data, task.truth).mean().item() == pytest.approx(0, abs=1e-4)
 
 
-def test_reward_gives_gradient_to_every_sample_and_is_frozen(task):
+def test_the_reward_is_frozen_and_differentiable(task):
     sample = task.data[:8].clone().requires_grad_()
     task.reward(sample, task.truth[:8]).sum().backward()
     assert (sample.grad.flatten(1).norm(dim=1) > 0).all()
     assert not any(p.requires_grad for p in task.reward_model.parameters())
 
 
-def test_flow_learns_its_captions_half_of_which_are_wrong():
+def test_the_pretrained_flow_follows_half_of_its_prompts():
     task = Modes(ToyOptions(pretrain_steps=1500, reward_steps=1), T=25)
     alignment = task.evaluate(None, 0)["alignment"]
     assert 0.4 < alignment < 0.65
 
 
-def test_evaluation_repeats_itself_and_leaves_the_training_draws_alone(task):
+def test_evaluation_is_repeatable_and_uses_no_training_random_numbers(task):
     generator = torch.Generator().manual_seed(3)
     global_state, own_state = torch.get_rng_state(), generator.get_state()
     first, second = task.evaluate(None, 0), task.evaluate(None, 7)
@@ -87,21 +89,22 @@ def test_evaluation_repeats_itself_and_leaves_the_training_draws_alone(task):
     assert torch.equal(own_state, generator.get_state())
 
 
-def test_log_density_is_that_of_the_mixture():
+def test_log_density_is_the_mixtures():
     task = Modes(SMALL, T=10)
     # At a centre the nearest component has density 1/(2 pi s^2) and weight 1/8; the others are 1.5 or more away.
     expected = math.log(1 / 8 / (2 * math.pi * SPREAD**2))
-    assert task.judge(CENTRES.repeat(4, 1), torch.arange(32) % 8)["log_density"] == pytest.approx(expected, abs=1e-6)
+    values = task.evaluate_held_out(CENTRES.repeat(4, 1), torch.arange(32) % 8)
+    assert values["log_density"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_digits_halves_are_disjoint():
     task = Digits(SMALL, T=10)
-    ours, theirs = ({row.numpy().tobytes() for row in x} for x in (task.data.flatten(1), task.unseen))
+    seen, unseen = ({row.numpy().tobytes() for row in x} for x in (task.data.flatten(1), task.unseen))
     assert len(task.data) + len(task.unseen) == 1797
-    assert not ours & theirs
+    assert not seen & unseen
 
 
-def test_cache_is_read_and_its_key_follows_what_made_it(task, monkeypatch):
+def test_the_cache_is_read_and_its_key_depends_on_the_settings(task, monkeypatch):
     def refuse(self):
         raise AssertionError("pre-trained again")
 
@@ -114,10 +117,10 @@ def test_cache_is_read_and_its_key_follows_what_made_it(task, monkeypatch):
 
 
 def test_the_reward_does_not_depend_on_the_grid_of_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(learn, "CACHE", tmp_path / "one")
+    monkeypatch.setattr(pretrain, "CACHE", tmp_path / "one")
     few = ToyOptions(pretrain_steps=20, reward_steps=20)
     one = Modes(few, T=3)
-    monkeypatch.setattr(learn, "CACHE", tmp_path / "other")
+    monkeypatch.setattr(pretrain, "CACHE", tmp_path / "other")
     other = Modes(dataclasses.replace(few, shift=3.0), T=10)
     for a, b in zip(one.reward_model.state_dict().values(), other.reward_model.state_dict().values()):
         assert torch.equal(a, b)
@@ -130,7 +133,7 @@ class _Evil:
 
 def test_the_cache_runs_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(learn, "CACHE", tmp_path)
+    monkeypatch.setattr(pretrain, "CACHE", tmp_path)
     few = ToyOptions(pretrain_steps=2, reward_steps=2)
     Modes(few, T=3)
     (file,) = tmp_path.glob("*.pt")
@@ -143,11 +146,9 @@ def test_the_cache_runs_no_code(tmp_path, monkeypatch):
 def test_nested_only_is_a_method_with_the_nested_trajectory(task):
     prompt, x_T = task.truth[:8], task.noise(8, torch.Generator().manual_seed(0))
     hyper = Hyper(low=2, high=8)
-    method = nested_only(task.velocity(prompt), x_T, task.times, hyper, torch.Generator().manual_seed(1))
-    x_0, weight = next(method)
-    with pytest.raises(StopIteration) as end:
-        next(method)
-    i_k, i_j = end.value.value["i_k"], end.value.value["i_j"]
+    endpoints = nested_only(task.velocity(prompt), x_T, task.times, hyper, torch.Generator().manual_seed(1))
+    ((x_0, weight),) = endpoints
+    i_k, i_j = endpoints.log["i_k"], endpoints.log["i_j"]
     states = rollout(task.velocity(prompt), x_T, task.times)
     trajectory = nested_trajectory(task.velocity(prompt), states, task.times, i_k, i_j, hyper.alpha)
     parameters = list(task.model.parameters())
@@ -158,32 +159,32 @@ def test_nested_only_is_a_method_with_the_nested_trajectory(task):
         torch.testing.assert_close(a, b)
 
 
-def test_pretraining_leaves_no_gradient_behind(tmp_path, monkeypatch):
-    """Left-over gradients would join the first step of a run that pre-trains, and not of one that finds the cache."""
-    monkeypatch.setattr(learn, "CACHE", tmp_path)
+def test_pretraining_leaves_no_gradient(tmp_path, monkeypatch):
+    """A leftover gradient would enter the first step of a run that pre-trains, but not of one that reads the cache."""
+    monkeypatch.setattr(pretrain, "CACHE", tmp_path)
     task = Modes(ToyOptions(pretrain_steps=2, reward_steps=2), T=2)
     assert all(p.grad is None for p in [*task.model.parameters(), *task.reward_model.parameters()])
 
 
 def test_save_and_load(task, tmp_path):
     task.save(tmp_path)
-    kept = {name: value.clone() for name, value in task.model.state_dict().items()}
+    saved = {name: value.clone() for name, value in task.model.state_dict().items()}
     with torch.no_grad():
         for p in task.model.parameters():
             p.add_(1)
     task.load(tmp_path)
     for name, value in task.model.state_dict().items():
-        assert torch.equal(value, kept[name])
+        assert torch.equal(value, saved[name])
 
 
-def test_pictures_are_drawn(task, tmp_path):
+def test_figures_are_drawn(task, tmp_path):
     for iteration in (0, 5):
         task.evaluate(tmp_path, iteration)
-    task.draw(tmp_path)
+    task.draw_figures(tmp_path)
     for name in ("samples.png", "trajectories.png"):
         assert (tmp_path / name).stat().st_size > 10_000
-    kept = np.load(tmp_path / "samples" / "000005.npz")
-    assert np.array_equal(kept["states"][0], kept["samples"][: len(kept["states"][0])])
+    arrays = np.load(tmp_path / "samples" / "000005.npz")
+    assert np.array_equal(arrays["states"][0], arrays["samples"][: len(arrays["states"][0])])
 
 
 def test_tasks_take_a_shifted_grid():
@@ -193,13 +194,25 @@ def test_tasks_take_a_shifted_grid():
     assert len(states) == 11
 
 
-def test_summary_by_hand(tmp_path):
+def test_summary_against_a_hand_calculation(tmp_path):
     for n, value in enumerate((1.0, 2.0, 6.0)):
         (tmp_path / str(n)).mkdir()
-        result = {"before": {"judge": 0.0}, "after": {"judge": value}}
+        result = {"before": {"evaluator": 0.0}, "after": {"evaluator": value}}
         (tmp_path / str(n) / "result.json").write_text(json.dumps(result))
     # Mean 3, standard deviation sqrt((4 + 1 + 9) / 2) = sqrt(7), of the mean sqrt(7 / 3) = 1.528.
-    assert table([tmp_path / str(n) for n in range(3)]).endswith("| judge | 0.000 ± 0.000 | 3.000 ± 1.528 |")
+    assert summary([tmp_path / str(n) for n in range(3)]).splitlines() == [
+        "| n = 3 | before | after |",
+        "|---|---|---|",
+        "| evaluator | 0.000 ± 0.000 | 3.000 ± 1.528 |",
+    ]
+
+
+def test_numbers_in_tables():
+    assert mean_and_error([1.0, 2.0, 6.0]) == (3.0, pytest.approx(1.5275, abs=1e-4))
+    assert (format_number(0.12345, 0.0004), format_number(-0.00123, 0.01)) == ("0.123 ± 0.000", "-0.001 ± 0.010")
+    assert [format_number(value) for value in (12345.0, 0.000123, 0.0, 7)] == ["12345.000", "0.000123", "0.000", "7"]
+    table = markdown_table([{"a": 1.0, "a_error": 0.5, "b": "x"}, {"b": "y"}], ["b", "a"])
+    assert table == "| b | a |\n|---|---|\n| x | 1.000 ± 0.500 |\n| y |  |"
 
 
 def test_defaults_are_known_fields(task):

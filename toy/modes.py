@@ -17,17 +17,16 @@ CENTRES = RADIUS * torch.stack([ANGLE.cos(), ANGLE.sin()], 1)
 
 
 class Modes(ToyTask):
-    """Two dimensions, so that one sees what a method does to a whole distribution."""
+    """Two dimensions show what a method does to a whole distribution."""
 
     name = "toy"
     shape = (2,)
     classes = MODES
-    size: ClassVar[dict] = {"width": 128, "depth": 3}
-    settings: ClassVar[dict] = {"lam": 0.0, "ema": 0.99}
+    network: ClassVar[dict] = {"width": 128, "depth": 3}
     held_out: ClassVar[dict] = {"utility": 0.2, "alignment": 0.05, "log_density": 0.2, "spread": 0.05}
 
-    def prepare(self, seed: int) -> None:
-        """Points from scikit-learn's generator, and the mode of each."""
+    def load_data(self, seed: int) -> None:
+        """Points from scikit-learn's make_blobs, and the mode of each."""
         x, y = make_blobs(n_samples=10_000, centers=CENTRES.numpy(), cluster_std=SPREAD, random_state=seed)
         self.data, self.truth = torch.tensor(x, dtype=torch.float32), torch.tensor(y)
 
@@ -35,20 +34,20 @@ class Modes(ToyTask):
         """People want to be near the centre that they asked for."""
         return -4 * torch.cdist(samples, CENTRES)
 
-    def judge(self, samples: Tensor, prompt: Tensor) -> dict[str, float]:
-        """How many lie nearest to the prompt's mode, the data's log density where they lie, their spread in a mode."""
+    def evaluate_held_out(self, samples: Tensor, prompts: Tensor) -> dict[str, float]:
+        """The share nearest to the prompt's mode, the data's log density at the samples, their spread within a mode."""
         square = torch.cdist(samples, CENTRES).square()
-        near = square.argmin(1)
+        nearest = square.argmin(1)
         log_density = torch.logsumexp(-square / (2 * SPREAD**2), 1) - math.log(MODES * 2 * math.pi * SPREAD**2)
-        spread = [x.var(0).mean().sqrt() for c in range(MODES) if len(x := samples[near == c]) > 1]
+        spread = [x.var(0).mean().sqrt() for c in range(MODES) if len(x := samples[nearest == c]) > 1]
         return {
-            "alignment": (near == prompt).float().mean().item(),
+            "alignment": (nearest == prompts).float().mean().item(),
             "log_density": log_density.mean().item(),
             "spread": torch.stack(spread).mean().item(),
         }
 
-    def draw(self, folder: Path) -> None:
-        """samples.png, before and after; trajectories.png, rollouts with one leap trajectory over each."""
+    def draw_figures(self, folder: Path) -> None:
+        """samples.png, before and after; trajectories.png, rollouts with a leap trajectory over each."""
         real = self.data[:2000].numpy()
         pictures.scatter(folder, real, CENTRES.numpy())
         pictures.trajectories(folder, real)

@@ -35,7 +35,7 @@ class VelocityNet(nn.Module):
 class RewardNet(nn.Module):
     """Reward of a sample (B, *S) under a prompt (B,), to (B,): a scaled cosine of two embeddings, as in CLIP and HPS.
 
-    Being bounded it cannot be raised for ever; `zero` is the score that counts as 0.
+    It is bounded; `zero` is subtracted, so that a chosen score becomes 0.
     """
 
     def __init__(self, shape: tuple[int, ...], classes: int, width: int = 128) -> None:
@@ -46,5 +46,5 @@ class RewardNet(nn.Module):
         self.register_buffer("zero", torch.zeros(()))
 
     def forward(self, sample: Tensor, prompt: Tensor) -> Tensor:
-        likeness = F.cosine_similarity(self.sample(sample.flatten(1)), self.prompt(prompt))
-        return self.log_scale.exp() * likeness - self.zero
+        cosine = F.cosine_similarity(self.sample(sample.flatten(1)), self.prompt(prompt))
+        return self.log_scale.exp() * cosine - self.zero

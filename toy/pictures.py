@@ -1,4 +1,4 @@
-"""The pictures of a toy run, drawn from what its evaluations left in folder/samples."""
+"""The figures of a toy run, drawn from what its evaluations left in folder/samples."""
 
 from pathlib import Path
 
@@ -16,13 +16,13 @@ def _evaluations(folder: Path) -> dict[int, dict[str, np.ndarray]]:
 
 
 def _plane(axis: Axes, real: np.ndarray, title: str) -> None:
-    """A square picture of the plane with the real data in grey."""
+    """A square plot of the plane with the real data in grey."""
     axis.scatter(*real.T, s=2, color="0.85", zorder=0, rasterized=True)
     axis.set(xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[], aspect="equal", title=title)
 
 
 def scatter(folder: Path, real: np.ndarray, centres: np.ndarray) -> None:
-    """samples.png: the first and the last evaluation; a sample wears its prompt's colour, a ring marks each mode."""
+    """samples.png: the first and the last evaluation; a sample has its prompt's colour, a ring marks each mode."""
     evaluations = _evaluations(folder)
     first, last = min(evaluations), max(evaluations)
     figure = Figure(figsize=(8, 4.2), layout="constrained")
@@ -37,7 +37,7 @@ def scatter(folder: Path, real: np.ndarray, centres: np.ndarray) -> None:
 
 
 def trajectories(folder: Path, real: np.ndarray, many: int = 5) -> None:
-    """trajectories.png: rollouts from noise to image, over each the two leaps and what the connectors close."""
+    """trajectories.png: rollouts from noise to image, with the two leaps and the gaps that the connectors close."""
     evaluations = _evaluations(folder)
     last = evaluations[max(evaluations)]
     i_k, i_j = last["pair"]
@@ -62,7 +62,7 @@ def trajectories(folder: Path, real: np.ndarray, many: int = 5) -> None:
 
 
 def _mosaic(rows: dict[str, np.ndarray], titles: list[str], path: Path) -> None:
-    """Named rows of digits (n, 1, 8, 8), pixels from -1 (white) to 1 (black), drawn as one image, for speed."""
+    """Named rows of digits (n, 1, 8, 8), pixels from -1 (white) to 1 (black), drawn as one image for speed."""
     framed = {
         name: np.pad(images[:, 0], ((0, 0), (1, 1), (1, 1)), constant_values=-0.7) for name, images in rows.items()
     }
@@ -78,15 +78,15 @@ def _mosaic(rows: dict[str, np.ndarray], titles: list[str], path: Path) -> None:
 
 
 def sheet(folder: Path, columns: int = 20) -> None:
-    """samples.png: a row an evaluation, each column from one noise under the prompt above it."""
+    """samples.png: a row for each evaluation; a column has one noise and the prompt above it."""
     evaluations = _evaluations(folder)
     rows = {f"iteration {iteration}": arrays["samples"][:columns] for iteration, arrays in evaluations.items()}
     prompts = evaluations[min(evaluations)]["prompt"][:columns]
     _mosaic(rows, [f'"{prompt}"' for prompt in prompts], folder / "samples.png")
 
 
-def film(folder: Path, many: int = 10) -> None:
-    """trajectories.png: of some rollouts the states that a leap trajectory joins, and its predictions between them."""
+def leap_sheet(folder: Path, many: int = 10) -> None:
+    """trajectories.png: the states that a leap trajectory joins, and its predictions between them."""
     evaluations = _evaluations(folder)
     last = evaluations[max(evaluations)]
     i_k, i_j = last["pair"]

@@ -1,4 +1,4 @@
-"""What the toy tasks share: the task interface of train_leap_align.py, met with two small networks."""
+"""What the toy tasks share: the Task protocol (runtime/task.py) with two small networks."""
 
 import sys
 from abc import ABC, abstractmethod
@@ -13,22 +13,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from leap_align import (
-    BadInput,
-    Velocity,
-    interpolate,
-    leap,
-    leap_trajectory,
-    rollout,
-    shifted_times,
-    uniform_times,
-)
-from toy import learn, nets
+from leap_align import BadInput, Velocity, interpolate, leap, leap_trajectory, rollout, shifted_times, uniform_times
+from runtime.run_dir import atomic_file
+from toy import nets, pretrain
 from toy.nets import RewardNet, VelocityNet
 
 EVALUATION_SEED = 1_000_003
 DRAWN = 64
-"""Samples of an evaluation whose whole trajectory is kept for the pictures."""
+"""Samples of an evaluation that keep their whole trajectory for the figures."""
 
 
 @dataclass(frozen=True)
@@ -42,134 +34,136 @@ class ToyOptions:
     reward_steps: int = 1500
     """Steps of learning the reward."""
     pretrain_seed: int = 0
-    """Seed of captions, choices and both networks; --seed leaves these alone."""
+    """Seed of captions, choices and both networks; --seed does not affect these."""
     evaluation_samples: int = 1024
-    """Samples that an evaluation draws, always from the same noise."""
+    """Samples of an evaluation, always from the same noise."""
 
     def __post_init__(self) -> None:
-        least_of = {"pretrain_steps": 1, "reward_steps": 1, "pretrain_seed": 0, "evaluation_samples": 160}
-        for name, least in least_of.items():
-            if getattr(self, name) < least:
-                raise BadInput(f"{name}={getattr(self, name)} must be at least {least}")
+        least = {"pretrain_steps": 1, "reward_steps": 1, "pretrain_seed": 0, "evaluation_samples": 160}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise BadInput(f"{name}={getattr(self, name)} must be at least {bound}")
 
 
 class ToyTask(ABC):
     """A flow pre-trained with half of its captions wrong, and a reward learned from simulated pairwise choices.
 
-    A subclass gives the data, the choices, the evaluators that training never sees, and the pictures.
+    A subclass gives the data, the utility behind the choices, the held-out evaluators, and the figures.
     """
 
     name: ClassVar[str]
     shape: ClassVar[tuple[int, ...]]
     classes: ClassVar[int]
-    size: ClassVar[dict[str, int]] = {"width": 128, "depth": 3}
+    network: ClassVar[dict[str, int]]
     """Width and depth of the velocity network."""
-    settings: ClassVar[dict] = {}
-    """Values of the run's configuration that suit this task better than the general ones."""
-    measured: ClassVar[dict[str, float]] = {}
-    how: ClassVar[frozenset[str]] = frozenset()
+    settings: ClassVar[dict[str, Any]] = {"lam": 0.0, "ema_decay": 0.99}
+    """Fields of Config and Hyper that the toy tasks set differently."""
     held_out: ClassVar[dict[str, float]]
-    """Evaluators that training never sees, each with the change for the worse that is worth a warning (signed)."""
+    """Evaluators that training never sees, each with the change for the worse that deserves a warning (signed)."""
     Options = ToyOptions
+    changeable_on_resume: ClassVar[frozenset[str]] = frozenset()
+    step_metric_names: ClassVar[tuple[str, ...]] = ()
+    device = torch.device("cpu")
 
     def __init__(self, options: ToyOptions, T: int) -> None:
-        # Matrices this small gain nothing from a second thread, and lose all where another program keeps it busy.
+        # Matrices this small are not faster with a second thread, and much slower if another program uses its core.
         torch.set_num_threads(1)
         self.options = options
         self.times = uniform_times(T) if options.shift == 1 else shifted_times(T, options.shift)
         self.generator = torch.Generator().manual_seed(options.pretrain_seed)
-        self.prepare(options.pretrain_seed)
+        self.load_data(options.pretrain_seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.pretrain_seed)
-            self.model = VelocityNet(self.shape, self.classes, **self.size)
+            self.model = VelocityNet(self.shape, self.classes, **self.network)
             self.reward_model = RewardNet(self.shape, self.classes)
         models = nn.ModuleDict({"flow": self.model, "reward": self.reward_model})
-        made_by = [sys.modules[type(self).__module__], sys.modules[__name__], learn, nets, leap, rollout, interpolate]
+        modules = [sys.modules[type(self).__module__], sys.modules[__name__], pretrain, nets]
         settings = (options.pretrain_seed, options.pretrain_steps, options.reward_steps)
-        learn.cached(self.name, made_by, settings, models, self.pretrain)
+        pretrain.fit_or_load(self.name, [*modules, leap, rollout, interpolate], settings, models, self.pretrain)
         self.reward_model.requires_grad_(False)
 
     # What a subclass gives
 
     @abstractmethod
-    def prepare(self, seed: int) -> None:
-        """Loads `data` (N, *S), in which `truth` (N,) says what each shows, and fits the evaluators."""
+    def load_data(self, seed: int) -> None:
+        """Loads `data` (N, *S) and `truth` (N,), the class of each sample, and fits the evaluators."""
 
     @abstractmethod
     def utility(self, samples: Tensor) -> Tensor:
-        """What the simulated people like, under every prompt: (N, *S) to (N, classes).  The training never sees it."""
+        """What the simulated people like, under every prompt: (N, *S) to (N, classes).  Training never sees it."""
 
     @abstractmethod
-    def judge(self, samples: Tensor, prompt: Tensor) -> dict[str, float]:
-        """The held-out evaluators of samples (N, *S) under prompts (N,)."""
+    def evaluate_held_out(self, samples: Tensor, prompts: Tensor) -> dict[str, float]:
+        """The held-out evaluators of samples (N, *S) under prompts (N,), apart from the utility."""
 
     @abstractmethod
-    def draw(self, folder: Path) -> None:
-        """Draws the run's pictures from what its evaluations left in the folder."""
+    def draw_figures(self, folder: Path) -> None:
+        """Draws the run's figures from what its evaluations left in the folder."""
 
     # Pre-training
 
     def pretrain(self) -> None:
-        """Fits both networks and puts the reward's zero at the mean of real, rightly captioned data.
+        """Fits both networks, and makes the mean reward of real, rightly captioned data zero.
 
-        Choices fix a Bradley-Terry reward only up to a constant.  With this one, lambda = 0 says: as good as real.
+        Choices determine a Bradley-Terry reward only up to a constant.  With this constant, lambda = 0 means: as good
+        as real data.
         """
         options, generator = self.options, self.generator
         wrong = torch.rand(len(self.truth), generator=generator) < 0.5
-        another = self.truth + torch.randint(1, self.classes, self.truth.shape, generator=generator)
-        captions = torch.where(wrong, another % self.classes, self.truth)
-        learn.fit_flow(self.model, self.data, captions, options.pretrain_steps, generator)
-        prompts = self.conditions(len(self.data), generator)
-        # On a grid of its own, so that every T and shift meets the same reward.
+        other_class = self.truth + torch.randint(1, self.classes, self.truth.shape, generator=generator)
+        captions = torch.where(wrong, other_class % self.classes, self.truth)
+        pretrain.fit_flow(self.model, self.data, captions, options.pretrain_steps, generator)
+        prompts = self.sample_conditions(len(self.data), generator)
+        # Always on the same grid, so that every T and shift trains on the same reward.
         generated = rollout(self.velocity(prompts), self.noise(len(prompts), generator), uniform_times(25))[0]
         pool = torch.cat([self.data, generated])
-        learn.fit_reward(self.reward_model, lambda: self.choices(pool), options.reward_steps)
+        pretrain.fit_reward(self.reward_model, lambda: self.choices(pool), options.reward_steps)
         with torch.no_grad():
             self.reward_model.zero.copy_(self.reward(self.data, self.truth).mean())
 
     def choices(self, pool: Tensor, n: int = 512) -> tuple[Tensor, Tensor, Tensor]:
         """n simulated choices by the hidden utility: the chosen and the other sample (n, *S), the prompt (n,).
 
-        People are shown real and generated samples, spoilt more or less, so that the reward knows its way back from
-        where an alignment may lead.  Half of the time they are asked for what the first sample shows.
+        People see real and generated samples, more or less corrupted, so that the reward also knows the region around
+        the data that alignment may reach.  Half of the prompts name what the first sample shows.
         """
         generator = self.generator
-        first, second = self.spoil(pool, n), self.spoil(pool, n)
-        like_first, like_second = self.utility(first), self.utility(second)
-        asked = torch.rand(n, generator=generator) < 0.5
-        prompt = torch.where(asked, like_first.argmax(1), self.conditions(n, generator))
-        lead = (like_first - like_second).gather(1, prompt[:, None])[:, 0]
+        first, second = self.corrupt(pool, n), self.corrupt(pool, n)
+        utility_first, utility_second = self.utility(first), self.utility(second)
+        names_first = torch.rand(n, generator=generator) < 0.5
+        prompt = torch.where(names_first, utility_first.argmax(1), self.sample_conditions(n, generator))
+        lead = (utility_first - utility_second).gather(1, prompt[:, None])[:, 0]
         first_wins = torch.rand(n, generator=generator) < lead.sigmoid()
         first_wins = first_wins.reshape(-1, *[1] * len(self.shape))
         return torch.where(first_wins, first, second), torch.where(first_wins, second, first), prompt
 
-    def spoil(self, pool: Tensor, n: int) -> Tensor:
-        """n samples of the pool, each blended with another, faded, and blurred, all to a random degree."""
+    def corrupt(self, pool: Tensor, n: int) -> Tensor:
+        """n samples of the pool, each blended with another one, rescaled, shifted and noised by random amounts."""
         one, other = (pool[torch.randint(len(pool), (n,), generator=self.generator)] for _ in range(2))
-        degree = torch.rand(2, n, *[1] * len(self.shape), generator=self.generator)
+        amount = torch.rand(2, n, *[1] * len(self.shape), generator=self.generator)
         scale, shift = 0.3 * torch.randn(2, n, *[1] * len(self.shape), generator=self.generator)
         noise = torch.randn(one.shape, generator=self.generator)
-        return torch.lerp(one, other, degree[0] / 2) * (1 + scale) + shift + degree[1].square() * noise
+        return torch.lerp(one, other, amount[0] / 2) * (1 + scale) + shift + amount[1].square() * noise
 
-    # The task interface
+    # The Task protocol
 
     @classmethod
     def defaults(cls, reward: str | None) -> dict[str, Any]:
-        """The task's settings; its reward is always its own."""
+        """The settings of the toy tasks, which have one reward each."""
         return cls.settings
 
-    def place(self, mesh: DeviceMesh | None) -> None:
+    def parallelize(self, mesh: DeviceMesh | None) -> None:
         """Shards the velocity network over several processes (FSDP2)."""
         if mesh is not None:
             self.model.register_forward_hook(lambda model, inputs, v: v.clone())  # FSDP2 cannot hook a view
-            # Resharding after each forward: an evaluation has no backward that would, and then swaps the weights.
+            # Reshard after each forward: an evaluation has no backward that does it before the weights are swapped.
             fully_shard(self.model, mesh=mesh, reshard_after_forward=True)
 
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
         """x_T (n, *S), standard normal."""
         return torch.randn(n, *self.shape, generator=generator)
 
-    def conditions(self, n: int, generator: torch.Generator) -> Tensor:
+    def sample_conditions(self, n: int, generator: torch.Generator) -> Tensor:
         """Prompts (n,), uniform over the classes."""
         return torch.randint(self.classes, (n,), generator=generator)
 
@@ -178,47 +172,56 @@ class ToyTask(ABC):
         return lambda x, t: self.model(x, t, condition)
 
     def decode(self, x_0: Tensor) -> Tensor:
-        """The sample that the reward sees; here the state itself."""
+        """The sample that the reward scores; here the state itself."""
         return x_0
+
+    def step_metrics(self, sample: Tensor) -> dict[str, float]:
+        """Nothing more than the trainer logs."""
+        return {}
 
     def reward(self, sample: Tensor, condition: Tensor) -> Tensor:
         """The learned reward (B,), with gradient to the sample."""
         return self.reward_model(sample, condition)
 
     def evaluate(self, folder: Path | None, iteration: int) -> dict[str, float]:
-        """Reward and held-out evaluators of samples from fixed noise; with a folder, what its pictures need."""
+        """Reward and held-out evaluators of samples from fixed noise; with a folder, saves what its figures need."""
         n = self.options.evaluation_samples
         x_T = self.noise(n, torch.Generator().manual_seed(EVALUATION_SEED))
-        prompt = torch.arange(n) % self.classes
-        states = rollout(self.velocity(prompt), x_T, self.times)
+        prompts = torch.arange(n) % self.classes
+        states = rollout(self.velocity(prompts), x_T, self.times)
         samples = self.decode(states[0])
         with torch.no_grad():
-            reward = self.reward(samples, prompt).mean().item()
-        shown = self.shown(prompt[:DRAWN], [x[:DRAWN] for x in states])
+            reward = self.reward(samples, prompts).mean().item()
+        leaps = self.leaps_to_draw(prompts[:DRAWN], [x[:DRAWN] for x in states])
         if folder is not None:
-            (folder / "samples").mkdir(exist_ok=True)
-            for later in (folder / "samples").glob("*.npz"):
-                if int(later.stem) > iteration:  # of a run that was stopped, and went on from an earlier checkpoint
-                    later.unlink()
-            np.savez(folder / "samples" / f"{iteration:06d}.npz", prompt=prompt, samples=samples, **shown)
-        utility = self.utility(samples).gather(1, prompt[:, None]).mean().item()
-        return {"reward": reward, "utility": utility, **self.judge(samples, prompt)}
+            self.save_samples(folder / "samples", iteration, prompt=prompts, samples=samples, **leaps)
+        utility = self.utility(samples).gather(1, prompts[:, None]).mean().item()
+        return {"reward": reward, "utility": utility, **self.evaluate_held_out(samples, prompts)}
 
-    def save(self, folder: Path) -> None:
-        """Writes the velocity network; every process calls it, the first one writes."""
-        weights = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        if weights:
-            learn.write(weights, folder / "model" / "velocity.pt")
+    def save_samples(self, folder: Path, iteration: int, **arrays: Any) -> None:
+        """Writes samples/ITERATION.npz, and removes those of later iterations that a resumed run will repeat."""
+        folder.mkdir(exist_ok=True)
+        for path in folder.glob("*.npz"):
+            if int(path.stem) > iteration:
+                path.unlink()
+        np.savez(folder / f"{iteration:06d}.npz", **arrays)
 
-    def load(self, folder: Path) -> None:
-        """Reads what `save` wrote."""
-        self.model.load_state_dict(torch.load(folder / "model" / "velocity.pt", weights_only=True))
-
-    def shown(self, prompt: Tensor, states: list[Tensor]) -> dict[str, Tensor | tuple]:
-        """What the pictures show of some rollouts: their states, and a leap trajectory over each."""
+    def leaps_to_draw(self, prompts: Tensor, states: list[Tensor]) -> dict[str, Any]:
+        """The states of some rollouts, and the leaps of one pair over each."""
         T = len(states) - 1
         i_j = max(1, round(0.4 * T))
         i_k = max(i_j + 1, round(0.8 * T))
         with torch.no_grad():
-            leaps = leap_trajectory(self.velocity(prompt), states, self.times, i_k, i_j, alpha=0)
+            leaps = leap_trajectory(self.velocity(prompts), states, self.times, i_k, i_j, alpha=0)
         return {"states": torch.stack(states), "x_hat_j": leaps.x_hat_j, "x_hat_0": leaps.x_hat_0, "pair": (i_k, i_j)}
+
+    def save(self, folder: Path) -> None:
+        """Writes model/velocity.pt; every rank calls it, rank 0 writes."""
+        weights = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if weights:
+            with atomic_file(folder / "model" / "velocity.pt") as temporary:
+                torch.save(weights, temporary)
+
+    def load(self, folder: Path) -> None:
+        """Reads what `save` wrote."""
+        self.model.load_state_dict(torch.load(folder / "model" / "velocity.pt", weights_only=True))

@@ -1,0 +1,12 @@
+"""Everything around a run with a diffusers model.  `python -m full_scale` lists the tools.
+
+pipeline.py         open a pipeline, and what differs between FLUX.1-dev and SD3.5-M outside of training
+transformer.py      build, shard, load and export the transformer, all of it or LoRA adapters
+prompts.py          read prompts, embed them, find embeddings
+sample.py           images from a base or trained model
+score.py            a reward of every image
+geneval_prompts.py  training prompts in GenEval's templates
+tiny.py             tiny random pipelines and rewards for a rehearsal
+benchmark.py        seconds and memory of a training step of FLUX.1-dev's size on a GPU
+rewards/            differentiable rewards behind one contract
+"""

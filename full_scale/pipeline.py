@@ -1,0 +1,158 @@
+"""Open a diffusers pipeline, and what differs between the families of pipelines outside of training."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+import transformers
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch import Tensor
+
+from full_scale.rewards.weights import download
+from leap_align import BadInput
+from runtime.processes import one_line, rank
+
+Precision = Literal["bfloat16", "float32"]
+TEXT_PARTS = ("text_encoder", "text_encoder_[23]", "tokenizer", "tokenizer_[23]")
+"""A pipeline's subfolders that turn prompts into embeddings, as patterns of names."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Families
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def encode_flux(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+    """T5's tokens and CLIP's pooled text.  Padding stays, because FLUX was trained with it."""
+    tokens, pooled, _ = pipeline.encode_prompt(prompts, device=device)
+    return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
+
+
+def encode_sd3(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+    """The tokens of all three encoders and the pooled text of the two CLIPs."""
+    encoded = pipeline.encode_prompt(prompts, prompts, prompts, device=device, do_classifier_free_guidance=False)
+    tokens, _, pooled, _ = encoded
+    return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
+
+
+@dataclass(frozen=True)
+class Family:
+    """The pipelines of one diffusers class."""
+
+    pipeline_name: str
+    """The pipeline's class in diffusers."""
+    transformer_name: str
+    """The transformer's class in diffusers."""
+    encode_text: Callable[[Any, list[str], torch.device], dict[str, Tensor]]
+    """(pipeline, prompts, device) to the transformer's text inputs by name, each (B, ...)."""
+
+    @property
+    def pipeline_class(self) -> Any:
+        """The pipeline's class."""
+        return getattr(diffusers, self.pipeline_name)
+
+    @property
+    def transformer_class(self) -> Any:
+        """The transformer's class."""
+        return getattr(diffusers, self.transformer_name)
+
+
+FAMILIES: dict[str, Family] = {
+    "flux": Family("FluxPipeline", "FluxTransformer2DModel", encode_flux),
+    "sd3": Family("StableDiffusion3Pipeline", "SD3Transformer2DModel", encode_sd3),
+}
+"""By the name of the family's task."""
+
+
+def family_of(folder: Path) -> Family:
+    """The family of the pipeline in a folder."""
+    name = _index(folder)["_class_name"]
+    for family in FAMILIES.values():
+        if family.pipeline_name == name:
+            return family
+    known = ", ".join(family.pipeline_name for family in FAMILIES.values())
+    raise BadInput(f"{folder} holds a {name}: choose a pipeline of class {known}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders and pipelines
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pipeline_folder(model: str, parts: tuple[str, ...] = (*TEXT_PARTS, "transformer", "vae")) -> Path:
+    """The local folder of a pipeline; a hub id is downloaded.
+
+    model: a local path or OWNER/NAME.  parts: the subfolders to download, as patterns.
+    """
+    if (folder := Path(model)).exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        if not (folder / "model_index.json").is_file():
+            raise BadInput(f"model={model} is neither a hub id OWNER/NAME nor a folder with a model_index.json")
+        return folder
+    return download(model, "model_index.json", "scheduler/*", *(f"{part}/*" for part in parts), flag="--model")
+
+
+def open_pipeline(family: Family, folder: Path, dtype: torch.dtype, text: bool = True, **parts: Any) -> Any:
+    """A pipeline from a local folder; it never asks the network.
+
+    text=False leaves the text encoders and tokenizers out.  parts: components in place of those on disk; None leaves
+    one out.
+    """
+    silence_other_ranks()
+    index = _index(folder)
+    if (name := index["_class_name"]) != family.pipeline_name:
+        tasks = ", ".join(f"{known.pipeline_name} is --task {task}" for task, known in FAMILIES.items())
+        raise BadInput(f"{folder} holds a {name}, not a {family.pipeline_name}: {tasks}")
+    if not text:
+        parts |= {name: None for name in index if name.startswith(("text_encoder", "tokenizer"))}
+    try:
+        return family.pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True, **parts)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{folder} is not a complete pipeline: {one_line(error)}") from error
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "model_index.json").read_text())
+
+
+def log_shift(scheduler: Any, latent_size: tuple[int, int, int], default_max: float) -> float:
+    """mu, the logarithm of the time grid's shift that the scheduler's config asks for at this size.
+
+    latent_size: channels, height and width.  A token is a 2x2 patch of the latents.
+    """
+    _, height, width = latent_size
+    defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": default_max}
+    settings = [scheduler.config.get(name, value) for name, value in defaults.items()]
+    return calculate_shift(height // 2 * (width // 2), *settings)
+
+
+def check_image_size(height: int, width: int) -> None:
+    """Refuses sizes that are not multiples of 16: the VAE divides by eight, the transformer's patches by two."""
+    for name, pixels in {"height": height, "width": width}.items():
+        if pixels < 16 or pixels % 16:
+            raise BadInput(f"{name}={pixels} must be a multiple of 16 pixels: 512, 720, 1024, ...")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# This rank
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def gpu_or_cpu() -> torch.device:
+    """This rank's GPU, which becomes the current one; the CPU without a GPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def silence_other_ranks() -> None:
+    """Leaves the libraries' warnings and progress bars to rank 0."""
+    if rank() > 0:
+        for library in (diffusers, transformers):
+            library.utils.logging.set_verbosity_error()
+            library.utils.logging.disable_progress_bar()

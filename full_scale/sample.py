@@ -1,0 +1,175 @@
+"""Draw images from a base or trained model with diffusers' own pipeline."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from tqdm import tqdm
+
+from full_scale.pipeline import (
+    Precision,
+    check_image_size,
+    family_of,
+    gpu_or_cpu,
+    open_pipeline,
+    pipeline_folder,
+    silence_other_ranks,
+)
+from full_scale.prompts import read_prompts
+from leap_align import BadInput
+from runtime.processes import barrier, one_line, rank, run_on_all_ranks, run_on_rank0, world_size
+from runtime.run_dir import atomic_file, claim_output_folder, write_text
+
+
+@torch.no_grad()
+def sample(
+    model: str,
+    out: Path,
+    prompts: Path | None = None,
+    geneval: Path | None = None,
+    transformer: Path | None = None,
+    lora: Path | None = None,
+    steps: int = 50,
+    images_per_prompt: int = 4,
+    height: int = 720,
+    width: int = 720,
+    guidance: float = 3.5,
+    batch_size: int = 4,
+    precision: Precision = "bfloat16",
+) -> None:
+    """Draw images with diffusers' own pipeline: a PNG an image, and prompts.json.
+
+    An image's noise depends on the numbers of its prompt and image alone, never on the number of processes.
+
+    Args:
+        model: Pipeline: a local folder in diffusers' layout, or a hub id.
+        out: Folder to fill; images that it already holds are not drawn again.
+        prompts: Text file, one prompt a line.
+        geneval: Instead of prompts, GenEval's evaluation_metadata.jsonl; OUT gets its evaluator's folder layout.
+        transformer: A run's folder transformer/, in place of the pipeline's own.
+        lora: A run's folder lora/, on top of the pipeline's transformer.
+        steps: Sampling steps.
+        images_per_prompt: Images a prompt.
+        height: Pixels, a multiple of 16.
+        width: Pixels, a multiple of 16.
+        guidance: Guidance scale.
+        batch_size: Images of one prompt that are drawn at once.
+        precision: What the networks compute in.
+    """
+    silence_other_ranks()
+    check_image_size(height, width)
+    for name, value in {"steps": steps, "images_per_prompt": images_per_prompt, "batch_size": batch_size}.items():
+        if value < 1:
+            raise BadInput(f"{name}={value} must be at least 1")
+    layout = choose_layout(prompts, geneval, images_per_prompt)
+    settings = {"model": model, "transformer": transformer, "lora": lora, "prompts": layout.digest(), "steps": steps}
+    settings |= {"images_per_prompt": images_per_prompt, "height": height, "width": width, "guidance": guidance}
+    settings |= {"batch_size": batch_size, "precision": precision}
+    pipeline = run_on_all_ranks(lambda: open_trained(model, transformer, lora, getattr(torch, precision)))
+    run_on_rank0(lambda: claim_output_folder(out, settings))
+    run_on_rank0(lambda: layout.write(out))
+    pipeline.to(gpu_or_cpu())
+    size = {"height": height, "width": width}
+    draw = partial(pipeline, **size, num_inference_steps=steps, guidance_scale=guidance)
+    for i in tqdm(range(len(layout.prompts))[rank() :: world_size()], "sample", disable=rank() > 0):
+        files = [out / name for name in layout.files[i]]
+        if not all(file.exists() for file in files):
+            draw_prompt(draw, i, layout.prompts[i], files, batch_size)
+    barrier()
+
+
+def draw_prompt(draw: Any, i: int, prompt: str, files: list[Path], batch_size: int) -> None:
+    """Draws the images of prompt number i, batch_size at once.  draw: the pipeline with size, steps and guidance."""
+    for start in range(0, len(files), batch_size):
+        numbers = range(start, min(start + batch_size, len(files)))
+        noise = [torch.Generator().manual_seed(i << 16 | number) for number in numbers]
+        images = draw(prompt, num_images_per_prompt=len(numbers), generator=noise).images
+        for number, image in zip(numbers, images):
+            with atomic_file(files[number]) as temporary:
+                image.save(temporary, format="png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts and files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which prompts are drawn, and into which files."""
+
+    prompts: list[str]
+    files: list[list[str]]
+    """The images of each prompt, relative to the output folder."""
+    metadata: list[str]
+    """Each prompt's line of GenEval's metadata; empty without GenEval."""
+
+    def digest(self) -> str:
+        """A short name of the list of prompts."""
+        return hashlib.sha1("\n".join(self.prompts).encode()).hexdigest()[:12]
+
+    def write(self, out: Path) -> None:
+        """Writes prompts.json, and beside each prompt's images the metadata that GenEval's evaluator reads."""
+        prompts = {file: prompt for prompt, files in zip(self.prompts, self.files) for file in files}
+        write_text(out / "prompts.json", json.dumps(prompts, indent=1) + "\n")
+        for files, line in zip(self.files, self.metadata):
+            write_text((out / files[0]).parent.with_name("metadata.jsonl"), line + "\n")
+
+
+def choose_layout(prompts: Path | None, geneval: Path | None, images_per_prompt: int) -> Layout:
+    """00000_0.png for prompts of a text file, 00000/samples/0000.png for GenEval's metadata."""
+    if (prompts is None) == (geneval is None):
+        raise BadInput("give either --prompts FILE or --geneval evaluation_metadata.jsonl")
+    lines, numbers = read_prompts(prompts or geneval), range(images_per_prompt)
+    if geneval is None:
+        return Layout(lines, [[f"{i:05d}_{number}.png" for number in numbers] for i in range(len(lines))], [])
+    files = [[f"{i:05d}/samples/{number:04d}.png" for number in numbers] for i in range(len(lines))]
+    try:
+        return Layout([json.loads(line)["prompt"] for line in lines], files, lines)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        message = f"{geneval} must hold one JSON object with a prompt a line ({one_line(error)})"
+        raise BadInput(message) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pipeline with trained weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def open_trained(model: str, transformer: Path | None, lora: Path | None, dtype: torch.dtype) -> Any:
+    """A complete pipeline on the CPU, with the trained transformer or adapters if one is given."""
+    if transformer and lora:
+        raise BadInput("give --transformer or --lora, not both: a run trains one of them")
+    for name, path in {"transformer": transformer, "lora": lora}.items():
+        if path and not path.exists():
+            raise BadInput(f"{name}={path} does not exist: a finished run leaves it in its folder")
+    folder = pipeline_folder(model)
+    family, parts = family_of(folder), {}
+    try:
+        if transformer:
+            options = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
+            parts["transformer"] = family.transformer_class.from_pretrained(transformer, **options)
+        pipeline = open_pipeline(family, folder, dtype, **parts)
+        if lora:
+            check_adapters(lora, pipeline.transformer)
+            pipeline.load_lora_weights(lora, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise BadInput(f"{lora or transformer or model} does not fit {model}: {one_line(error)}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def check_adapters(lora: Path, transformer: nn.Module) -> None:
+    """Raises ValueError for adapters of layers that the transformer does not have; diffusers would ignore them."""
+    layers = dict(transformer.named_modules())
+    for name, weight in load_file(lora / "pytorch_lora_weights.safetensors" if lora.is_dir() else lora).items():
+        layer, _, side = name.removeprefix("transformer.").partition(".lora_")
+        axis = 1 if side.startswith("A") else 0  # A is (rank, in), B is (out, rank)
+        if layer not in layers or weight.shape[axis] != layers[layer].weight.shape[axis]:
+            raise ValueError(f"{layer} is not one of its layers, or has another size")

@@ -1,0 +1,110 @@
+"""Tiny random pipelines and rewards: the real classes at a toy's size, to rehearse a run on a laptop."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import diffusers
+import tokenizers
+import torch
+import transformers
+import tyro
+from torch import nn
+from tqdm import tqdm
+
+from full_scale import rewards
+
+
+def tiny(folder: Annotated[Path, tyro.conf.Positional], sd3: bool = False) -> None:
+    """Write a tiny random pipeline and tiny rewards, to rehearse a whole run on a laptop.
+
+    FOLDER/reward is HPSv2.1; each other reward is in a folder of its name.
+
+    The classes are the real ones at a toy's size: the images are noise and stay noise.
+
+    Args:
+        folder: Folder to write.
+        sd3: SD3.5's architecture instead of FLUX's.
+    """
+    torch.manual_seed(0)
+    task = "sd3" if sd3 else "flux"
+    PIPELINES[task]().save_pretrained(folder)
+    for name in tqdm(rewards.REWARDS, "tiny rewards"):
+        rewards.tiny(name, folder / ("reward" if name == "hpsv2.1" else name))
+    print(
+        f"try: python train_leap_align.py --task {task} --model {folder} --prompts PROMPTS.txt "
+        f"--reward-weights {folder}/reward --height 64 --width 64 --batch-size 4 --iterations 3"
+    )
+
+
+def tiny_text(t5_width: int) -> dict[str, Any]:
+    """A CLIP that reads bytes and a T5 that reads characters, with their tokenizers."""
+    characters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words = [*characters, *(f"{c}</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
+    clip = transformers.CLIPTokenizer({word: i for i, word in enumerate(words)}, [], model_max_length=77)
+    letters = [(word, 0.0) for word in ("<pad>", "</s>", "<unk>", "▁")] + [(chr(i), -1.0) for i in range(33, 127)]
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        projection_dim=32, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1, pad_token_id=len(words) - 1,
+    )  # fmt: skip
+    t5 = transformers.T5Config(
+        vocab_size=len(letters) + 100, d_model=t5_width, d_kv=8, d_ff=64, num_layers=2, num_heads=4
+    )
+    return {
+        "clip": config,
+        "clip_tokenizer": clip,
+        "t5": transformers.T5EncoderModel(t5),
+        "t5_tokenizer": transformers.T5Tokenizer(letters, extra_ids=100, model_max_length=512),
+    }
+
+
+def tiny_vae(scaling: float, shift: float) -> nn.Module:
+    """A VAE with the latents of the real one: 16 channels, an eighth of the size."""
+    return diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[8] * 4, layers_per_block=1, norm_num_groups=4, latent_channels=16,
+        use_quant_conv=False, use_post_quant_conv=False, scaling_factor=scaling, shift_factor=shift,
+    )  # fmt: skip
+
+
+def tiny_flux() -> Any:
+    """FLUX.1-dev's pipeline with one double and two single blocks."""
+    text = tiny_text(32)
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    return diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=tiny_vae(0.3611, 0.1159),
+        text_encoder=transformers.CLIPTextModel(text["clip"]),
+        tokenizer=text["clip_tokenizer"],
+        text_encoder_2=text["t5"],
+        tokenizer_2=text["t5_tokenizer"],
+        transformer=transformer,
+    )
+
+
+def tiny_sd3() -> Any:
+    """SD3.5-M's pipeline with two blocks, the first with dual attention."""
+    text = tiny_text(64)
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=32, patch_size=2, in_channels=16, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64, out_channels=16,
+        pos_embed_max_size=96, qk_norm="rms_norm", dual_attention_layers=(0,),
+    )  # fmt: skip
+    return diffusers.StableDiffusion3Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae(1.5305, 0.0609),
+        text_encoder=transformers.CLIPTextModelWithProjection(text["clip"]),
+        tokenizer=text["clip_tokenizer"],
+        text_encoder_2=transformers.CLIPTextModelWithProjection(text["clip"]),
+        tokenizer_2=text["clip_tokenizer"],
+        text_encoder_3=text["t5"],
+        tokenizer_3=text["t5_tokenizer"],
+        transformer=transformer,
+    )
+
+
+PIPELINES = {"flux": tiny_flux, "sd3": tiny_sd3}
+"""By the name of the task."""

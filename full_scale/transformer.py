@@ -1,0 +1,206 @@
+"""The transformer of a diffusers pipeline: built without memory, sharded (FSDP2), loaded, exported; all or LoRA."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from full_scale.pipeline import Family
+from leap_align import BadInput
+from runtime.processes import one_line, rank
+from runtime.run_dir import atomic_folder
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Build
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def empty_transformer(family: Family, folder: Path) -> nn.Module:
+    """The transformer of the pipeline in a folder, on the meta device: architecture without memory."""
+    kind = family.transformer_class
+    with torch.device("meta"):
+        return kind.from_config(kind.load_config(folder / "transformer", local_files_only=True)).eval()
+
+
+def add_lora(model: nn.Module, lora_rank: int, lora_alpha: float, targets: Sequence[str], dtype: torch.dtype) -> None:
+    """Freezes the model in dtype and adds float32 adapters, W x + alpha / rank B A x, to some of its linear layers.
+
+    targets: the ends of these layers' names.
+    """
+    from peft import LoraConfig
+
+    if lora_rank < 1:
+        raise BadInput(f"lora_rank={lora_rank} must be at least 0")
+    model.requires_grad_(False).to(dtype)
+    try:
+        model.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=list(targets)))
+    except ValueError as error:
+        raise BadInput(f"lora_targets={tuple(targets)} match no layer of {type(model).__name__}") from error
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def has_lora(model: nn.Module) -> bool:
+    """Whether adapters are trained, and nothing else."""
+    return hasattr(model, "peft_config")
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer's blocks, which diffusers lists as the parts worth compiling; FSDP2 subclasses count."""
+    names = set(model._repeated_blocks)
+    return [module for module in model.modules() if names & {kind.__name__ for kind in type(module).__mro__}]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shard
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def mesh_of_one(device: torch.device) -> DeviceMesh:
+    """A mesh of this process alone, so that one process takes the same path as many."""
+    dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+    return init_device_mesh(device.type, (1,))
+
+
+def check_memory(model: nn.Module, frozen: Sequence[nn.Module], device: torch.device, shards: int) -> None:
+    """Refuses a GPU on which not even weights and optimizer fit.
+
+    A trained parameter needs five times its size: float32 weight, gradient, two moments and average.
+    model: on the meta device, to be divided by `shards`.  frozen: modules that every GPU holds whole.
+    """
+    if device.type != "cuda":
+        return
+    frozen_parameters = [p for module in frozen for p in module.parameters()]
+    needed = sum(p.nbytes for p in frozen_parameters if p.device.type != device.type)
+    needed += sum(p.nbytes * (5 if p.requires_grad else 1) for p in model.parameters()) / shards
+    free, _ = torch.cuda.mem_get_info(device)
+    if needed > free:
+        raise BadInput(
+            f"weights and optimizer need {needed / 2**30:.0f} GiB a GPU, {free / 2**30:.0f} are free: use more GPUs, "
+            "--lora-rank 64, or prompts from `python -m full_scale embed`, which need no text encoders"
+        )
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """Shards the model over the mesh (FSDP2), a block at a time; it computes in dtype, gradients stay float32."""
+    # Blocks return views of one joint sequence; torch warns about in-place writes to them, and nobody writes.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+    # The task casts the inputs: casting all of them would round SD3's times and the RoPE tables.
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    # On one rank nothing is sharded: frozen weights are used in place, and copies cast to dtype stay until a backward
+    # or `reshard`.
+    one_rank = mesh.size() == 1
+    ignored = {p for p in model.parameters() if not p.requires_grad} if one_rank else set()
+    for module in [*repeated_blocks(model), model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=not one_rank, ignored_params=ignored)
+
+
+def reshard(model: nn.Module) -> None:
+    """Reshards FSDP: a no-grad forward leaves bf16 copies unsharded, which go stale after an update."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Load and save
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load(model: nn.Module, folder: Path) -> None:
+    """Loads what `save` wrote into a run's folder."""
+    if has_lora(model):
+        load_lora(model, folder / "lora")
+    else:
+        load_weights(model, folder / "transformer")
+
+
+def save(model: nn.Module, folder: Path, family: Family, empty: nn.Module, dtype: torch.dtype) -> None:
+    """Writes the adapters, or else the whole transformer, into a run's folder; every rank calls it.
+
+    empty: the same transformer on the meta device.  dtype: that of the computation, because rounding the weights now
+    or at every use gives the same images.
+    """
+    state_options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    trained = get_model_state_dict(model, options=state_options)  # on the CPU of rank 0, empty on the others
+    if rank() > 0:
+        return
+    if has_lora(model):
+        with atomic_folder(folder / "lora") as temporary:
+            export_lora(model, trained, family, temporary)
+    else:
+        with atomic_folder(folder / "transformer") as temporary:
+            export_transformer(model, trained, empty, dtype, temporary)
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Loads a `transformer/` folder of safetensors; each rank reads its own shards.  LoRA adapters stay."""
+    state = model.state_dict()
+    state = {name.replace(".base_layer", ""): value for name, value in state.items() if ".lora_" not in name}
+    try:
+        dcp.load(state, storage_reader=HuggingFaceStorageReader(folder))
+    except dcp.CheckpointException as error:
+        raise BadInput(f"{folder} does not hold the weights of its config.json: {one_line(error)}") from error
+
+
+def reset_lora(model: nn.Module) -> None:
+    """New adapters, equal on every rank: A as peft draws it, B zero, so that the model does not change yet.
+
+    A model without adapters stays as it is.
+    """
+    if not has_lora(model):
+        return
+    generator, state = torch.Generator().manual_seed(0), {}
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            state[name] = nn.init.kaiming_uniform_(torch.empty(parameter.shape), a=5**0.5, generator=generator)
+        elif ".lora_B." in name:
+            state[name] = torch.zeros(parameter.shape)
+    _set_lora(model, state)
+
+
+def load_lora(model: nn.Module, folder: Path) -> None:
+    """Loads a `lora/` folder that `export_lora` wrote."""
+    layers = load_file(folder / "pytorch_lora_weights.safetensors")
+    names = {name: name.removeprefix("transformer.").replace(".weight", ".default.weight") for name in layers}
+    _set_lora(model, {names[name]: weight for name, weight in layers.items()})
+
+
+def _set_lora(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copies whole tensors, the same on every rank, into the adapters; all adapters must be named."""
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    if state.keys() != names:
+        raise BadInput(f"adapters for {len(state)} layers do not fit the model's {len(names)}")
+    reshard(model)
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
+
+
+def export_lora(model: nn.Module, trained: dict[str, Tensor], family: Family, folder: Path) -> None:
+    """Writes adapters as the pipeline's load_lora_weights reads them."""
+    from peft import get_peft_model_state_dict
+
+    layers = get_peft_model_state_dict(model, state_dict=trained)
+    metadata = model.peft_config["default"].to_dict()
+    family.pipeline_class.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
+
+
+def export_transformer(
+    model: nn.Module, trained: dict[str, Tensor], empty: nn.Module, dtype: torch.dtype, folder: Path
+) -> None:
+    """Writes a transformer as its class's from_pretrained reads it.  Changes `trained`, to save memory."""
+    # Frozen buffers, such as SD3's position table, are not among the parameters.
+    trained |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in empty.state_dict()}
+    for name in trained:
+        trained[name] = trained[name].to(dtype)  # one after the other: two copies of FLUX would need 71 GB
+    empty.load_state_dict(trained, assign=True)
+    empty.save_pretrained(folder)

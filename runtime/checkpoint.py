@@ -1,0 +1,196 @@
+"""Checkpoints: weights, optimizer, average, progress and logs of a run as safetensors and JSON, never a pickle.
+
+checkpoint/ITERATION is written beside the others, synced to the disk and renamed into place.  state.json holds a digest
+of every file, so that a damaged checkpoint is recognised; loading then uses the one before it.  Every rank calls these
+functions: each writes its own shards, and any number of ranks can read them.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+from tqdm import tqdm
+
+from leap_align import BadInput
+from runtime.ema import EMA
+from runtime.processes import all_gather, one_line, rank, run_on_all_ranks, run_on_rank0, world_size
+from runtime.run_dir import digest, write_text
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # a single process saves as well
+LOGS = ("metrics.csv", "evaluations.csv")
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint is not what was written."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    iteration: int = 0
+    seconds: float = 0.0
+    """Of training, without evaluations."""
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    signs: dict[str, str] = field(default_factory=dict)
+    """The signs of reward hacking that hold now, by evaluator."""
+    consecutive_skips: int = 0
+    """Steps skipped in a row, up to now."""
+
+
+def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, Tensor]:
+    """Trained weights, their average and the optimizer's state by name; the live tensors, to save or to load into."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True)
+    weights, state = get_state_dict(model, optimizer, options=options)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    tensors = {f"model.{name}": weights[name] for name in names}
+    tensors |= {f"average.{name}": average for name, average in zip(names, ema.average)}
+    return tensors | {f"optimizer.{name}": value for name, value in state.items() if torch.is_tensor(value)}
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """A run's checkpoints, the newest last."""
+    return sorted((folder / "checkpoint").glob("[0-9]*"), key=lambda path: int(path.name))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Save
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA,
+    generator: torch.Generator,
+    progress: Progress,
+    limit: int,
+) -> None:
+    """Writes checkpoint/ITERATION and keeps the newest `limit` ones.
+
+    Raises BadInput on every rank if one of them cannot write.
+    """
+    part = folder / "checkpoint" / "part"
+    try:
+        run_on_rank0(lambda: _prepare(folder, part))
+        writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
+        dcp.save(training_tensors(model, optimizer, ema), storage_writer=writer)
+        files = sorted(part.glob("*.safetensors"))[rank() :: world_size()]
+        digests = {}
+        for rank_digests in all_gather(run_on_all_ranks(lambda: _sync_and_digest(files))):
+            digests |= rank_digests
+        state = asdict(progress) | {"generator": generator.get_state().tolist(), "digests": digests}
+        run_on_rank0(lambda: _publish(folder, part, progress.iteration, state, limit))
+    except (OSError, dcp.CheckpointException) as error:
+        raise BadInput(
+            f"cannot write {part} ({_reason(error)}): the last checkpoint is good, continue with --resume"
+        ) from error
+
+
+def _prepare(folder: Path, part: Path) -> None:
+    if not (folder / "config.json").exists():
+        raise BadInput(f"{folder} is gone: somebody removed the run's folder while it was running")
+    shutil.rmtree(part, ignore_errors=True)
+
+
+def _sync_and_digest(files: list[Path]) -> dict[str, str]:
+    """The digest of each file, after the disk has it."""
+    fsync(*files)
+    return {file.name: digest(file) for file in files}
+
+
+def _publish(folder: Path, part: Path, iteration: int, state: dict[str, Any], limit: int) -> None:
+    """Adds state.json, renames the finished checkpoint into place, removes the oldest ones."""
+    state = state | {name: (folder / name).read_text() for name in ("config.json", *LOGS)}
+    text = json.dumps(state)
+    (part / "state.json").write_text(f"{digest(text.encode())}\n{text}")
+    fsync(part / "state.json", part)
+    path = part.with_name(f"{iteration:06d}")
+    shutil.rmtree(path, ignore_errors=True)  # exists only if it was damaged and the run resumed from an earlier one
+    os.replace(part, path)
+    fsync(part.parent)
+    for old in checkpoints(folder)[:-limit]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def fsync(*paths: Path) -> None:
+    """Flushes files and folders to the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Load
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, generator: torch.Generator
+) -> Progress:
+    """Loads the newest undamaged checkpoint into what it is given, and restores the logs; returns the progress."""
+    path, state = _newest_undamaged(folder)
+    try:
+        dcp.load(training_tensors(model, optimizer, ema), storage_reader=HuggingFaceStorageReader(str(path)))
+    except dcp.CheckpointException as error:
+        raise BadInput(f"{path} does not fit this model: {_reason(error)}") from error
+    generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
+    for name in LOGS:
+        run_on_rank0(lambda name=name: write_text(folder / name, state[name]))
+    return Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
+
+
+def _newest_undamaged(folder: Path) -> tuple[Path, dict[str, Any]]:
+    paths = checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            return path, _verify(path)
+        except DamagedCheckpoint as damage:
+            if rank() == 0:
+                tqdm.write(f"{path} is damaged ({damage}): loading the checkpoint before it")
+    raise BadInput(f"{folder} has no undamaged checkpoint among {len(paths)}: start the run without --resume")
+
+
+def _verify(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint whose files have the right digests; each rank checks its share of them.
+
+    Raises DamagedCheckpoint on every rank if one of them finds damage.
+    """
+    state, damage = {}, None
+    try:
+        state = _read_state(path)
+        for name in sorted(state["digests"])[rank() :: world_size()]:
+            if digest(path / name) != state["digests"][name]:
+                raise ValueError(f"{name} is not what was written")
+    except (OSError, ValueError) as error:
+        damage = one_line(error)
+    if damages := [damage for damage in all_gather(damage) if damage]:
+        raise DamagedCheckpoint(damages[0])
+    return state
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    expected, text = (path / "state.json").read_text().split("\n", 1)
+    if digest(text.encode()) != expected:
+        raise ValueError("state.json is not what was written")
+    return json.loads(text)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, on one line; of a CheckpointException the first rank's error."""
+    if isinstance(error, dcp.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return one_line(error)

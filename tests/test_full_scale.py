@@ -1,0 +1,373 @@
+"""The tools around a run: embed, sample, score, GenEval's prompts, and what they and the trainer refuse."""
+
+import json
+import re
+import shutil
+import socket
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("diffusers")
+
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+import train_leap_align as trainer
+from full_scale import __main__ as tools
+from full_scale import geneval_prompts, pipeline, rewards, transformer
+from leap_align import BadInput, Hyper
+from tests.tiny_pipelines import (
+    PROMPTS,
+    ROOT,
+    SAMPLING,
+    TASKS,
+    assert_close,
+    assert_same_run,
+    every_task,
+    flags,
+    options_of,
+    refusal,
+    seeded,
+    task_of,
+    tool,
+    torchrun,
+    train,
+)
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+
+# From the prompts to the score
+
+
+def test_the_whole_path_on_two_processes_and_on_one(tmp_path):
+    """tiny -> embed -> train -> export -> sample -> score."""
+    model, prompts, reward = tmp_path / "model", tmp_path / "prompts.txt", tmp_path / "model" / "reward"
+    prompts.write_text("\n".join(PROMPTS))
+    tool("tiny", model)
+    tool("embed", "--model", model, "--prompts", prompts, "--out", tmp_path / "embeddings", "--precision", "float32")
+    training = ["--task", "flux", "--model", model, "--prompts", tmp_path / "embeddings", "--reward-weights", reward]
+    training += "--height 32 --width 32 --T 4 --batch-size 4 --lr 1e-3 --ema-decay 0 --iterations 3".split()
+    training += "--evaluation-images 2 --precision float32".split()
+    train(tmp_path / "one", training)
+    torchrun("train_leap_align.py", *training, "--out", tmp_path / "two")
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+    def commands(out):
+        sampling = ["--model", model, "--transformer", tmp_path / "two" / "transformer", "--prompts", prompts]
+        yield ["sample", *sampling, *SAMPLING, "--out", out / "images"]
+        yield ["score", "--images", out / "images", "--reward-weights", reward, "--out", out]
+
+    for command in commands(tmp_path / "one"):
+        tool(*command)
+    for command in commands(tmp_path / "two"):
+        torchrun("-m", "full_scale", *command)
+    images, images_of_two = (
+        {path.name: path.read_bytes() for path in (tmp_path / run / "images").glob("*.png")} for run in ("one", "two")
+    )
+    assert images == images_of_two and len(images) == len(set(images.values())) == 3 * len(PROMPTS)
+    log, log_of_two = (json.loads((tmp_path / run / "images_rewards_log.json").read_text()) for run in ("one", "two"))
+    assert log == log_of_two and [row["image"] for row in log["images"]] == sorted(images)
+    assert log["mean"] == pytest.approx(sum(row["reward"] for row in log["images"]) / len(images))
+
+
+@pytest.mark.parametrize(
+    "reward, folders",
+    [
+        ("hpsv2.1", ["reward"]),
+        ("pickscore", ["pickscore"]),
+        ("hpsv3", ["hpsv3"]),
+        ("imagereward", ["imagereward"]),
+        ("hpsv2.1:1,imagereward:0.5", ["reward", "imagereward"]),
+        ("tests.test_full_scale:brightness", []),
+    ],
+)
+def test_every_reward_trains_and_scores(models, tmp_path, reward, folders):
+    weights = [str(models / "flux" / folder) for folder in folders]
+    reward_flags = ["--reward", reward, *(["--reward-weights", *weights] if weights else [])]
+    files = ["--model", models / "flux", "--prompts", models / "prompts.txt"]
+    sizes = "--height 32 --width 48 --T 3 --batch-size 2 --evaluation-images 2 --iterations 1 --lam None".split()
+    (row,) = train(tmp_path / "run", ["--task", "flux", *files, *sizes, "--precision", "float32", *reward_flags])
+    assert row["grad_norm"] > 0
+    sampling = ["--transformer", tmp_path / "run" / "transformer", *SAMPLING, "--images-per-prompt", "1"]
+    tool("sample", *files, *sampling, "--out", tmp_path / "images")
+    tool("score", "--images", tmp_path / "images", *reward_flags, "--out", tmp_path)
+    log = json.loads((tmp_path / "images_rewards_log.json").read_text())
+    assert log["reward"] == reward and len({row["reward"] for row in log["images"]}) == len(PROMPTS)
+
+
+def brightness():
+    """A custom reward, which a run takes by its name."""
+    return lambda images, prompts: images.mean((1, 2, 3))
+
+
+# Embeddings
+
+
+@every_task
+def test_stored_embeddings_are_those_computed_on_the_fly(models, name, tmp_path):
+    files = ["--model", models / name, "--prompts", models / "prompts.txt"]
+    tool("embed", *files, "--out", tmp_path, "--precision", "float32")
+    stored, live = task_of(models, name, prompts=tmp_path), task_of(models, name)
+    assert stored.prompts == live.prompts == PROMPTS
+    assert stored.pipeline.text_encoder is None and live.pipeline.text_encoder is not None
+    assert len(stored.frozen_modules()) == 2 < len(live.frozen_modules())
+    assert_close(stored.encode(PROMPTS[:3]), live.encode(PROMPTS[:3]), 0, 1e-5)
+    x_T = live.noise(2, seeded())
+    a, b = (task.velocity(PROMPTS[:2])(x_T, task.times[2]) for task in (stored, live))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_embed_continues_where_it_stopped(models, tmp_path):
+    command = ["embed", "--model", models / "flux", "--prompts", models / "prompts.txt", "--out", tmp_path]
+    tool(*command)
+    kept, removed = sorted(tmp_path.glob("*.safetensors"))[:2]
+    time, content = kept.stat().st_mtime_ns, removed.read_bytes()
+    removed.unlink()
+    (tmp_path / "prompts.txt").unlink()
+    tool(*command)
+    assert kept.stat().st_mtime_ns == time and removed.read_bytes() == content
+    assert (tmp_path / "prompts.txt").read_text().splitlines() == PROMPTS
+
+
+def test_embeddings_of_another_model_or_too_few_are_refused(models, tmp_path):
+    tool("embed", "--model", models / "sd3", "--prompts", models / "prompts.txt", "--out", tmp_path / "e")
+    arguments = [*flags(models, "flux"), "--prompts", tmp_path / "e", "--out", tmp_path / "run"]
+    assert "holds embeddings of" in refusal(arguments)
+    next((tmp_path / "e").glob("*.safetensors")).unlink()
+    arguments = [*flags(models, "sd3"), "--prompts", tmp_path / "e", "--out", tmp_path / "run"]
+    assert "lacks 1 embeddings" in refusal(arguments)
+
+
+def test_evaluation_prompts_may_be_embedded_in_a_folder_of_their_own(models, tmp_path):
+    (tmp_path / "evaluation.txt").write_text("a cat on the moon\n")
+    for prompts, out in (models / "prompts.txt", "train"), (tmp_path / "evaluation.txt", "evaluation"):
+        tool("embed", "--model", models / "flux", "--prompts", prompts, "--out", tmp_path / out)
+    folders = {"prompts": tmp_path / "train", "evaluation_prompts": tmp_path / "evaluation"}
+    task = TASKS["flux"](options_of(models, "flux", **folders), 4)
+    assert task.evaluation_prompts == ["a cat on the moon"] and task.pipeline.text_encoder is None
+    assert task.encode(["a cat on the moon", "a red cube"])["encoder_hidden_states"].shape == (2, 512, 32)
+    next((tmp_path / "evaluation").glob("*.safetensors")).unlink()
+    (tmp_path / "evaluation" / "prompts.txt").write_text("a dog\n")
+    with pytest.raises(BadInput, match="evaluation lacks 1 embeddings"):
+        TASKS["flux"](options_of(models, "flux", **folders), 4)
+
+
+# Sample and score
+
+
+def test_sample_continues_where_it_stopped(models, tmp_path):
+    command = ["sample", "--model", models / "flux", "--prompts", models / "prompts.txt", *SAMPLING, "--out", tmp_path]
+    tool(*command)
+    kept, *_, removed = sorted(tmp_path.glob("*.png"))
+    time, content = kept.stat().st_mtime_ns, removed.read_bytes()
+    removed.unlink()
+    tool(*command)
+    assert kept.stat().st_mtime_ns == time and removed.read_bytes() == content
+    prompts = json.loads((tmp_path / "prompts.json").read_text())
+    assert prompts == {f"{i:05d}_{n}.png": text for i, text in enumerate(PROMPTS) for n in range(3)}
+
+
+def test_score_continues_where_it_stopped(models, tmp_path, monkeypatch):
+    files = ["--model", models / "flux", "--prompts", models / "prompts.txt"]
+    tool("sample", *files, *SAMPLING, "--out", tmp_path / "i")
+    command = ["score", "--images", tmp_path / "i", "--reward-weights", models / "flux" / "reward", "--out"]
+    tool(*command, tmp_path / "uninterrupted")
+    load, calls = rewards.load, []
+
+    def counting_load(stop):
+        def counted(*args, **kwargs):
+            reward = load(*args, **kwargs)
+
+            def score(images, prompts):
+                calls.append(prompts)
+                if len(calls) == stop:
+                    raise KeyboardInterrupt
+                return reward(images, prompts)
+
+            return score
+
+        return counted
+
+    monkeypatch.setattr(rewards, "load", counting_load(stop=6))
+    with pytest.raises(SystemExit, match="continues from here"):
+        tool(*command, tmp_path / "resumed")
+    part = tmp_path / "resumed" / "i_rewards_log.parts" / "0.jsonl"
+    part.write_text(part.read_text()[:-9])  # cut off in the middle of a row
+    monkeypatch.setattr(rewards, "load", counting_load(stop=None))
+    tool(*command, tmp_path / "resumed")
+    assert len(calls) == 6 + 15 - 4
+    a, b = ((tmp_path / name / "i_rewards_log.json").read_text() for name in ("uninterrupted", "resumed"))
+    assert a == b and not part.parent.exists()
+
+
+# GenEval
+
+
+def test_geneval_samples_are_where_its_evaluator_looks(models, tmp_path):
+    lines = [{"tag": "colors", "include": [{"class": "dog", "count": 1}], "prompt": text} for text in PROMPTS[:2]]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    files = ["--model", models / "sd3", "--geneval", tmp_path / "metadata.jsonl"]
+    tool("sample", *files, *SAMPLING, "--out", tmp_path / "o")
+    for i, line in enumerate(lines):
+        folder = tmp_path / "o" / f"{i:05d}"
+        assert json.loads((folder / "metadata.jsonl").read_text()) == line
+        assert sorted(p.name for p in (folder / "samples").iterdir()) == ["0000.png", "0001.png", "0002.png"]
+
+
+COLOR = "(red|orange|yellow|green|blue|purple|pink|brown|black|white)"
+KINDS = {
+    "position": r"left of|right of|above|below",
+    "counting": r"^a photo of (two|three|four) ",
+    "attribute": f"an? {COLOR} .* and an? {COLOR} ",
+    "two objects": " and ",
+    "colors": f"^a photo of an? {COLOR} ",
+}
+
+
+def kind_of(prompt):
+    for kind, pattern in KINDS.items():
+        if re.search(pattern, prompt):
+            return kind
+    raise AssertionError(prompt)
+
+
+def test_geneval_prompts_keep_the_ratio_and_no_test_prompt(tmp_path):
+    tool("geneval-prompts", "--out", tmp_path / "prompts.txt")
+    prompts = (tmp_path / "prompts.txt").read_text().splitlines()
+    assert len(prompts) == 50_000
+    lines = (ROOT / "tests/fixtures/geneval_test_prompts.txt").read_text().splitlines()
+    tests = [line for line in lines if line[0] != "#"]
+    assert len(tests) == 553 and not set(prompts) & set(tests)
+    counts = dict.fromkeys(KINDS, 0)
+    for prompt in prompts:
+        counts[kind_of(prompt)] += 1
+    assert counts == {"position": 20588, "counting": 14706, "attribute": 8824, "colors": 2941, "two objects": 2941}
+    # All test prompts except those of a single object are in the templates: ours are GenEval's own, word for word.
+    templates = {text for texts in geneval_prompts.templates().values() for text in texts}
+    assert len(set(tests) - templates) == 80
+
+
+# Bad input is refused in one line, before anything is trained
+
+
+def response():
+    return SimpleNamespace(headers={}, request=None)
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (lambda: GatedRepoError("gated", response=response()), ["accept its licence", "hf auth login"]),
+        (lambda: RepositoryNotFoundError("none", response=response()), ["check the name", "hf auth login"]),
+        (lambda: LocalEntryNotFoundError("offline"), ["cannot be reached", "hf download"]),
+        (lambda: ConnectionError("refused"), ["cannot be reached", "hf download"]),
+    ],
+    ids=["gated", "missing", "offline", "unreachable"],
+)
+def test_a_model_that_the_hub_does_not_give(models, tmp_path, monkeypatch, error, expected):
+    def snapshot_download(*_, **__):
+        raise error()
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    line = refusal([*flags(models, "flux"), "--model", "black-forest-labs/FLUX.1-dev", "--out", tmp_path / "run"])
+    assert "black-forest-labs/FLUX.1-dev" in line and all(words in line for words in expected)
+
+
+def test_a_local_path_asks_no_network(models, monkeypatch):
+    tried = []
+
+    def connect(*arguments):
+        tried.append(arguments)  # a library might catch the error, so it is also counted
+        raise OSError("no network here")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", connect)
+    TASKS["flux"](options_of(models, "flux"), 4)
+    assert not tried
+    with pytest.raises(BadInput, match="cannot be reached"):
+        TASKS["flux"](options_of(models, "flux", model="nobody/nothing"), 4)
+    assert tried
+
+
+def broken_reward(models, folder):
+    shutil.copytree(models / "flux" / "reward", folder)
+    weights = load_file(folder / "open_clip_model.safetensors")
+    weights.pop("logit_scale")
+    save_file(weights, folder / "open_clip_model.safetensors")
+    return folder
+
+
+def test_flags_that_cannot_be_right(models, tmp_path):
+    usual, out = flags(models, "flux"), ["--out", tmp_path / "run"]
+    assert "height=500 must be a multiple of 16" in refusal([*usual, *out, "--height", "500"])
+    (tmp_path / "empty.txt").write_text("\n \n")
+    assert "empty.txt holds no prompt" in refusal([*usual, *out, "--prompts", tmp_path / "empty.txt"])
+    assert "prompts is missing" in refusal(["--task", "flux", "--model", models / "flux", *out])
+    assert "cannot read prompts" in refusal([*usual, *out, "--prompts", tmp_path / "none.txt"])
+    assert "no/such/folder" in refusal([*usual, *out, "--model", "no/such/folder"])
+    assert "StableDiffusion3Pipeline" in refusal([*usual, *out, "--model", models / "sd3"])
+    line = refusal([*usual, *out, "--reward-weights", broken_reward(models, tmp_path / "reward")])
+    assert "logit_scale" in line and "missing" in line
+    assert "cannot read prompts" in refusal([*usual, *out, "--prompts", models / "flux"])
+    assert "evaluation_images=3 must be even" in refusal([*usual, *out, "--evaluation-images", "3"])
+    assert "lora_rank=-1 must be at least 0" in refusal([*usual, *out, "--lora-rank", "-1"])
+    assert "lora_targets" in refusal([*usual, *out, "--lora-rank", "2", "--lora-targets", "nothing"])
+    line = refusal([*usual, *out, "--batch-size", "3", "--gradient-accumulation-steps", "2"])
+    assert "batch_size=3 must be a multiple of" in line
+    few = ["--task", "flux", "--model", models / "flux", "--prompts", models / "prompts.txt"]
+    assert "unknown reward 'beauty'" in refusal([*few, *out, "--reward", "beauty"])
+
+
+def test_a_world_size_that_does_not_divide_the_batch():
+    with pytest.raises(BadInput, match="batch_size=64 must be a multiple of 12 processes"):
+        trainer.check(trainer.Config(batch_size=64), Hyper(), world_size=12)
+
+
+def test_a_pipeline_of_an_unknown_class(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "SomePipeline"}')
+    with pytest.raises(BadInput, match="holds a SomePipeline: choose a pipeline of class FluxPipeline, Stable"):
+        pipeline.family_of(tmp_path)
+
+
+def test_too_little_memory_says_what_to_change(models, monkeypatch):
+    task = TASKS["flux"](options_of(models, "flux"), 4)
+    trained = sum(p.numel() for p in task.model.parameters())
+    frozen = sum(p.numel() for module in task.frozen_modules() for p in module.parameters())
+    needed = 4 * frozen + 20 * trained
+
+    def check(free, shards):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, needed))
+        transformer.check_memory(task.model, task.frozen_modules(), torch.device("cuda"), shards)
+
+    check(needed, shards=1)
+    with pytest.raises(BadInput, match="--lora-rank 64"):
+        check(needed - 1, shards=1)
+    check(needed - 1, shards=2)
+
+
+def test_adapters_of_another_model_are_refused(models, tmp_path):
+    train(tmp_path / "sd3", flags(models, "sd3", "--iterations", "1", "--lora-rank", "2"))
+    command = ["sample", "--model", models / "flux", "--prompts", models / "prompts.txt", *SAMPLING]
+    command += ["--out", tmp_path / "i"]
+    assert "does not fit" in refusal([*command, "--lora", tmp_path / "sd3" / "lora"], tools.main)
+    assert "does not exist" in refusal([*command, "--lora", tmp_path / "none"], tools.main)
+    assert "does not fit" in refusal([*command, "--transformer", models / "sd3" / "transformer"], tools.main)
+    weights = load_file(tmp_path / "sd3" / "lora" / "pytorch_lora_weights.safetensors")
+    (tmp_path / "wide").mkdir()
+    wide = {k.replace("transformer_blocks.1", "transformer_blocks.0"): w.repeat(1, 2) for k, w in weights.items()}
+    save_file(wide, tmp_path / "wide" / "pytorch_lora_weights.safetensors")
+    assert "does not fit" in refusal([*command, "--lora", tmp_path / "wide"], tools.main)
+    assert not (tmp_path / "i").exists()
+
+
+def test_a_folder_that_was_filled_with_other_settings_is_refused(models, tmp_path):
+    command = ["sample", "--model", models / "flux", "--prompts", models / "prompts.txt", *SAMPLING, "--out", tmp_path]
+    tool(*command)
+    assert "steps was 2, is 3" in refusal([*command, "--steps", "3"], tools.main)
+    (tmp_path / "00000_0.png").unlink()
+    line = refusal(["score", "--images", tmp_path, "--out", tmp_path / "s"], tools.main)
+    assert "lacks 1 of 15 images" in line
+    assert "prompts.json" in refusal(["score", "--images", models, "--out", tmp_path / "s"], tools.main)

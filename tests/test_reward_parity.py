@@ -1,0 +1,285 @@
+"""Each reward gives the score and the gradient of its official code."""
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from full_scale.rewards import REWARDS, load
+from full_scale.rewards.hpsv3 import INSTRUCTION, patchify, resized_size
+from full_scale.rewards.images import CLIP_STD, crop, normalise
+from leap_align import BadInput
+from runtime.counters import saved_bytes
+from tests.tiny_rewards import PROMPTS, as_pil, message, random_images, random_uint8_images, tiny_folder, tiny_reward
+
+# HPSv2: the official package, in a subprocess
+
+OFFICIAL_HPSV2 = """
+import builtins, json, os, sys, types, warnings
+import open_clip.tokenizer
+sys.modules["turtle"] = types.ModuleType("turtle")  # hpsv2 imports it by mistake, and it needs tkinter
+sys.modules["turtle"].forward = None
+vocabulary, builtin_open = open_clip.tokenizer.default_bpe(), builtins.open
+
+
+def open_(file, *arguments, **options):  # the wheel lacks its vocabulary file; open_clip ships the same bytes
+    missing = str(file).endswith("bpe_simple_vocab_16e6.txt.gz") and not os.path.exists(file)
+    return builtin_open(vocabulary if missing else file, *arguments, **options)
+
+
+builtins.open = open_
+from hpsv2 import img_score
+from hpsv2.src.open_clip import factory
+
+job = json.load(sys.stdin)
+if job["config"]:
+    factory._MODEL_CONFIGS["ViT-H-14"] = job["config"]
+create = img_score.create_model_and_transforms
+img_score.create_model_and_transforms = lambda name, pretrained, **options: create(name, None, **options)  # no download
+score = lambda image, prompt: img_score.score(image, prompt, cp=job["weights"], hps_version="v2.1")[0]
+print(json.dumps([float(score(*pair)) for pair in job["pairs"]]))
+"""
+
+
+def official_hpsv2(weights, config, images, prompts, tmp_path):
+    """The official package's scores, from a subprocess because importing it changes global settings."""
+    paths = [str(tmp_path / f"{i}.png") for i in range(len(images))]
+    for path, image in zip(paths, images):
+        as_pil(image).save(path)
+    job = json.dumps({"weights": str(weights), "config": config, "pairs": list(zip(paths, prompts))})
+    command = [sys.executable, "-W", "ignore", "-c", OFFICIAL_HPSV2]
+    environment = os.environ | {"HPS_ROOT": str(tmp_path)}  # otherwise it creates a folder in the user's home
+    done = subprocess.run(command, input=job, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    lines = done.stderr.strip().splitlines()
+    if done.returncode and any(error in lines[-1] for error in ("ImportError", "ModuleNotFoundError")):
+        pytest.skip(f"the official package cannot be imported here: {lines[-1]}")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_hpsv2_equals_the_official_score(tmp_path):
+    pytest.importorskip("hpsv2")
+    reward = tiny_reward("hpsv2.1")
+    config = json.loads((tiny_folder("hpsv2.1") / "open_clip_config.json").read_text())["model_cfg"]
+    torch.save({"state_dict": reward.model.state_dict()}, tmp_path / "tiny.pt")
+    images = random_uint8_images([(224, 224), (300, 200), (97, 411), (512, 512), (225, 640), (1, 300)])
+    prompts = [*PROMPTS, "", "émoji 🦊 & <b>html</b>", "word " * 100, "A  b\tc"]
+    expected = official_hpsv2(tmp_path / "tiny.pt", config, images, prompts, tmp_path)
+    scores = [reward(image / 255, [prompt]).item() for image, prompt in zip(images, prompts)]
+    assert scores == pytest.approx(expected, abs=1e-6)
+    assert max(expected) - min(expected) > 0.05
+
+
+@pytest.mark.slow
+def test_full_size_hpsv2_equals_the_official_score(tmp_path):
+    """ViT-H-14 with random weights, in the official checkpoint's format: half precision under `state_dict`."""
+    open_clip = pytest.importorskip("open_clip")
+    pytest.importorskip("hpsv2")
+    torch.manual_seed(0)
+    state = {key: value.half() for key, value in open_clip.create_model("ViT-H-14").state_dict().items()}
+    path = tmp_path / "HPS_v2.1_compressed.pt"
+    torch.save({"state_dict": state}, path)
+    del state
+    images = random_uint8_images([(512, 512), (300, 200)])
+    expected = official_hpsv2(path, None, images, PROMPTS, tmp_path)
+    reward = load("hpsv2.1", [path])
+    scores = [reward(image / 255, [prompt]).item() for image, prompt in zip(images, PROMPTS)]
+    path.unlink()
+    assert scores == pytest.approx(expected, abs=1e-6)
+
+
+# PickScore: the model card's code, with transformers
+
+
+def official_pickscore(reward, pixels, prompts):
+    with torch.no_grad():
+        tokens = reward.tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
+        return reward.model(pixel_values=pixels, **tokens).logits_per_image.diagonal()
+
+
+def test_pickscore_equals_the_models_logit_over_100():
+    reward = tiny_reward("pickscore")
+    pixels = torch.randn(3, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    prompts = [*PROMPTS, "word " * 100]
+    expected = official_pickscore(reward, pixels, prompts)
+    assert (reward.score_pixels(pixels, prompts) * 100).tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [(224, 224), (300, 200), (411, 97), (512, 512), (225, 640), (150, 1001)])
+def test_pickscore_preprocesses_as_the_official_processor(size):
+    """The official processor resizes 8-bit images with PIL and so rounds to 1/255 twice; the bounds allow for that."""
+    reward, image = tiny_reward("pickscore"), random_uint8_images([size])[0]
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    official = CLIPImageProcessorPil()(as_pil(image), return_tensors="pt").pixel_values
+    pixels = normalise(crop(image / 255, 224, math.floor))
+    difference = (pixels - official).abs() * torch.tensor(CLIP_STD)[:, None, None] * 255
+    assert difference.max() < 1.5 and difference.mean() < 0.5
+    expected = official_pickscore(reward, official, PROMPTS[:1])
+    assert reward(image / 255, PROMPTS[:1]).item() * 100 == pytest.approx(expected.item(), abs=2e-3)
+
+
+# ImageReward and HPSv3: scores and gradients that the official code gave for tiny random models, where its old
+# libraries could be installed
+
+
+def official_fixture(name):
+    """The recorded results, and the official state dict, filled by the fixture's rule."""
+    recorded = json.loads((Path(__file__).parent / "fixtures" / name).read_text())
+    state = {}
+    for i, (key, shape) in enumerate(recorded["sorted_keys_and_shapes"]):
+        if not key.endswith("position_ids"):
+            noise = np.random.RandomState(recorded["seed"] * 100003 + i).standard_normal(shape)
+            base = 1 if len(shape) == 1 and key.endswith("weight") else 0
+            state[key] = torch.tensor(base + recorded["std"] * noise, dtype=torch.float32)
+    return recorded, state
+
+
+def uniform(seed, *shape):
+    return torch.tensor(np.random.RandomState(seed).random_sample(shape).astype(np.float32)).requires_grad_()
+
+
+def assert_gradient(gradient, recorded):
+    assert gradient.norm().item() == pytest.approx(recorded["norm"], abs=1e-6)
+    for index, value in recorded["at"]:
+        assert gradient[tuple(index)].item() == pytest.approx(value, abs=1e-7)
+
+
+def test_imagereward_equals_the_official_score(tmp_path):
+    recorded, state = official_fixture("imagereward_tiny_1.json")
+    for file in tiny_folder("imagereward").glob("tokenizer*"):
+        (tmp_path / file.name).symlink_to(file)
+    vision = recorded["config"]["vision"]
+    eps = vision.pop("layer_norm_eps")  # med_config.json does not hold it
+    (tmp_path / "med_config.json").write_text(json.dumps(recorded["config"]["text"] | {"vision": vision}))
+    torch.save(state, tmp_path / "ImageReward.pt")
+    reward = REWARDS["imagereward"].load(tmp_path)
+    assert reward.vision.post_layernorm.eps == reward.vision.encoder.layers[0].layer_norm1.eps == eps
+    pixels, ids, mask = uniform(recorded["seed"] + 1, 2, 3, 224, 224), recorded["input_ids"], recorded["attention_mask"]
+    scores = reward.score_pixels(pixels, torch.tensor(ids), torch.tensor(mask))
+    assert scores.tolist() == pytest.approx(recorded["reward"], abs=2e-6)
+    scores.sum().backward()
+    assert_gradient(pixels.grad, recorded["pixel_gradient_of_sum"])
+
+
+@pytest.mark.parametrize("size", [(224, 224), (300, 201), (411, 97), (225, 640)])
+def test_imagereward_preprocesses_as_the_official_transform(size):
+    """torchvision on a PIL image, as in the official code; its crop does not round half a pixel as PickScore's does."""
+    transforms = pytest.importorskip("torchvision.transforms")
+    bicubic = transforms.InterpolationMode.BICUBIC
+    steps = [transforms.Resize(224, interpolation=bicubic), transforms.CenterCrop(224), transforms.ToTensor()]
+    image = random_uint8_images([size])[0]
+    official = transforms.Compose(steps)(as_pil(image))
+    difference = (crop(image / 255, 224, round) - official).abs() * 255
+    assert difference.max() < 1.5 and difference.mean() < 0.5
+
+
+def hpsv3_from_fixture(recorded, state):
+    """HPSv3 with the fixture's weights; the fixture holds token ids, so the tokenizer is a stub."""
+    from transformers import Qwen2VLConfig, Qwen2VLModel
+
+    text, vision = dict(recorded["config"]["text"]), recorded["config"]["vision"]
+    rope = {"rope_type": "default", "rope_theta": text.pop("rope_theta"), "mrope_section": text.pop("mrope_section")}
+    token_ids = {key: value for key, value in recorded["config"].items() if key.endswith("_token_id")}
+    reward_token_id = token_ids.pop("reward_token_id")
+    config = Qwen2VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision, **token_ids)
+    body, head = Qwen2VLModel(config), nn.Sequential(*[nn.Identity()] * 6)
+    head[0], head[1], head[3] = nn.Linear(text["hidden_size"], 1024), nn.ReLU(), nn.Linear(1024, 16)
+    head[4], head[5] = nn.ReLU(), nn.Linear(16, 2)
+    head.load_state_dict({key.removeprefix("rm_head."): state[key] for key in state if key.startswith("rm_head.")})
+    body_state = {key: value for key, value in state.items() if "_head." not in key}
+    body.load_state_dict({key.replace("model.", "language_model.", 1): value for key, value in body_state.items()})
+    tokenizer = type("Stub", (), {"convert_tokens_to_ids": lambda self, token: reward_token_id})()
+    return REWARDS["hpsv3"](body, head, tokenizer)
+
+
+def test_hpsv3_equals_the_official_score():
+    """With given pixels and token ids; the second sequence is shorter, so there is padding."""
+    pytest.importorskip("transformers")
+    recorded, state = official_fixture("hpsv3_tiny_1.json")
+    reward = hpsv3_from_fixture(recorded, state)
+    texts = [torch.tensor(ids)[: sum(mask)] for ids, mask in zip(recorded["input_ids"], recorded["attention_mask"])]
+    images = uniform(recorded["seed"], 2, 3, 112, 112)
+    scores = reward.score_pixels(normalise(images), texts)
+    for score, expected, wrong in zip(scores.tolist(), recorded["mu_sigma"], recorded["mu_sigma_if_3d_positions"]):
+        assert score == pytest.approx(expected, abs=2e-6)
+        assert score != pytest.approx(wrong, abs=1e-3)
+    scores[:, 0].sum().backward()
+    assert_gradient(images.grad, recorded["pixel_gradient_of_mu_sum"])
+
+
+def test_the_hpsv3_score_is_mu():
+    reward = tiny_reward("hpsv3")
+    reward.head[5].load_state_dict({"weight": torch.zeros(2, 16), "bias": torch.tensor([1.0, 5.0])})
+    assert reward(random_images(), PROMPTS).tolist() == [1, 1]
+
+
+def saved_bytes_and_gradient(reward):
+    images, scores = random_images().requires_grad_(), []
+    count = saved_bytes(lambda: scores.append(reward(images, PROMPTS)), reward)
+    scores[0].sum().backward()
+    return count, images.grad
+
+
+def test_hpsv3_recomputes_its_layers_and_keeps_the_gradient():
+    """Activation checkpointing saves fewer bytes for the backward pass and gives the same gradient."""
+    checkpointed, plain = tiny_reward("hpsv3"), tiny_reward("hpsv3")
+    plain.body.activation_checkpointing_disable()
+    fewer_bytes, gradient = saved_bytes_and_gradient(checkpointed)
+    all_bytes, expected = saved_bytes_and_gradient(plain)
+    assert fewer_bytes < 0.75 * all_bytes
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_hpsv3_sends_the_official_text():
+    """The instruction's digest is the official package's; around the instruction stands Qwen2-VL's chat template."""
+    digest = "f6ee57479d4e9eee76b49c00dc962e1e696a5a2b3cc32cebd9b1fa76fe27502c"
+    assert hashlib.sha256(INSTRUCTION.encode()).hexdigest() == digest
+    reward = tiny_reward("hpsv3")
+    text = reward.tokenizer.decode(reward.encode_text("a {red} cube").tolist())
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    image = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
+    instruction = INSTRUCTION.replace("{text_prompt}", "a {red} cube")
+    assert text == system + image + instruction + "<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_hpsv3_refuses_a_prompt_with_a_special_token():
+    with pytest.raises(BadInput) as error:
+        tiny_reward("hpsv3")(random_images(1), ["a cube <|Reward|>"])
+    assert "<|Reward|>" in message(error)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((512, 512), (448, 448)),
+        ((720, 720), (448, 448)),
+        ((1024, 1024), (448, 448)),
+        ((768, 768), (420, 420)),
+        ((40, 56), (392, 532)),
+        ((448, 448), (448, 448)),
+    ],
+)
+def test_hpsv3_resizes_to_the_official_size(size, expected):
+    assert resized_size(*size) == expected
+
+
+def test_hpsv3_patches_equal_the_image_processors():
+    """transformers' image processor, on images that need no resizing."""
+    pytest.importorskip("transformers")
+    images = random_uint8_images([(448, 448)] * 2)
+    pil_images = [as_pil(image) for image in images]
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    official = Qwen2VLImageProcessorPil()(pil_images, return_tensors="pt")
+    patches = patchify(normalise(torch.cat(images) / 255))
+    assert torch.allclose(patches, official.pixel_values, atol=1e-6)
+    assert official.image_grid_thw.tolist() == [[1, 32, 32]] * 2

@@ -1,0 +1,155 @@
+"""Tiny random pipelines made of the real classes, and how the tests train, sample and score with them."""
+
+# ruff: noqa: E402 (optional libraries are checked before they are imported)
+
+import csv
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+for library in ("diffusers", "transformers", "peft", "open_clip", "torchvision"):
+    pytest.importorskip(library)
+
+import flux_adapter
+import train_leap_align as trainer
+from full_scale import __main__ as tools
+from full_scale.pipeline import FAMILIES
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = ["a red cube", "two dogs on a beach", "an old clock in the rain", "a photo of a bench", "a"]
+TASKS = {"flux": flux_adapter.Flux, "sd3": flux_adapter.SD3}
+every_task = pytest.mark.parametrize("name", TASKS)
+SAMPLING = "--height 32 --width 48 --steps 2 --images-per-prompt 3 --batch-size 2 --precision float32".split()
+
+
+def tool(*arguments):
+    """python -m full_scale, in this process."""
+    tools.main(list(map(str, arguments)))
+
+
+def write_models(folder):
+    """A tiny pipeline of each task in a folder of its name, and prompts.txt."""
+    tool("tiny", folder / "flux")
+    tool("tiny", folder / "sd3", "--sd3")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
+    return folder
+
+
+# Tasks and pipelines
+
+
+def options_of(models, name, **changes):
+    settings = {"model": str(models / name), "prompts": models / "prompts.txt", "height": 64, "width": 96}
+    settings |= {"reward_weights": (str(models / name / "reward"),), "precision": "float32", "evaluation_images": 2}
+    return TASKS[name].Options(**settings | changes)
+
+
+def task_of(models, name="flux", T=4, **changes):
+    """A task ready for training on this process alone, in float32."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    task = TASKS[name](options_of(models, name, **changes), T)
+    task.parallelize(None)
+    return task
+
+
+def pipeline_of(models, name, **parts):
+    """diffusers' own pipeline."""
+    pipeline = FAMILIES[name].pipeline_class.from_pretrained(models / name, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline, x_T, prompts, T, output_type="latent"):
+    """What diffusers' own pipeline draws from this noise."""
+    arguments = {"height": 64, "width": 96, "num_inference_steps": T, "guidance_scale": 3.5}
+    return pipeline(prompts, latents=x_T, output_type=output_type, **arguments).images
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def assert_close(a, b, rtol=1e-4, atol=1e-6):
+    assert a.keys() == b.keys() and a
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=atol)
+
+
+# Runs
+
+
+def flags(models, name, *more):
+    """A command line of three tiny iterations."""
+    files = ["--model", models / name, "--prompts", models / "prompts.txt"]
+    files += ["--reward-weights", models / name / "reward"]
+    sizes = "--height 32 --width 48 --precision float32 --T 5 --batch-size 4 --evaluation-images 2".split()
+    steps = "--iterations 3 --lr 1e-3 --ema-decay 0".split()
+    return ["--task", name, *map(str, files), *sizes, *steps, *map(str, more)]
+
+
+def train(out, arguments):
+    """Trains in this process; returns the rows of metrics.csv."""
+    trainer.main([*map(str, arguments), "--out", str(out)])
+    return read_metrics(out)
+
+
+def read_metrics(out):
+    with (out / "metrics.csv").open(newline="") as file:
+        return [{k: float(v) for k, v in row.items() if v and k != "seconds"} for row in csv.DictReader(file)]
+
+
+def assert_same_run(one, two):
+    """The same metrics and the same exported weights, up to rounding."""
+    for a, b in zip(read_metrics(one), read_metrics(two), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    (file,) = [*one.glob("transformer/*.safetensors"), *one.glob("lora/*.safetensors")]
+    a, b = load_file(file), load_file(two / file.relative_to(one))
+    # Adam's first steps are lr * sign(gradient): where a gradient is only rounding, two runs may differ by 2 lr a step.
+    difference = torch.cat([(a[k] - b[k]).abs().flatten() for k in a])
+    assert a.keys() == b.keys() and (difference > 1e-5).float().mean() < 0.01
+
+
+def refusal(arguments, program=trainer.main):
+    """The one line with which a program ends."""
+    with pytest.raises(SystemExit) as stop:
+        program([str(argument) for argument in arguments])
+    line = str(stop.value)
+    assert line.startswith("error: ") and "\n" not in line
+    return line
+
+
+# Two processes
+
+
+def start_torchrun(*arguments, nodes=1, environment=None):
+    """Starts a program on two processes, on one node or on two; returns a Popen for each node."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={2 // nodes}", f"--nnodes={nodes}"]
+    command += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    return [
+        subprocess.Popen(
+            [*command, f"--node_rank={node}", *map(str, arguments)],
+            cwd=ROOT,
+            env={**os.environ, **(environment or {})},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in range(nodes)
+    ]
+
+
+def torchrun(*arguments, nodes=1):
+    """Runs a program on two processes."""
+    for process in start_torchrun(*arguments, nodes=nodes):
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]

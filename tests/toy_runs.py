@@ -1,0 +1,52 @@
+"""Short toy runs through the trainer's own command line, and what they leave."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import train_leap_align as trainer
+
+TOYS = ["toy", "digits"]
+ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "train_leap_align.py"]
+SMALL = "--pretrain-steps 300 --reward-steps 300 --evaluation-samples 160 --T 21 --batch-size 16 --iterations 4".split()
+
+
+def run(out, *flags):
+    """A short run into the folder `out`; returns its metrics."""
+    trainer.main([*SMALL, "--out", str(out), *flags])
+    return metrics(out)
+
+
+def metrics(out):
+    """metrics.csv without the seconds, which differ from run to run."""
+    with (out / "metrics.csv").open(newline="") as file:
+        return [{k: float(v) for k, v in row.items() if v and k != "seconds"} for row in csv.DictReader(file)]
+
+
+def result(out):
+    return json.loads((out / "result.json").read_text())
+
+
+def checkpoints(out):
+    return sorted(folder.name for folder in (out / "checkpoint").iterdir())
+
+
+def error_line(*flags):
+    """The one line that a refused command prints."""
+    with pytest.raises(SystemExit) as stop:
+        trainer.main([*SMALL, *flags])
+    line = str(stop.value)
+    assert line.startswith("error: ")
+    assert "\n" not in line
+    return line
+
+
+def without_figures(monkeypatch):
+    """Figures take most of the time of so short a run."""
+    for name in TOYS:
+        monkeypatch.setattr(trainer.task_class(name), "draw_figures", lambda self, folder: None)
+    monkeypatch.setattr(trainer.report, "draw_curves", lambda *_: None)

@@ -1,0 +1,64 @@
+"""The paper's comparison and ablations on the toys, and each method's gradient beside the true gradient.
+
+    python -m toy.laboratory compare      every method, learning rates tuned, at equal samples and at equal compute
+    python -m toy.laboratory ablations    LeapAlign with one part replaced or removed
+    python -m toy.laboratory fidelity     each method's gradient beside the gradient of full backpropagation
+    python -m toy.laboratory pairs        one pair of timesteps a batch, as in the paper, or one pair a sample
+    python -m toy.laboratory memory       bytes saved for backward, and the gradient's norm, as T grows
+    python -m toy.laboratory all          all of them
+
+Each experiment writes NAME.csv, NAME.md and NAME.png into the output folder, and NAME-directions.csv where the paper
+states a direction.  All results are kept in the folder cache/ there: an experiment that was stopped continues where it
+stopped, and a finished one only draws its tables and figure again.  Delete the folder after a change of the code.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from leap_align import BadInput
+from toy.laboratory import ablations, compare, fidelity, memory, pairs
+from toy.laboratory.laboratory import SMOKE, Laboratory, Scale
+from toy.laboratory.result_cache import ResultCache
+
+EXPERIMENTS: dict[str, Callable[[Laboratory], None]] = {
+    "compare": compare.run,
+    "ablations": ablations.run,
+    "fidelity": fidelity.run,
+    "pairs": pairs.run,
+    "memory": memory.run,
+}
+
+
+def main(
+    name: Annotated[Literal[*EXPERIMENTS, "all"], tyro.conf.Positional],
+    out: Path = Path("runs/laboratory"),
+    workers: int = os.cpu_count() or 1,
+    smoke: bool = False,
+) -> None:
+    """Runs an experiment.
+
+    Args:
+        name: The experiment, or all of them.
+        out: Folder of the tables, the figures and, in cache/, the results that they are made of.
+        workers: Processes that compute, one core each.
+        smoke: Check within a minute that everything runs.  Its results mean nothing, so give it another --out.
+    """
+    if workers < 1:
+        sys.exit(f"error: workers={workers} must be at least 1")
+    lab = Laboratory(out, ResultCache(out / "cache", workers), SMOKE if smoke else Scale())
+    try:
+        for experiment in EXPERIMENTS if name == "all" else [name]:
+            EXPERIMENTS[experiment](lab)
+    except KeyboardInterrupt:
+        sys.exit("interrupted: finished results are kept, and the same command continues from them")
+    except (BadInput, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))

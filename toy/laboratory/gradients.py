@@ -1,0 +1,135 @@
+"""Each method's gradient beside the true gradient: that of the reward through all T steps of the sampling run.
+
+For fixed noise and prompts a method's gradient is random through the timesteps that it draws.  Its mean is taken over
+every distinct draw, or over many seeds where there are too many draws.  All gradients are those of -weight * reward,
+without a hinge, which would hide the samples above it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from leap_align import METHODS, leap_trajectory, objective, rollout, similarity_weight
+from toy.laboratory.laboratory import Laboratory
+from toy.laboratory.method_probes import distinct_draws, hyper_for, seeded_generator
+from toy.laboratory.train_run import fresh_task, train_with_leap_align
+
+ALPHAS = (0.0, 0.1, 0.3, 0.5, 0.7, 1.0)
+INPUT_SEED = 1_000_007
+"""Seed of the fixed noise and prompts."""
+TRAINING_LR = 1e-3
+"""Learning rate of the training between two comparisons."""
+
+Case = tuple[str, int, int]
+"""A task, its number of steps T, and the iterations of training before the comparison."""
+
+
+class GradientProbe:
+    """A task after some training, with fixed noise and prompts: the gradient of any method for any draw."""
+
+    def __init__(self, task: str, T: int, iterations: int, lr: float, batch_size: int, smoke: bool) -> None:
+        self.task, self.hyper = fresh_task(task, T, smoke), hyper_for(T)
+        train_with_leap_align(self.task, iterations, lr)
+        self.sample_inputs(batch_size, INPUT_SEED)
+
+    def sample_inputs(self, batch_size: int, seed: int) -> None:
+        """Replaces noise and prompts."""
+        generator = seeded_generator(seed)
+        self.x_T = self.task.noise(batch_size, generator)
+        self.prompts = self.task.sample_conditions(batch_size, generator)
+
+    def gradient(self, method: str, seed: int, **changes: object) -> Tensor:
+        """A method's gradient in all weights of the model, as one vector; changes: of the hyperparameters."""
+        velocity, hyper = self.task.velocity(self.prompts), replace(self.hyper, **changes)
+        endpoints = METHODS[method](velocity, self.x_T, self.task.times, hyper, seeded_generator(seed))
+        return self.gradient_of(list(endpoints))
+
+    def gradient_of(self, endpoints: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """The gradient of the objective of some endpoints (x_0, weight), as one vector."""
+        losses = [objective(self.task.reward(self.task.decode(x_0), self.prompts), w, None) for x_0, w in endpoints]
+        parts = torch.autograd.grad(sum(losses), list(self.task.model.parameters()))
+        return torch.cat([part.flatten() for part in parts])
+
+    def pair_gradients(self) -> Iterator[tuple[int, int, float, Tensor, Tensor]]:
+        """Every pair i_k > i_j, its mean weight w_sim, and LeapAlign's gradients at alpha = 0 and alpha = 1.
+
+        All pairs use states that are recorded once.  A test shows that the result equals that of `leap_align`.
+        """
+        velocity, times = self.task.velocity(self.prompts), self.task.times
+        states = rollout(velocity, self.x_T, times)
+        for i_j, i_k in combinations(range(1, len(times)), 2):
+            leaps_0, leaps_1 = (leap_trajectory(velocity, states, times, i_k, i_j, alpha) for alpha in (0.0, 1.0))
+            weight = similarity_weight(leaps_0, self.hyper.tau)
+            gradient_0, gradient_1 = (self.gradient_of([(leaps.x_0, weight)]) for leaps in (leaps_0, leaps_1))
+            yield i_k, i_j, weight.mean().item(), gradient_0, gradient_1
+
+
+class Moments:
+    """Mean and variance of random gradients, and their cosine to the true gradient."""
+
+    def __init__(self, true: Tensor) -> None:
+        self.true, self.sum, self.square, self.cosines, self.n = true, torch.zeros_like(true), 0.0, 0.0, 0
+
+    def add(self, gradient: Tensor) -> None:
+        """Adds the gradient of one draw."""
+        self.n += 1
+        self.sum += gradient
+        self.square += gradient.square().sum().item()
+        self.cosines += torch.cosine_similarity(gradient, self.true, dim=0).item()
+
+    def values(self) -> dict[str, float]:
+        """The columns of a table.
+
+        Of the mean gradient: its cosine to the true gradient, and the ratio of their norms.  Of a single draw: the mean
+        cosine, the root mean square norm, and the variance over the squared norm of the mean gradient.
+        """
+        mean, square = self.sum / self.n, self.square / self.n
+        return {
+            "cosine": torch.cosine_similarity(mean, self.true, dim=0).item(),
+            "ratio": (mean.norm() / self.true.norm()).item(),
+            "one_cosine": self.cosines / self.n,
+            "one_norm": square**0.5,
+            "variance": square / mean.square().sum().item() - 1,
+            "draws": self.n,
+        }
+
+
+def compare_gradients(
+    task: str, T: int, iterations: int, lr: float, max_draws: int, batch_size: int, smoke: bool = False
+) -> dict:
+    """Each method's gradient beside the true one, after that many iterations of LeapAlign.
+
+    Returns {"norm": of the true gradient, "methods": {name: Moments.values()}, "pairs": [[i_k, i_j, mean w_sim]]}.
+    A method's column `every` says whether its draws are all that exist.
+    """
+    probe = GradientProbe(task, T, iterations, lr, batch_size, smoke)
+    true = probe.gradient("full_backprop", 0)
+    methods = {}
+    for name in ("drtune", "refl", "draft_lv"):
+        seeds, every = distinct_draws(name, T, max_draws)
+        moments = Moments(true)
+        for seed in seeds:
+            moments.add(probe.gradient(name, seed))
+        methods[name] = moments.values() | {"every": every}
+    pairs, by_alpha = [], {alpha: Moments(true) for alpha in ALPHAS}
+    for i_k, i_j, weight, gradient_0, gradient_1 in probe.pair_gradients():
+        pairs.append([i_k, i_j, weight])
+        for alpha, moments in by_alpha.items():
+            moments.add(gradient_0 + alpha * (gradient_1 - gradient_0))  # affine in alpha (Eq. S18)
+    methods |= {f"leap_align {alpha:g}": moments.values() | {"every": True} for alpha, moments in by_alpha.items()}
+    return {"norm": true.norm().item(), "methods": methods, "pairs": pairs}
+
+
+def gradient_comparisons(lab: Laboratory, cases: list[Case]) -> dict[Case, dict]:
+    """compare_gradients for every case."""
+    scale = lab.scale
+    for task in scale.tasks:
+        fresh_task(task, smoke=scale.smoke)  # pre-trains it here, because otherwise every worker would
+    shared = {"lr": TRAINING_LR, "max_draws": scale.max_draws, "batch_size": scale.batch_size, "smoke": scale.smoke}
+    # The largest T, which take longest, come first, so that no worker runs alone at the end.
+    cases = sorted(cases, key=lambda case: -case[1])
+    settings = [shared | dict(zip(("task", "T", "iterations"), case)) for case in cases]
+    return dict(zip(cases, lab.cache.results(compare_gradients, settings, "gradients")))

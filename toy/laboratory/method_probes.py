@@ -1,0 +1,86 @@
+"""Properties of a method, measured on its own code: distinct draws, effective weights of timesteps, evaluation counts.
+
+Each probe runs the method with a velocity made for this purpose; no model is needed.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from leap_align import METHODS, Hyper, uniform_times
+
+
+def hyper_for(T: int) -> Hyper:
+    """The paper's hyperparameters without hinge; the early stop within the same share of the steps, 11 of 25."""
+    return Hyper(lam=None, m=max(1, round(11 * T / 25)))
+
+
+def seeded_generator(seed: int) -> torch.Generator:
+    """A CPU generator with this seed."""
+    return torch.Generator().manual_seed(seed)
+
+
+def timesteps_drawn(method: str, T: int, seed: int) -> tuple[int, ...]:
+    """The indices that a method draws with this seed; empty for a method that draws only noise."""
+    generator = seeded_generator(seed)
+    endpoints = METHODS[method](lambda x, t: 0 * x, torch.zeros(1, 1), uniform_times(T), hyper_for(T), generator)
+    list(endpoints)
+    return tuple(value for value in endpoints.log.values() if isinstance(value, int))
+
+
+def distinct_draws(method: str, T: int, max_draws: int) -> tuple[list[int], bool]:
+    """A seed for each distinct draw of a method's timesteps, and whether these are all draws that exist.
+
+    If there are more than `max_draws`, the seeds are 0, 1, ..., max_draws - 1.  A method that draws only noise gets a
+    tenth of that, because its gradient varies little.  The search ends after ten times as many seeds without a new draw
+    as there are draws.
+    """
+    if not timesteps_drawn(method, T, seed=0):
+        return list(range(max(2, max_draws // 10))), False
+    seeds: dict[tuple[int, ...], int] = {}
+    seed = newest = 0
+    while seed <= newest + 50 + 10 * len(seeds):
+        draw = timesteps_drawn(method, T, seed)
+        if draw not in seeds:
+            seeds[draw], newest = seed, seed
+        if len(seeds) > max_draws:
+            return list(range(max_draws)), False
+        seed += 1
+    return list(seeds.values()), True
+
+
+def effective_weights(method: str, T: int, max_draws: int) -> dict:
+    """{"weights": the mean factor of dv(x_i)/dtheta in the gradient of a method's endpoint, for i = 1..T}.
+
+    The velocity here has one parameter for each timestep, v(x, t_i) = theta_i.  The true factors, those of the
+    sampling run, are the lengths of its intervals.
+    """
+    times, theta = uniform_times(T), torch.zeros(T + 1, requires_grad=True)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return theta[int(torch.searchsorted(times, t))].expand_as(x)
+
+    (seeds, _), total = distinct_draws(method, T, max_draws), torch.zeros(T + 1)
+    for seed in seeds:
+        endpoints = METHODS[method](velocity, torch.zeros(1, 1), times, hyper_for(T), seeded_generator(seed))
+        total -= torch.autograd.grad(sum(x_0.sum() for x_0, _ in endpoints), theta)[0]
+    return {"weights": (total / len(seeds))[1:].tolist()}
+
+
+def evaluation_count(method: str, T: int, max_draws: int, **changes: object) -> dict:
+    """{"evaluations": mean count of velocity evaluations an iteration and sample}; one with gradient counts as three.
+
+    changes: of the hyperparameters.
+    """
+    count, hyper = 0, replace(hyper_for(T), **changes)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal count
+        count += 3 if torch.is_grad_enabled() else 1
+        return 0 * x
+
+    seeds, _ = distinct_draws(method, T, max_draws)
+    for seed in seeds:
+        list(METHODS[method](velocity, torch.zeros(1, 1), uniform_times(T), hyper, seeded_generator(seed)))
+    return {"evaluations": count / len(seeds)}

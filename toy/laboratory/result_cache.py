@@ -1,0 +1,68 @@
+"""A cache of results: a function of JSON settings is computed once, on several worker processes, and its result kept.
+
+An experiment that was stopped continues with the results that it lacks, and experiments share results.
+"""
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from runtime.run_dir import digest, write_json
+
+Function = Callable[..., dict]
+"""Its keyword arguments and its result are JSON; worker processes must be able to import it."""
+
+
+def cache_path(folder: Path, function: Function, settings: dict[str, Any]) -> Path:
+    """folder/FUNCTION-DIGEST.json, with the digest of the settings."""
+    text = json.dumps(settings, sort_keys=True)
+    return folder / f"{function.__name__}-{digest(text.encode())[:16]}.json"
+
+
+def compute(path: Path, function: Function, settings: dict[str, Any]) -> None:
+    """Computes function(**settings) and writes the result with its settings."""
+    result = function(**settings)
+    write_json(path, {"function": function.__name__, "settings": settings, "result": result})
+
+
+@dataclass(frozen=True)
+class ResultCache:
+    """The folder of the results, and the number of processes that compute missing ones."""
+
+    folder: Path
+    workers: int
+
+    def results(self, function: Function, settings: list[dict[str, Any]], title: str) -> list[dict]:
+        """function(**s) for each s of the settings, in their order; the title is that of the progress bar."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        paths = [cache_path(self.folder, function, s) for s in settings]
+        missing = {path: s for path, s in zip(paths, settings) if not path.exists()}
+        with tqdm(total=len(missing), desc=title, unit="result", mininterval=1, disable=not missing) as bar:
+            for _ in self._compute_each(function, missing):
+                bar.update()
+        return [json.loads(path.read_text())["result"] for path in paths]
+
+    def _compute_each(self, function: Function, missing: dict[Path, dict]) -> Iterator[None]:
+        """Computes the missing results, and yields after each."""
+        if self.workers == 1 or len(missing) < 2:
+            for path, settings in missing.items():
+                yield compute(path, function, settings)
+            return
+        # Spawned, because a forked child would inherit torch's threads in an unknown state.
+        # Only the parent handles Ctrl-C: workers ignore it from their first import on and finish their result.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        pool = ProcessPoolExecutor(self.workers, get_context("spawn"))
+        futures = [pool.submit(compute, path, function, s) for path, s in missing.items()]
+        signal.signal(signal.SIGINT, handler)
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
