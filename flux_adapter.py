@@ -36,7 +36,7 @@ class Options:
     model: str = "black-forest-labs/FLUX.1-dev"
     """Pipeline: a local folder in diffusers' layout, or a hub id."""
     prompts: Path | None = None
-    """Training prompts: a text file with one a line, or a folder that `python -m full_scale embed` filled."""
+    """Training prompts: a text file with one per line, or a folder that `python -m full_scale embed` filled."""
     reward: str = "hpsv2.1"
     """What is maximised: a reward's name, NAME:weight,NAME:weight for a sum, or your own package.module:factory."""
     reward_weights: tuple[str, ...] = ()
@@ -62,9 +62,9 @@ class Options:
     compile: bool = False
     """Compile the transformer's repeated blocks; the first step takes minutes."""
     evaluation_prompts: Path | None = None
-    """Prompts to evaluate on, in the same forms; the first training prompts if not given."""
+    """Prompts to evaluate on, also a file or a folder; the first training prompts if not given."""
     evaluation_images: int = 16
-    """Images of an evaluation, two a prompt, always from the same noise."""
+    """Images of an evaluation, two per prompt, always from the same noise."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,8 @@ class DiffusersTask:
 
     def __init__(self, options: Options, T: int) -> None:
         pipeline.check_image_size(options.height, options.width)
+        if options.lora_rank < 0:
+            raise BadInput(f"lora_rank={options.lora_rank} must be at least 0")
         if options.evaluation_images < 2 or options.evaluation_images % IMAGES_PER_PROMPT:
             raise BadInput(f"evaluation_images={options.evaluation_images} must be even and at least 2")
         self.options, self.dtype, self.device = options, getattr(torch, options.precision), pipeline.gpu_or_cpu()
@@ -119,8 +121,8 @@ class DiffusersTask:
 
     def frozen_modules(self) -> list[nn.Module]:
         """Reward, VAE, and the text encoders unless every prompt has an embedding."""
-        parts = self.pipeline.components.values()
-        return [self.reward_model, *(part for part in parts if isinstance(part, nn.Module))]
+        components = self.pipeline.components.values()
+        return [self.reward_model, *(module for module in components if isinstance(module, nn.Module))]
 
     # The transformer
 
@@ -213,7 +215,7 @@ class DiffusersTask:
         # A sharded model must run equally often on every rank, so some ranks repeat another one's image.
         rounds = -(-len(prompts) // world_size())
         turns = [i % len(prompts) for i in range(rank(), rounds * world_size(), world_size())]
-        turns = tqdm(turns, "evaluate", leave=False, disable=rank() > 0)
+        turns = tqdm(turns, "evaluate", leave=False, mininterval=1, disable=rank() > 0)
         images = {i: self.evaluate_image(prompts[i], x_T[i : i + 1]) for i in turns}
         transformer.reshard(self.model)
         for images_of_a_rank in all_gather(images):

@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=2 train_leap_align.py                two processes, with the same result
     python train_leap_align.py --task flux --help                  every flag of a task, here FLUX.1-dev
 
-A run's folder holds config.json, metrics.csv (a row an iteration), evaluations.csv, result.json (the evaluators before
+A run's folder holds config.json, metrics.csv (a row per iteration), evaluations.csv, result.json (the evaluators before
 and after training), figures, checkpoint/ and the trained weights' average (model/, transformer/ or lora/).
 """
 
@@ -47,7 +47,7 @@ CHANGEABLE_ON_RESUME = frozenset(
     "iterations gradient_accumulation_steps evaluate_every checkpoint_every checkpoints_total_limit max_skipped_steps "
     "out resume".split()
 )
-"""Fields of Config that never change a result; they may change on --resume."""
+"""Fields of Config that may change on --resume: no iteration depends on them."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Config:
     iterations: int = 300
     """Optimizer steps."""
     batch_size: int = 256
-    """Samples an iteration, over all processes (B)."""
+    """Samples per iteration, over all processes (B)."""
     gradient_accumulation_steps: int = 1
-    """Microbatches an iteration on each process; more of them need less memory."""
+    """Microbatches per iteration and process; more of them need less memory."""
     T: int = 25
     """Steps of a sampling run (T)."""
     lr: float = 1e-4
@@ -135,8 +135,8 @@ def parse(arguments: list[str] | None) -> Flags:
 def check(config: Config, hyper: Hyper, world_size: int) -> None:
     """Refuses values that cannot work, before anything expensive is built."""
     method = choose("method", config.method, METHODS)
-    counts = "batch_size gradient_accumulation_steps evaluate_every checkpoint_every checkpoints_total_limit".split()
-    least = dict.fromkeys((*counts, "max_skipped_steps"), 1) | {"T": 2, "iterations": 0, "weight_decay": 0, "seed": 0}
+    least = {"T": 2, "iterations": 0, "weight_decay": 0, "seed": 0, "batch_size": 1, "gradient_accumulation_steps": 1}
+    least |= {"evaluate_every": 1, "checkpoint_every": 1, "checkpoints_total_limit": 1, "max_skipped_steps": 1}
     for name, bound in least.items():
         if not bound <= getattr(config, name) < 2**63:
             raise BadInput(f"{name}={getattr(config, name)} must be at least {bound}")
@@ -172,7 +172,7 @@ class Trainer:
         self.progress = Progress()
 
     def microbatches(self) -> list[slice]:
-        """The rows of the batch that this rank works on, a slice for each accumulation step."""
+        """The rows of the batch that this rank works on, one slice per accumulation step."""
         steps = self.config.gradient_accumulation_steps
         size = self.config.batch_size // (world_size() * steps)
         first = rank() * steps
@@ -184,8 +184,8 @@ class Trainer:
         with record_function("data"):
             condition = task.sample_conditions(batch_size, self.generator)
             x_T = task.noise(batch_size, self.generator)
-        state, metrics = self.generator.get_state(), []
-        for rows in (microbatches := self.microbatches()):
+        state, metrics, microbatches = self.generator.get_state(), [], self.microbatches()
+        for rows in microbatches:
             if isinstance(task.model, FSDPModule):
                 task.model.set_requires_all_reduce(rows == microbatches[-1])  # between nodes once an iteration
             # Every microbatch starts from the same state, so that all of them draw the same timesteps.

@@ -1,8 +1,8 @@
 """FLUX.1-dev's architecture with random weights on a GPU: what the trainer's own step costs at full size.
 
 Pipeline, VAE and reward are tiny, the transformer has the real one's size and trains LoRA adapters.  So this measures
-the transformer's part, 98 % of a step.  Nothing is downloaded, and nothing is learned.  Each row shows what counts of
-operations and bytes predict beside what was measured.
+the transformer's part, 98 % of a step.  Nothing is downloaded, and nothing is learned.  Each row shows the measured
+values beside those predicted from counts of operations and bytes.
 """
 
 import gc
@@ -38,7 +38,7 @@ TEXT_TOKENS = 512
 FORWARD_FLOP = 37.6e12
 """Operations of a forward of one sample at 720 px, with adapters."""
 BACKWARD_FORWARDS = 1.2
-"""A backward in forwards: LoRA needs gradients to the layers' inputs, hardly any to weights; attention takes 2.5."""
+"""Cost of a backward in forwards.  LoRA needs gradients to inputs, hardly any to weights; attention's takes 2.5."""
 RECOMPUTED_FORWARDS = {"on": 2, "selective": 1, "off": 0}
 """Forwards that checkpointing repeats in a step."""
 WEIGHTS_GIB = 23.6
@@ -87,7 +87,7 @@ class Case:
     task_class: type[RandomFlux] = RandomFlux
 
     def flop(self) -> float:
-        """Operations of the step, in FORWARD_FLOP."""
+        """Operations of the step, computed from FORWARD_FLOP."""
         forwards = self.T + 2 * BACKWARD_FORWARDS + RECOMPUTED_FORWARDS[self.checkpointing]
         return self.batch_size * FORWARD_FLOP * forwards
 
@@ -126,7 +126,7 @@ def write_tiny_pipeline(folder: Path) -> None:
 
 
 def measure(case: Case, folder: Path) -> dict[str, Any]:
-    """A row of the table; where the step does not fit or fails, the column GiB says why."""
+    """A row of the table; if the step does not fit or fails, the column GiB says why."""
     row = {"checkpointing": case.checkpointing, "compiled": case.compiled, "batch": case.batch_size}
     row |= {"predicted s": case.flop() / ASSUMED_FLOPS, "s": "", "share of peak": ""}
     row |= {"predicted GiB": case.predicted_gib(), "GiB": ""}
@@ -142,10 +142,10 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def release_memory() -> None:
-    """Frees the process group and the memory of the case before, and starts a new measurement of the peak."""
+    """Frees the process group and the memory of the previous case, and resets the measurement of the peak."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    gc.collect()  # the objects of the case before refer to each other in circles
+    gc.collect()  # the previous case's objects form reference cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -156,7 +156,7 @@ def step_cost(case: Case, folder: Path) -> tuple[float, float]:
     trainer = start_trainer(case, folder)
     rows = [trainer.step() for _ in range(4)]
     if any(row["skipped"] for row in rows):
-        raise BadInput("not measured: a gradient was not finite, so that a step was skipped")
+        raise BadInput("not measured: a gradient was not finite, so a step was skipped")
     seconds = statistics.median(row["seconds"] for row in rows[1:])
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return seconds, peak / 2**30

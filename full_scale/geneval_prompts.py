@@ -53,7 +53,7 @@ def geneval_prompts(out: Path) -> None:
     There are few distinct prompts for counting (160) and colors (696): these repeat many times.
 
     Args:
-        out: Text file to write, one prompt a line.
+        out: Text file to write, one prompt per line.
     """
     hashes = b64decode(TEST_PROMPT_HASHES)
     test_prompts = {hashes[i : i + 3] for i in range(0, len(hashes), 3)}

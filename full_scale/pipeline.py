@@ -18,7 +18,7 @@ from leap_align import BadInput
 from runtime.processes import one_line, rank
 
 Precision = Literal["bfloat16", "float32"]
-TEXT_PARTS = ("text_encoder", "text_encoder_[23]", "tokenizer", "tokenizer_[23]")
+TEXT_SUBFOLDERS = ("text_encoder", "text_encoder_[23]", "tokenizer", "tokenizer_[23]")
 """A pipeline's subfolders that turn prompts into embeddings, as patterns of names."""
 
 
@@ -84,23 +84,22 @@ def family_of(folder: Path) -> Family:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def pipeline_folder(model: str, parts: tuple[str, ...] = (*TEXT_PARTS, "transformer", "vae")) -> Path:
+def pipeline_folder(model: str, subfolders: tuple[str, ...] = (*TEXT_SUBFOLDERS, "transformer", "vae")) -> Path:
     """The local folder of a pipeline; a hub id is downloaded.
 
-    model: a local path or OWNER/NAME.  parts: the subfolders to download, as patterns.
+    model: a local path or OWNER/NAME.  subfolders: what to download, as patterns of names.
     """
     if (folder := Path(model)).exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         if not (folder / "model_index.json").is_file():
             raise BadInput(f"model={model} is neither a hub id OWNER/NAME nor a folder with a model_index.json")
         return folder
-    return download(model, "model_index.json", "scheduler/*", *(f"{part}/*" for part in parts), flag="--model")
+    return download(model, "model_index.json", "scheduler/*", *(f"{name}/*" for name in subfolders), flag="--model")
 
 
-def open_pipeline(family: Family, folder: Path, dtype: torch.dtype, text: bool = True, **parts: Any) -> Any:
+def open_pipeline(family: Family, folder: Path, dtype: torch.dtype, text: bool = True, **components: Any) -> Any:
     """A pipeline from a local folder; it never asks the network.
 
-    text=False leaves the text encoders and tokenizers out.  parts: components in place of those on disk; None leaves
-    one out.
+    text=False leaves the text encoders and tokenizers out.  components: replace those on disk; None leaves one out.
     """
     silence_other_ranks()
     index = _index(folder)
@@ -108,9 +107,9 @@ def open_pipeline(family: Family, folder: Path, dtype: torch.dtype, text: bool =
         tasks = ", ".join(f"{known.pipeline_name} is --task {task}" for task, known in FAMILIES.items())
         raise BadInput(f"{folder} holds a {name}, not a {family.pipeline_name}: {tasks}")
     if not text:
-        parts |= {name: None for name in index if name.startswith(("text_encoder", "tokenizer"))}
+        components |= {name: None for name in index if name.startswith(("text_encoder", "tokenizer"))}
     try:
-        return family.pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True, **parts)
+        return family.pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True, **components)
     except (OSError, ValueError) as error:
         raise BadInput(f"{folder} is not a complete pipeline: {one_line(error)}") from error
 

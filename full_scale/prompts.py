@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from full_scale.pipeline import (
-    TEXT_PARTS,
+    TEXT_SUBFOLDERS,
     Precision,
     family_of,
     gpu_or_cpu,
@@ -24,17 +24,17 @@ from runtime.run_dir import atomic_file, claim_output_folder, write_text
 
 
 def read_prompts(path: Path | None) -> list[str]:
-    """The prompts of a text file, one a line, or of a folder that `embed` filled."""
+    """The prompts of a text file, one per line, or of a folder that `embed` filled."""
     if path is None:
-        raise BadInput("prompts is missing: give --prompts FILE, a text file with one prompt a line")
+        raise BadInput("prompts is missing: give --prompts FILE, a text file with one prompt per line")
     file = path / "prompts.txt" if path.is_dir() else path
     try:
         prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        message = f"cannot read prompts from {file} ({one_line(error)}): give a text file with one prompt a line"
+        message = f"cannot read prompts from {file} ({one_line(error)}): give a text file with one prompt per line"
         raise BadInput(message) from error
     if not prompts:
-        raise BadInput(f"{file} holds no prompt: write one a line")
+        raise BadInput(f"{file} holds no prompt: write one per line")
     return prompts
 
 
@@ -49,18 +49,18 @@ def embed(model: str, prompts: Path, out: Path, precision: Precision = "bfloat16
 
     Args:
         model: Pipeline: a local folder in diffusers' layout, or a hub id.
-        prompts: Text file, one prompt a line.
+        prompts: Text file, one prompt per line.
         out: Folder to fill; embeddings that it already holds are not computed again.
         precision: What the text encoders compute in.
     """
     texts = read_prompts(prompts)
-    folder = pipeline_folder(model, TEXT_PARTS)
+    folder = pipeline_folder(model, TEXT_SUBFOLDERS)
     family, device = family_of(folder), gpu_or_cpu()
     run_on_rank0(lambda: claim_output_folder(out, {"model": model, "precision": precision}))
     pipeline = open_pipeline(family, folder, getattr(torch, precision), transformer=None, vae=None).to(device)
     # SD3.5's guidance also needs the empty prompt.
     distinct = list(dict.fromkeys(["", *texts]))
-    for text in tqdm(distinct[rank() :: world_size()], "embed", disable=rank() > 0):
+    for text in tqdm(distinct[rank() :: world_size()], "embed", mininterval=1, disable=rank() > 0):
         if (path := embedding_file(out, text)).exists():
             continue
         embedding = family.encode_text(pipeline, [text], device)

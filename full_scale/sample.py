@@ -43,19 +43,19 @@ def sample(
     batch_size: int = 4,
     precision: Precision = "bfloat16",
 ) -> None:
-    """Draw images with diffusers' own pipeline: a PNG an image, and prompts.json.
+    """Draw images with diffusers' own pipeline: one PNG per image, and prompts.json.
 
-    An image's noise depends on the numbers of its prompt and image alone, never on the number of processes.
+    An image's noise depends only on the numbers of its prompt and image, never on the number of processes.
 
     Args:
         model: Pipeline: a local folder in diffusers' layout, or a hub id.
         out: Folder to fill; images that it already holds are not drawn again.
-        prompts: Text file, one prompt a line.
+        prompts: Text file, one prompt per line.
         geneval: Instead of prompts, GenEval's evaluation_metadata.jsonl; OUT gets its evaluator's folder layout.
         transformer: A run's folder transformer/, in place of the pipeline's own.
         lora: A run's folder lora/, on top of the pipeline's transformer.
         steps: Sampling steps.
-        images_per_prompt: Images a prompt.
+        images_per_prompt: Images per prompt.
         height: Pixels, a multiple of 16.
         width: Pixels, a multiple of 16.
         guidance: Guidance scale.
@@ -77,7 +77,7 @@ def sample(
     pipeline.to(gpu_or_cpu())
     size = {"height": height, "width": width}
     draw = partial(pipeline, **size, num_inference_steps=steps, guidance_scale=guidance)
-    for i in tqdm(range(len(layout.prompts))[rank() :: world_size()], "sample", disable=rank() > 0):
+    for i in tqdm(range(len(layout.prompts))[rank() :: world_size()], "sample", mininterval=1, disable=rank() > 0):
         files = [out / name for name in layout.files[i]]
         if not all(file.exists() for file in files):
             draw_prompt(draw, i, layout.prompts[i], files, batch_size)
@@ -133,7 +133,7 @@ def choose_layout(prompts: Path | None, geneval: Path | None, images_per_prompt:
     try:
         return Layout([json.loads(line)["prompt"] for line in lines], files, lines)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        message = f"{geneval} must hold one JSON object with a prompt a line ({one_line(error)})"
+        message = f"{geneval} must hold one JSON object with a prompt per line ({one_line(error)})"
         raise BadInput(message) from error
 
 
@@ -150,12 +150,12 @@ def open_trained(model: str, transformer: Path | None, lora: Path | None, dtype:
         if path and not path.exists():
             raise BadInput(f"{name}={path} does not exist: a finished run leaves it in its folder")
     folder = pipeline_folder(model)
-    family, parts = family_of(folder), {}
+    family, components = family_of(folder), {}
     try:
         if transformer:
             options = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
-            parts["transformer"] = family.transformer_class.from_pretrained(transformer, **options)
-        pipeline = open_pipeline(family, folder, dtype, **parts)
+            components["transformer"] = family.transformer_class.from_pretrained(transformer, **options)
+        pipeline = open_pipeline(family, folder, dtype, **components)
         if lora:
             check_adapters(lora, pipeline.transformer)
             pipeline.load_lora_weights(lora, local_files_only=True, use_safetensors=True)

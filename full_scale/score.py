@@ -1,4 +1,4 @@
-"""Score images with a reward: a row an image, and the mean."""
+"""Score images with a reward: a row per image, and the mean."""
 
 import json
 import shutil
@@ -36,15 +36,15 @@ def score(images: Path, out: Path, reward: str = "hpsv2.1", reward_weights: tupl
     if log.exists():
         run_on_rank0(lambda: print_finished(log, prompts, reward))
         return
-    parts, device = log.with_suffix(".parts"), gpu_or_cpu()
+    rows_folder, device = log.with_suffix(".parts"), gpu_or_cpu()
     settings = {"images": images.resolve(), "reward": reward, "reward_weights": reward_weights}
-    run_on_rank0(lambda: claim_output_folder(parts, settings))
+    run_on_rank0(lambda: claim_output_folder(rows_folder, settings))
     model = run_on_all_ranks(lambda: rewards.load(reward, reward_weights, device=device))
-    scored = read_rows(parts)
+    scored = read_rows(rows_folder)
     barrier()  # otherwise a fast rank would write rows while a slow one still reads
-    with (parts / f"{rank()}.jsonl").open("a") as file:
+    with (rows_folder / f"{rank()}.jsonl").open("a") as file:
         file.write("\n")  # ends a row that was cut off
-        for name in tqdm(list(prompts)[rank() :: world_size()], "score", disable=rank() > 0):
+        for name in tqdm(list(prompts)[rank() :: world_size()], "score", mininterval=1, disable=rank() > 0):
             if name in scored:
                 continue
             image = torchvision.io.decode_image(str(images / name), torchvision.io.ImageReadMode.RGB)
@@ -52,7 +52,7 @@ def score(images: Path, out: Path, reward: str = "hpsv2.1", reward_weights: tupl
             file.write(json.dumps({"image": name, "prompt": prompts[name], "reward": value}) + "\n")
             file.flush()
     barrier()
-    run_on_rank0(lambda: write_log(log, parts, prompts, reward))
+    run_on_rank0(lambda: write_log(log, rows_folder, prompts, reward))
 
 
 def read_image_prompts(images: Path) -> dict[str, str]:
@@ -67,10 +67,10 @@ def read_image_prompts(images: Path) -> dict[str, str]:
     return prompts
 
 
-def read_rows(parts: Path) -> dict[str, Row]:
+def read_rows(rows_folder: Path) -> dict[str, Row]:
     """The rows that all ranks have written, by image; a row that was cut off does not count."""
     rows = {}
-    for file in parts.glob("*.jsonl"):
+    for file in rows_folder.glob("*.jsonl"):
         for line in file.read_text().splitlines():
             try:
                 row = json.loads(line)
@@ -80,13 +80,13 @@ def read_rows(parts: Path) -> dict[str, Row]:
     return rows
 
 
-def write_log(log: Path, parts: Path, prompts: dict[str, str], reward: str) -> None:
-    """Collects the rows of all ranks, in the order of the images, removes `parts` and prints the mean."""
-    rows = read_rows(parts)
+def write_log(log: Path, rows_folder: Path, prompts: dict[str, str], reward: str) -> None:
+    """Collects the rows of all ranks, in the order of the images, removes their files and prints the mean."""
+    rows = read_rows(rows_folder)
     mean = float(np.mean([rows[name]["reward"] for name in prompts]))
     result = {"mean": mean, "reward": reward, "images": [rows[name] for name in prompts]}
     write_text(log, json.dumps(result, indent=1) + "\n")
-    shutil.rmtree(parts)
+    shutil.rmtree(rows_folder)
     print(f"mean {reward} of {len(prompts)} images: {mean:.4f}; written to {log}")
 
 

@@ -1,4 +1,4 @@
-"""The transformer of a diffusers pipeline: built without memory, sharded (FSDP2), loaded, exported; all or LoRA."""
+"""The transformer of a diffusers pipeline: build, shard (FSDP2), load, export; all weights or LoRA adapters."""
 
 import warnings
 from collections.abc import Sequence
@@ -38,8 +38,6 @@ def add_lora(model: nn.Module, lora_rank: int, lora_alpha: float, targets: Seque
     """
     from peft import LoraConfig
 
-    if lora_rank < 1:
-        raise BadInput(f"lora_rank={lora_rank} must be at least 0")
     model.requires_grad_(False).to(dtype)
     try:
         model.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=list(targets)))
@@ -56,7 +54,7 @@ def has_lora(model: nn.Module) -> bool:
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer's blocks, which diffusers lists as the parts worth compiling; FSDP2 subclasses count."""
+    """The transformer's blocks, which diffusers lists as worth compiling; FSDP2's subclasses of them count."""
     names = set(model._repeated_blocks)
     return [module for module in model.modules() if names & {kind.__name__ for kind in type(module).__mro__}]
 
@@ -76,7 +74,7 @@ def check_memory(model: nn.Module, frozen: Sequence[nn.Module], device: torch.de
     """Refuses a GPU on which not even weights and optimizer fit.
 
     A trained parameter needs five times its size: float32 weight, gradient, two moments and average.
-    model: on the meta device, to be divided by `shards`.  frozen: modules that every GPU holds whole.
+    model: on the meta device, to be divided by `shards`.  frozen: modules that every GPU holds in full.
     """
     if device.type != "cuda":
         return
@@ -93,7 +91,7 @@ def check_memory(model: nn.Module, frozen: Sequence[nn.Module], device: torch.de
 
 def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Shards the model over the mesh (FSDP2), a block at a time; it computes in dtype, gradients stay float32."""
-    # Blocks return views of one joint sequence; torch warns about in-place writes to them, and nobody writes.
+    # Blocks return views of one joint sequence; torch warns about in-place writes, which never happen.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     # The task casts the inputs: casting all of them would round SD3's times and the RoPE tables.
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
@@ -156,7 +154,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 def reset_lora(model: nn.Module) -> None:
     """New adapters, equal on every rank: A as peft draws it, B zero, so that the model does not change yet.
 
-    A model without adapters stays as it is.
+    A model without adapters does not change.
     """
     if not has_lora(model):
         return

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from leap_align import BadInput
 from runtime.ema import EMA
 from runtime.processes import all_gather, one_line, rank, run_on_all_ranks, run_on_rank0, world_size
-from runtime.run_dir import digest, write_text
+from runtime.run_dir import check_not_removed, digest, write_text
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # a single process saves as well
 LOGS = ("metrics.csv", "evaluations.csv")
@@ -98,8 +98,7 @@ def save_checkpoint(
 
 
 def _prepare(folder: Path, part: Path) -> None:
-    if not (folder / "config.json").exists():
-        raise BadInput(f"{folder} is gone: somebody removed the run's folder while it was running")
+    check_not_removed(folder / "config.json")
     shutil.rmtree(part, ignore_errors=True)
 
 
@@ -141,16 +140,20 @@ def fsync(*paths: Path) -> None:
 def load_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, generator: torch.Generator
 ) -> Progress:
-    """Loads the newest undamaged checkpoint into what it is given, and restores the logs; returns the progress."""
+    """Loads the newest undamaged checkpoint into these objects and restores the logs; returns the progress."""
     path, state = _newest_undamaged(folder)
     try:
         dcp.load(training_tensors(model, optimizer, ema), storage_reader=HuggingFaceStorageReader(str(path)))
     except dcp.CheckpointException as error:
         raise BadInput(f"{path} does not fit this model: {_reason(error)}") from error
     generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
-    for name in LOGS:
-        run_on_rank0(lambda name=name: write_text(folder / name, state[name]))
+    run_on_rank0(lambda: _restore_logs(folder, state))
     return Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
+
+
+def _restore_logs(folder: Path, state: dict[str, Any]) -> None:
+    for name in LOGS:
+        write_text(folder / name, state[name])
 
 
 def _newest_undamaged(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -177,7 +180,8 @@ def _verify(path: Path) -> dict[str, Any]:
                 raise ValueError(f"{name} is not what was written")
     except (OSError, ValueError) as error:
         damage = one_line(error)
-    if damages := [damage for damage in all_gather(damage) if damage]:
+    damages = [text for text in all_gather(damage) if text is not None]
+    if damages:
         raise DamagedCheckpoint(damages[0])
     return state
 
@@ -190,7 +194,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, on one line; of a CheckpointException the first rank's error."""
+    """The message of an error on one line; a CheckpointException holds one error per failed rank, the first counts."""
     if isinstance(error, dcp.CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return one_line(error)

@@ -28,7 +28,7 @@ def saved_bytes(action: Callable[[], object], model: nn.Module | None = None) ->
     weights = [*model.parameters(), *model.buffers()] if model else []
     weights = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
     weight_pointers = {weight.untyped_storage().data_ptr() for weight in weights}
-    # This holds the storages themselves.  A freed storage's address could be taken by another one, counted once then.
+    # This keeps the storages alive.  Otherwise a new one could take a freed one's address, and both would count once.
     saved = {}
 
     def pack(tensor: Tensor) -> Tensor:

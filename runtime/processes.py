@@ -79,7 +79,7 @@ def mean_over_ranks(metrics: dict[str, float], device: torch.device) -> dict[str
 
 
 def full_value(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor; any other tensor as it is."""
+    """The full tensor of a sharded one; any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -105,7 +105,8 @@ def run_on_all_ranks(action: Callable[[], Any]) -> Any:
         message = str(error)
     except OSError as error:
         message = f"{error.filename or 'a file'}: {one_line(error)}"
-    if messages := [message for message in all_gather(message) if message]:
+    messages = [text for text in all_gather(message) if text is not None]
+    if messages:
         raise RaisedOnAllRanks(messages[0])
     return result
 

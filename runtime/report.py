@@ -1,4 +1,4 @@
-"""What a run leaves to look at: result.json, curves.png, signs of reward hacking, the table on the screen."""
+"""A run's report: result.json, curves.png, signs of reward hacking, and the table printed at its end."""
 
 import math
 from pathlib import Path
@@ -19,7 +19,8 @@ def reward_hacking_signs(evaluations: list[Evaluation], held_out: dict[str, floa
     now, signs = evaluations[-1], {}
     for name, change in held_out.items():
         direction = math.copysign(1, change)
-        best = max(evaluations, key=lambda row, name=name, direction=direction: direction * row[name])
+        values = [direction * row[name] for row in evaluations]
+        best = evaluations[values.index(max(values))]
         if now["reward"] > best["reward"] and direction * (best[name] - now[name]) > abs(change):
             signs[name] = (
                 f"a sign of reward hacking, iteration {best['iteration']} -> {now['iteration']}: "
@@ -51,14 +52,14 @@ def draw_curves(folder: Path, evaluations: list[Evaluation]) -> None:
 
 
 def print_summary(folder: Path, evaluations: list[Evaluation], seconds: float, signs: dict[str, str]) -> None:
-    """The evaluators before and after training, and what to watch."""
+    """Prints the evaluators before and after training, and the signs of reward hacking."""
     before, after = evaluations[0], evaluations[-1]
     print(f"{'':14}{'before':>10}{'after':>10}")
     for name in _evaluators(before):
         print(f"{name:14}{before[name]:10.3f}{after[name]:10.3f}")
     for sign in signs.values():
         print(sign)
-    print(f"{seconds:.1f} s of training; pictures, metrics and weights are in {folder}")
+    print(f"{seconds:.1f} s of training; figures, metrics and weights are in {folder}")
 
 
 def _evaluators(row: Evaluation) -> dict[str, float]:

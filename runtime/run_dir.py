@@ -19,7 +19,7 @@ from leap_align import BadInput
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, renamed to it at the end: a reader finds the old or the new file, whole.
+    """Yields a temporary path beside `path`, renamed to it at the end: a reader never sees a half-written file.
 
     The name holds the process id, so that two processes never write the same temporary file.
     """
@@ -106,6 +106,12 @@ def check_shared_folder(folder: Path) -> None:
         raise BadInput(f"{folder} is not the same on every node: give an --out on a disk that all nodes share")
 
 
+def check_not_removed(path: Path) -> None:
+    """Refuses to write a file of a run's folder again after the folder was removed."""
+    if not path.exists():
+        raise BadInput(f"{path} is gone: the run's folder was removed during the run")
+
+
 def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings as JSON gives them back: paths become strings, tuples lists."""
     return json.loads(json.dumps(settings, default=str))
@@ -137,7 +143,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any], ignored: frozenset[str] =
 
 
 class CsvLog:
-    """A CSV file with a row an iteration.  A resumed run keeps the rows up to its checkpoint's iteration."""
+    """A CSV file with a row per iteration.  A resumed run keeps the rows up to its checkpoint's iteration."""
 
     def __init__(self, path: Path, columns: tuple[str, ...], iteration: int) -> None:
         self.path = path
@@ -149,8 +155,7 @@ class CsvLog:
 
     def add(self, row: dict[str, float]) -> None:
         """Appends a row; a column without a value stays empty."""
-        if not self.path.exists():
-            raise BadInput(f"{self.path} is gone: somebody removed the run's folder while it was running")
+        check_not_removed(self.path)
         self.writer.writerow(row)
         self.file.flush()
 

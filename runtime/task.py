@@ -56,7 +56,8 @@ class Task(Protocol):
     def evaluate(self, folder: Path | None, iteration: int) -> dict[str, float]:
         """All evaluators, `reward` and those of held_out among them, always on the same noise and prompts.
 
-        Every rank calls it; rank 0 gives the run's folder, where the task may leave what its figures need.
+        Every rank calls it.  Rank 0 passes the run's folder, where the task may write what its figures need; the
+        others pass None.
         """
 
     def draw_figures(self, folder: Path) -> None:

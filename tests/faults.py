@@ -62,7 +62,7 @@ def start(out: Path, before=lambda: None) -> int:
     os._exit(status)
 
 
-def finish(pid: int) -> int:
+def exit_status(pid: int) -> int:
     """The exit status of a process; a signal that ended it is negative."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
@@ -78,7 +78,7 @@ def outcome(out: Path) -> tuple:
 
 def recovers(out: Path, expected: tuple) -> bool:
     """Whether the run resumes to its end with the outcome of an undisturbed run."""
-    return finish(start(out)) == 0 and outcome(out) == expected
+    return exit_status(start(out)) == 0 and outcome(out) == expected
 
 
 # Faults: each returns True if nothing was lost
@@ -115,9 +115,9 @@ def damaged(folder: Path, expected: tuple, damage: str) -> bool:
     newest = max((out / "checkpoint").glob("[0-9]*"))
     file = draw.choice(sorted(newest.iterdir()))
     content = bytearray(file.read_bytes())
-    place = draw.randrange(len(content))
-    content[place] ^= 1 << draw.randrange(8)
-    file.write_bytes(content if damage == "flipped" else content[:place])
+    position = draw.randrange(len(content))
+    content[position] ^= 1 << draw.randrange(8)
+    file.write_bytes(content if damage == "flipped" else content[:position])
     return recovers(out, expected)
 
 
@@ -134,7 +134,7 @@ def stop_after(out: Path, iterations: int) -> None:
 
         trainer.Trainer.step = counted
 
-    assert finish(start(out, stop)) == 128 + signal.SIGTERM
+    assert exit_status(start(out, stop)) == 128 + signal.SIGTERM
 
 
 def signalled(folder: Path, expected: tuple, number: int) -> bool:
@@ -144,7 +144,7 @@ def signalled(folder: Path, expected: tuple, number: int) -> bool:
     while not log.exists() or len(log.read_text().splitlines()) <= iterations:  # its first line names the columns
         time.sleep(0.001)
     os.kill(pid, number)
-    return finish(pid) == 128 + number and recovers(out, expected)
+    return exit_status(pid) == 128 + number and recovers(out, expected)
 
 
 def filled(folder: Path, expected: tuple) -> bool | None:
@@ -160,7 +160,7 @@ def filled(folder: Path, expected: tuple) -> bool | None:
         ballast = disk / "ballast"
         free = shutil.disk_usage(disk).free
         ballast.write_bytes(bytes(max(0, free - draw.randrange(400_000))))
-        status, line = finish(start(out)), out.with_suffix(".log").read_text().splitlines()[-1]
+        status, line = exit_status(start(out)), out.with_suffix(".log").read_text().splitlines()[-1]
         ballast.unlink()
         return status == 1 and "No space left" in line and recovers(out, expected)
     finally:
@@ -184,7 +184,7 @@ def poisoned(folder: Path, expected: tuple) -> bool:
 
         trainer.Trainer.step = counted
 
-    if finish(start(out, poison)):
+    if exit_status(start(out, poison)):
         return False
     log, _, _, weights = outcome(out)
     skipped = {int(row["iteration"]) - 1 for row in log if float(row["skipped"])}
@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="once, and only the faults without a test of their own")
     short = parser.parse_args().short
     home = Path(tempfile.mkdtemp())
-    finish(start(home / "undisturbed"))
+    exit_status(start(home / "undisturbed"))
     expected = outcome(home / "undisturbed")
     (home / "two").mkdir()
     two = None if short else two_processes(home / "two")

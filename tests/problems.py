@@ -1,4 +1,4 @@
-"""Small problems and instruments that the tests share.  Expected values are made here, never by leap_align."""
+"""Small problems and helpers that the tests share.  Expected values are made here, never by leap_align."""
 
 import math
 
@@ -19,7 +19,7 @@ def randn(*shape, seed=0, dtype=torch.float64):
 
 
 def grid(T, shift=1.0, dtype=torch.float64):
-    """The printed formula of a shifted grid, its end put right by hand."""
+    """The printed formula of a shifted grid, with the last entry set to exactly 1."""
     u = torch.arange(T + 1, dtype=dtype) / T
     times = shift * u / (1 + (shift - 1) * u)
     times[T] = 1
@@ -27,7 +27,7 @@ def grid(T, shift=1.0, dtype=torch.float64):
 
 
 def euler(velocity, x_T, times):
-    """States [x_0, ..., x_T] of an Euler run; the caller decides about the gradient."""
+    """States [x_0, ..., x_T] of an Euler run; it neither stops nor enables gradients."""
     states = {len(times) - 1: x_T}
     for i in range(len(times) - 1, 0, -1):
         states[i - 1] = states[i] + (times[i - 1] - times[i]) * velocity(states[i], times[i])
@@ -35,16 +35,16 @@ def euler(velocity, x_T, times):
 
 
 class Net:
-    """A smooth velocity network of any sample shape.  Its parameters are one flat vector, as torch.func likes them."""
+    """A smooth velocity network of any sample shape.  Its parameters are one flat vector, as torch.func expects."""
 
     def __init__(self, shape=(3,), hidden=4, seed=0):
         size = math.prod(shape)
-        self.parts = [(size + 1, hidden), (hidden, size), (size,)]
-        self.theta = 0.7 * randn(sum(map(math.prod, self.parts)), seed=seed)
+        self.shapes = [(size + 1, hidden), (hidden, size), (size,)]
+        self.theta = 0.7 * randn(sum(map(math.prod, self.shapes)), seed=seed)
 
     def __call__(self, theta, x, t):
-        flat = theta.split([math.prod(part) for part in self.parts])
-        into, out, bias = (p.reshape(part) for p, part in zip(flat, self.parts))
+        flat = theta.split([math.prod(shape) for shape in self.shapes])
+        into, out, bias = (p.reshape(shape) for p, shape in zip(flat, self.shapes))
         t = torch.as_tensor(t, dtype=x.dtype).expand(len(x))
         hidden = torch.tanh(torch.cat([x.reshape(len(x), -1), t[:, None]], 1) @ into)
         return (hidden @ out + bias).reshape(x.shape)

@@ -1,6 +1,5 @@
-"""toy/benchmark/ against operations that are counted by hand, and its files."""
+"""toy/benchmark/: its counts against hand calculations, its command, times and tables."""
 
-import csv
 import runpy
 from types import SimpleNamespace
 
@@ -10,11 +9,12 @@ from torch import nn
 
 from leap_align import METHODS, BadInput, Hyper, uniform_times
 from runtime.counters import flop_count
+from runtime.run_dir import read_csv
 from toy import pretrain
 from toy.benchmark import __main__ as benchmark
 from toy.benchmark import operations
 from toy.benchmark.bare_step import bare_step
-from toy.benchmark.main_job import PARTS, measure_main_job
+from toy.benchmark.main_job import PHASES, measure_main_job
 from toy.benchmark.operations import (
     METHODS_AND_TWO_PASSES,
     floor_flop_count,
@@ -122,11 +122,6 @@ def test_the_bare_step_reaches_the_floor_and_every_weight(task, net):
 # The command
 
 
-def read_table(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_a_short_benchmark_writes_tables_and_a_figure(tmp_path, monkeypatch, capsys, random_networks):
     few = {name: METHODS[name] for name in ("leap_align", "full_backprop")}
     monkeypatch.setattr(operations, "METHODS_AND_TWO_PASSES", few)
@@ -135,7 +130,7 @@ def test_a_short_benchmark_writes_tables_and_a_figure(tmp_path, monkeypatch, cap
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"flops.csv", "memory.csv", "time.csv", "shares.csv", "benchmark.png"}
     assert "| toy | leap_align | 1.000 | 1.000 |" in capsys.readouterr().out
-    (row,) = read_table(tmp_path / "shares.csv")
+    (row,) = read_csv(tmp_path / "shares.csv")
     shares = {phase: float(share) for phase, share in row.items() if phase != "task"}
     assert tuple(shares) == SHARES and sum(shares.values()) == pytest.approx(1)
     assert all(share > 0 for share in shares.values())
@@ -220,11 +215,11 @@ def test_the_bare_step_without_fsdp_does_the_same_work(tmp_path):
 SHORT_JOB = "--iterations 2 --batch-size 4 --pretrain-steps 1 --reward-steps 1 --evaluation-samples 160".split()
 
 
-def test_the_parts_of_the_main_job_add_up_and_the_second_run_uses_the_cache(tmp_path):
+def test_the_phases_of_the_main_job_add_up_and_the_second_run_uses_the_cache(tmp_path):
     first, second = measure_main_job("toy", tmp_path, *SHORT_JOB)
     for row in (first, second):
-        assert row["seconds"] == pytest.approx(sum(row[part] for part in PARTS))
-        assert all(row[part] > 0 for part in PARTS if part != "pre-training")
+        assert row["seconds"] == pytest.approx(sum(row[phase] for phase in PHASES))
+        assert all(row[phase] > 0 for phase in PHASES if phase != "pre-training")
     assert first["pre-training"] > 0 == second["pre-training"]
 
 

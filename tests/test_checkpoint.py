@@ -72,9 +72,7 @@ def test_a_run_without_an_undamaged_checkpoint_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("owner, name", [(checkpoint.dcp, "save"), (checkpoint, "fsync")], ids=["written", "synced"])
-def test_a_failed_checkpoint_leaves_the_one_before_it(
-    reference, tmp_path, monkeypatch, owner, name
-):
+def test_a_failed_checkpoint_leaves_the_one_before_it(reference, tmp_path, monkeypatch, owner, name):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""runtime/counters.py against operations and bytes that are counted by hand."""
+"""runtime/counters.py: operations and bytes against hand calculations."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Forward identities: what every piece computes, against numbers and closed forms from elsewhere."""
+"""Forward values of every function, against hand calculations and closed forms."""
 
 import math
 from itertools import combinations, product
@@ -45,7 +45,7 @@ all_shapes = pytest.mark.parametrize("shape", [(), (3,), (2, 4, 4)], ids=str)
 both_paths = pytest.mark.parametrize("path", [RECTIFIED, COSINE], ids=["rectified", "cosine"])
 
 SQUARE = Path(a_t=lambda t: 1 - t**2, b_t=lambda t: t, da_t=lambda t: -2 * t, db_t=lambda t: torch.ones_like(t))
-"""A path that is neither of the two that leap_align knows."""
+"""A path that leap_align does not define."""
 
 
 def problem(shape=(3,), shift=2.2243):
@@ -73,7 +73,7 @@ def test_shifted_times_is_the_printed_formula(n, shift):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_shifted_times_ascends_from_exactly_0_to_exactly_1(dtype):
-    """The printed denominator rounds: the end comes out beside 1 for some shifts."""
+    """The printed formula rounds: for some shifts its last value is not exactly 1."""
     torch.set_default_dtype(dtype)
     for shift in [0.5, 2.2243, 3, 3.158, *torch.linspace(0.1, 20, 200).tolist()]:
         times = shifted_times(25, shift)
@@ -102,7 +102,7 @@ def test_rollout_is_euler_and_a_leap_over_one_interval_its_step(shift):
 
 
 @pytest.mark.parametrize("i_end", range(T + 1))
-def test_rollout_stops_where_it_is_told(i_end):
+def test_rollout_stops_at_i_end(i_end):
     net, x_T, times, expected = problem()
     states = rollout(net.velocity(net.theta), x_T, times, i_end)
     assert len(states) == T - i_end + 1
@@ -144,13 +144,13 @@ def test_interpolate_against_a_hand_calculation():
 
 
 @both_paths
-def test_path_derivatives_are_its_derivatives(path):
+def test_path_derivatives_equal_autograd(path):
     t = torch.linspace(0, 1, 11)
     assert torch.allclose(path.da_t(t), vmap(grad(path.a_t))(t), rtol=0, atol=1e-14)
     assert torch.allclose(path.db_t(t), vmap(grad(path.b_t))(t), rtol=0, atol=1e-14)
 
 
-# Leaps forth and back, from end to end, and with a time a sample
+# Leaps in both directions, between the ends, of zero length, and with one time for each sample
 LEAPS = list(product([0, 0.3, 1, [0, 0.4, 1]], [0, 0.2, 1, [1, 0.1, 0]]))
 all_leaps = pytest.mark.parametrize("t, s", LEAPS)
 
@@ -174,8 +174,8 @@ def test_leap_along_the_cosine_path_is_exact(t, s):
 
 
 @pytest.mark.parametrize("path", [RECTIFIED, COSINE, SQUARE], ids=["rectified", "cosine", "square"])
-def test_leap_general_is_the_printed_s7_between_the_ends(path):
-    """Any x and v, for S7 says nothing of where they come from; the printed fractions exist only inside (0, 1)."""
+def test_leap_general_is_eq_s7_between_the_ends(path):
+    """Eq. S7 holds for any x and v; its printed fractions are defined only inside (0, 1)."""
     x, v = randn(B, 3), randn(B, 3, seed=1)
     for t, s in [(0.9, 0.1), (0.5, 0.4), (0.2, 0.7)]:
         (a, b, da, db), (a_s, b_s, _, _) = ([f(torch.tensor(u)) for f in path] for u in (t, s))
@@ -215,7 +215,7 @@ def test_connector_value_and_gradient(dtype):
     joined.backward(torch.arange(1000).to(dtype))
     assert torch.equal(joined, x)
     assert torch.equal(x_hat.grad, torch.arange(1000).to(dtype)) and x.grad is None
-    assert not torch.equal(x_hat + (x - x_hat), x), "the printed form rounds; were it exact, connect could be simpler"
+    assert not torch.equal(x_hat + (x - x_hat), x), "the printed form must round, or connect could be simpler"
 
 
 @all_dtypes
@@ -247,7 +247,7 @@ def test_leap_trajectory_takes_its_values_from_the_rollout(pair, shift):
 @all_pairs
 @all_shifts
 @pytest.mark.parametrize("alpha", [0, 0.3, 1])
-def test_leap_rollout_is_rollout_and_leap_trajectory_in_one(pair, shift, alpha):
+def test_leap_rollout_equals_rollout_then_leap_trajectory(pair, shift, alpha):
     net, x_T, times, _ = problem(shift=shift)
     one, two = net.leaf(), net.leaf()
     states = rollout(net.velocity(two), x_T, times)
@@ -261,16 +261,16 @@ def test_leap_rollout_is_rollout_and_leap_trajectory_in_one(pair, shift, alpha):
 
 
 @all_shapes
-def test_a_pair_a_sample_is_each_sample_alone(shape):
+def test_a_pair_a_sample_equals_each_sample_alone(shape):
     net, _, times, states = problem(shape)
     i_k, i_j = torch.tensor([6, 4, 2]), torch.tensor([1, 3, 1])
-    together = leap_trajectory(net.velocity(net.theta), states, times, i_k, i_j, 0.3)
+    batch = leap_trajectory(net.velocity(net.theta), states, times, i_k, i_j, 0.3)
     for b in range(B):
         one = [x[b : b + 1] for x in states]
         alone = leap_trajectory(net.velocity(net.theta), one, times, int(i_k[b]), int(i_j[b]), 0.3)
-        for x, y in zip(together, alone):
+        for x, y in zip(batch, alone):
             assert x.shape == (B, *shape) and torch.allclose(x[b : b + 1], y, rtol=0, atol=1e-14)
-        for d, e in zip(distances(together), distances(alone)):
+        for d, e in zip(distances(batch), distances(alone)):
             assert d.shape == (B,) and torch.allclose(d[b], e[0], rtol=0, atol=1e-14)
 
 
@@ -287,7 +287,7 @@ def test_every_method_takes_any_sample_shape(name, shape, pairs):
 @all_methods
 @pytest.mark.parametrize("pairs", ["batch", "sample"])
 def test_no_gradient_reaches_the_noise(name, pairs):
-    """Two steps, so that every method leaves from x_T itself in some of the draws."""
+    """With two steps, x_k, or the state at an early stop, is x_T itself in some draws."""
     net, x_T, times = Net(), randn(B, 3).requires_grad_(), grid(2, 2.2243)
     assert not any(x.requires_grad for x in rollout(net.velocity(net.leaf()), x_T, times))
     for seed in range(5):
@@ -297,7 +297,7 @@ def test_no_gradient_reaches_the_noise(name, pairs):
     assert x_T.grad is None
 
 
-# What a step costs
+# Evaluations of the network
 
 
 def evaluations(name, hyper, seed=0):
@@ -309,7 +309,7 @@ def evaluations(name, hyper, seed=0):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_leap_align_evaluates_T_times_and_twice_with_gradient(seed):
+def test_leap_align_evaluates_T_times_two_of_them_with_gradient(seed):
     visited, recorder, drawn, on_grid = evaluations("leap_align", Hyper(), seed)
     assert visited == list(range(T, 0, -1))
     assert recorder.graph_times() == [on_grid[drawn["i_k"]], on_grid[drawn["i_j"]]]
@@ -324,7 +324,7 @@ def test_leap_align_with_a_pair_a_sample_evaluates_twice_more():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_refl_evaluates_down_to_its_stop_and_once_with_gradient(seed):
+def test_refl_evaluates_down_to_its_stop_only_there_with_gradient(seed):
     visited, recorder, drawn, _ = evaluations("refl", Hyper(m=4), seed)
     assert visited == list(range(T, drawn["i_min"] - 1, -1))
     assert recorder.has_graph == [False] * (T - drawn["i_min"]) + [True]
@@ -338,7 +338,7 @@ def test_draft_lv_evaluates_the_last_step_n_more_times(n):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_drtune_evaluates_down_to_its_stop_and_its_spread_timesteps_with_gradient(seed):
+def test_drtune_evaluates_down_to_its_stop_its_trained_timesteps_with_gradient(seed):
     visited, recorder, drawn, on_grid = evaluations("drtune", Hyper(K=3, m=5), seed)
     train = [i for i in range(T, drawn["i_min"] - 1, -1) if i in (drawn["s"], drawn["s"] + 2, drawn["s"] + 4)]
     assert visited == list(range(T, drawn["i_min"] - 1, -1))
@@ -351,7 +351,7 @@ def test_full_backprop_evaluates_T_times_all_with_gradient():
 
 
 @all_methods
-def test_a_method_shows_the_reward_the_image_of_the_euler_run_or_its_prediction_at_the_stop(name):
+def test_first_endpoint_is_the_euler_image_or_the_prediction_at_the_early_stop(name):
     net, x_T, times, states = problem()
     endpoints, drawn = run(name, net.velocity(net.theta), x_T, times, Hyper(m=4), seeded())
     i = drawn.get("i_min", 1)
@@ -439,14 +439,14 @@ def test_sample_pair_is_uniform_over_all_pairs_of_its_window(form, low, high):
     assert chi_square < len(pairs) - 1 + 5 * math.sqrt(2 * (len(pairs) - 1))
 
 
-def test_sample_pair_gives_ints_for_a_batch_and_integer_tensors_for_samples():
+def test_sample_pair_returns_ints_for_a_batch_and_integer_tensors_for_samples():
     i_k, i_j = sample_pair(T, seeded())
     assert type(i_k) is int and type(i_j) is int
     i_k, i_j = sample_pair(T, seeded(), size=5)
     assert i_k.shape == i_j.shape == (5,) and i_k.dtype == i_j.dtype == torch.int64
 
 
-def test_early_stop_is_drawn_from_1_to_m_and_drtunes_s_from_all_that_fit():
+def test_early_stop_and_drtunes_s_cover_their_ranges():
     net, x_T, times = Net(hidden=1), randn(1, 3), grid(7)
     velocity, hyper = net.velocity(net.theta), Hyper(m=4, K=2)
     refl = {run("refl", velocity, x_T, times, hyper, seeded(i))[1]["i_min"] for i in range(60)}
@@ -457,7 +457,7 @@ def test_early_stop_is_drawn_from_1_to_m_and_drtunes_s_from_all_that_fit():
 
 @all_methods
 @pytest.mark.parametrize("pairs", ["batch", "sample"])
-def test_methods_draw_from_their_generator_alone(name, pairs):
+def test_methods_draw_only_from_their_generator(name, pairs):
     net, x_T, times, _ = problem()
     before = torch.get_rng_state()
     hyper = Hyper(m=4, pairs=pairs)
@@ -470,24 +470,24 @@ def test_methods_draw_from_their_generator_alone(name, pairs):
 
 @all_methods
 @pytest.mark.parametrize("pairs", ["batch", "sample"])
-def test_two_halves_of_a_batch_draw_what_the_whole_draws(name, pairs):
+def test_two_half_batches_draw_the_same_as_the_full_batch(name, pairs):
     size = 6
     net, x_T, times, hyper = Net(), randn(size, 3, seed=1), grid(T, 2.2243), Hyper(m=4, pairs=pairs)
-    whole, drawn = run(name, net.velocity(net.theta), x_T, times, hyper, seeded(5))
+    full, drawn = run(name, net.velocity(net.theta), x_T, times, hyper, seeded(5))
     halves = []
     for rows in (slice(0, 3), slice(3, 6)):
         generator = BatchGenerator(size, rows)
         generator.manual_seed(5)
         halves.append(run(name, net.velocity(net.theta), x_T[rows], times, hyper, generator))
-    for (x_0, weight), *parts in zip(whole, *(endpoints for endpoints, _ in halves)):
-        assert torch.allclose(torch.cat([p[0] for p in parts]), x_0, rtol=0, atol=1e-13)
-        assert torch.allclose(torch.cat([p[1] for p in parts]), weight, rtol=1e-12)
+    for (x_0, weight), *half_endpoints in zip(full, *(endpoints for endpoints, _ in halves)):
+        assert torch.allclose(torch.cat([x for x, _ in half_endpoints]), x_0, rtol=0, atol=1e-13)
+        assert torch.allclose(torch.cat([w for _, w in half_endpoints]), weight, rtol=1e-12)
     for key, value in drawn.items():
-        parts = [part[key] for _, part in halves]
+        half_values = [log[key] for _, log in halves]
         if torch.is_tensor(value):
-            assert torch.allclose(torch.cat(parts), value, rtol=0, atol=1e-13)
+            assert torch.allclose(torch.cat(half_values), value, rtol=0, atol=1e-13)
         else:
-            assert parts == [value, value]
+            assert half_values == [value, value]
 
 
 @all_methods
@@ -513,5 +513,5 @@ def test_the_papers_hyperparameters_are_the_defaults():
     assert (hyper.low, hyper.high, hyper.pairs) == (1, None, "batch")
 
 
-def test_the_table_of_methods_is_algorithm_1_and_what_it_avoids():
+def test_the_table_of_methods_is_algorithm_1_and_full_backprop():
     assert set(METHODS) == {"leap_align", "refl", "draft_lv", "drtune", "full_backprop"}

@@ -2,7 +2,6 @@
 
 # ruff: noqa: E402 (optional libraries are checked before they are imported)
 
-import csv
 from functools import partial
 
 import pytest
@@ -11,6 +10,7 @@ from torch import nn
 
 from leap_align import BadInput
 from runtime.counters import flop_count
+from runtime.run_dir import read_csv
 
 for library in ("diffusers", "peft", "open_clip"):
     pytest.importorskip(library)
@@ -78,8 +78,7 @@ def test_the_table_has_a_row_for_each_combination(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "write_tiny_pipeline", lambda folder: None)
     monkeypatch.setattr(benchmark, "measure", lambda case, folder: {"batch": case.batch_size, "GiB": 1.0, **vars(case)})
     benchmark.benchmark(tmp_path)
-    with (tmp_path / "gpu.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(tmp_path / "gpu.csv")
     assert len({tuple(row.values()) for row in rows}) == len(rows) == 2 * 3 * 4
 
 

@@ -1,9 +1,9 @@
 """The proof of the gradient, in four parts.
 
-1. The autograd Jacobian of the leap trajectory is Eq. S16 and S18, assembled from Jacobians of the velocity alone.
-2. gradcheck of the frozen leap, in which every sg(.) is a number, and its gradient is the leap trajectory's.
-3. Every method gives the g of the literal Algorithm 1.
-4. gradcheck of the leap trajectory itself fails, and must.
+1. The autograd Jacobian of the leap trajectory equals Eq. S16 and S18, assembled from Jacobians of the velocity.
+2. The frozen leap, in which every sg(.) is a number, passes gradcheck and has the leap trajectory's gradient.
+3. Every method has the gradient g of the literal Algorithm 1.
+4. The leap trajectory itself fails gradcheck by design.
 """
 
 import pytest
@@ -61,7 +61,7 @@ def error(found, expected):
 
 
 def relative_error(found, expected):
-    """For gradients under the weight, which is large where the leaps fit well."""
+    """For gradients scaled by the weight, which is large where the leaps fit well."""
     return error(found, expected) / expected.abs().max().clamp(min=1).item()
 
 
@@ -132,7 +132,7 @@ def test_frozen_leap_passes_gradcheck(shift, pair, alpha):
     net, _, times, states = problem((3,), shift)
     (i_k, i_j), x_k, x_j, x_0 = pair, states[pair[0]], states[pair[1]], states[0]
     k, j = times[i_k], times[i_j]
-    # What stands under sg(.), as numbers
+    # The gaps under sg(.), as numbers
     gap_j = x_j - (x_k - (k - j) * net(net.theta, x_k, k))
     gap_0 = x_0 - (x_j - j * net(net.theta, x_j, j))
 
@@ -149,7 +149,7 @@ def test_frozen_leap_passes_gradcheck(shift, pair, alpha):
 
 
 def gradient(name, net, x_T, times, hyper, seed):
-    """The method's gradient of the mean of -w r, summed over its endpoints, and what it drew."""
+    """A method's gradient of the mean of -w r, summed over its endpoints; and its log."""
     theta = net.leaf()
     endpoints, drawn = run(name, net.velocity(theta), x_T, times, hyper, seeded(seed))
     for x_0, weight in endpoints:
@@ -158,11 +158,12 @@ def gradient(name, net, x_T, times, hyper, seed):
 
 
 def literal(name, net, x_T, times, **draws):
+    """The gradient g of the literal Algorithm 1 for these draws."""
     theta = net.leaf()
     return algorithm1(name, net.velocity(theta), [theta], bumpy, x_T, times, **draws)[0]
 
 
-# The hinge and tau are not in Algorithm 1: without the one, with the other too small to be seen.
+# Algorithm 1 has neither hinge nor tau: the hinge is off, and tau is too small to matter.
 NO_TAU = 1e-300
 HYPER = Hyper(lam=None, m=4, K=2, n=2)
 many_seeds = pytest.mark.parametrize("seed", range(8))
@@ -200,7 +201,7 @@ def test_drtune_is_algorithm_1(seed, shape, shift, K):
     assert error(found, expected) < TOLERANCE
 
 
-# low = 2 below: under the pair (2, 1) both leaps are Euler steps, and Algorithm 1, which has no tau, divides by zero.
+# low = 2 excludes the pair (2, 1), whose leaps are both Euler steps: Algorithm 1, without tau, divides by zero there.
 
 
 @many_seeds
@@ -248,11 +249,11 @@ def test_full_backprop_is_the_gradient_of_the_euler_run(shape, shift):
     assert error(found, expected) < TOLERANCE
 
 
-# Part 4: what gradcheck says of the leap itself
+# Part 4: gradcheck of the leap trajectory
 
 
 def test_gradcheck_of_the_leap_trajectory_fails_by_design():
-    """Its value is the real image, whatever theta: the numerical Jacobian is zero, the analytical is Eq. S18."""
+    """Its value is the real image for every theta: the numerical Jacobian is zero, the analytical one is Eq. S18."""
     net, _, times, states = problem((3,), 2.2243)
 
     def x_0(theta):
@@ -263,7 +264,7 @@ def test_gradcheck_of_the_leap_trajectory_fails_by_design():
     assert not gradcheck(x_0, net.leaf(), raise_exception=False)
 
 
-# What reaches theta through the objective
+# The objective
 
 
 @all_alphas

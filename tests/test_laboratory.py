@@ -1,6 +1,5 @@
 """The laboratory: the cache of results, training runs, tables, and every experiment once at a small scale."""
 
-import csv
 import json
 import math
 from functools import partial
@@ -9,18 +8,13 @@ import pytest
 
 import train_leap_align as trainer
 from leap_align import BadInput
+from runtime.run_dir import read_csv
 from toy.laboratory import __main__ as laboratory
 from toy.laboratory import ablations, compare, result_cache
 from toy.laboratory.laboratory import SMOKE, Laboratory, Scale
 from toy.laboratory.result_cache import ResultCache
 from toy.laboratory.tables import Direction, tally, verdicts
 from toy.laboratory.train_run import SMOKE_OPTIONS, train_run
-
-
-def csv_rows(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
 
 # The cache
 
@@ -67,7 +61,7 @@ def test_train_run_equals_the_trainers_command(tmp_path):
     for iteration, when in (("0", "before"), ("3", "after")):
         found = {name: metrics[iteration][name] for name in expected[when]}
         assert found == pytest.approx(expected[when], abs=1e-6)
-    norms = [float(row["grad_norm"]) for row in csv_rows(out / "metrics.csv")]
+    norms = [float(row["grad_norm"]) for row in read_csv(out / "metrics.csv")]
     assert metrics["3"]["grad_norm"] == pytest.approx(sum(norms) / 3)
 
 
@@ -184,7 +178,7 @@ def folder(tmp_path_factory):
 
 def run_experiment(name, folder):
     laboratory.main(name, folder, workers=1, smoke=True)
-    return csv_rows(folder / f"{name}.csv")
+    return read_csv(folder / f"{name}.csv")
 
 
 @pytest.mark.parametrize("name", laboratory.EXPERIMENTS)
@@ -218,7 +212,7 @@ def test_each_table_of_the_comparison_begins_with_the_model_before_training(fold
     methods = [row["method"] for row in run_experiment("compare", folder)]
     assert methods.count("pretrained") == 2 * 2 * 2  # hinges, budgets, samples or compute
     tables = {}
-    for row in csv_rows(folder / "compare.csv"):
+    for row in read_csv(folder / "compare.csv"):
         tables.setdefault(compare.table_key(row), []).append(row["method"])
     assert [table[0] for table in tables.values()] == ["pretrained"] * 8
 

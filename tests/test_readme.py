@@ -1,6 +1,5 @@
 """The README files: what they name exists, snippets run, commands parse, numbers are the committed ones."""
 
-import csv
 import importlib.util
 import inspect
 import pkgutil
@@ -14,6 +13,7 @@ import torch
 
 import leap_align
 import train_leap_align as trainer
+from runtime.run_dir import read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("", "toy/", "toy/laboratory/", "toy/benchmark/", "full_scale/", "runtime/")
@@ -179,12 +179,11 @@ def test_every_number_of_the_laboratory_is_in_its_tables():
     shown = set(re.findall(r"[+-]?\d+\.\d+ ± \d+\.\d+", PAGES["toy/laboratory/README.md"]))
     known = set()
     for path in (ROOT / "toy" / "laboratory" / "results").glob("*.csv"):
-        with path.open() as file:
-            for row in csv.DictReader(file):
-                pairs = [(row[name], row.get(f"{name}_error")) for name in row]
-                pairs += [(row.get("difference"), row.get("error"))]
-                for value, error in ((float(v), float(e)) for v, e in pairs if v and e):
-                    known |= {f"{value:{sign}.{d}f} ± {error:.{d}f}" for sign in ("", "+") for d in (2, 3)}
+        for row in read_csv(path):
+            pairs = [(row[name], row.get(f"{name}_error")) for name in row]
+            pairs += [(row.get("difference"), row.get("error"))]
+            for value, error in ((float(v), float(e)) for v, e in pairs if v and e):
+                known |= {f"{value:{sign}.{d}f} ± {error:.{d}f}" for sign in ("", "+") for d in (2, 3)}
     assert len(shown) > 150 and not shown - known
 
 
@@ -204,8 +203,7 @@ def table(section, head):
 
 
 def benchmark(name):
-    with (ROOT / "toy" / "benchmark" / "results" / f"{name}.csv").open() as file:
-        return list(csv.DictReader(file))
+    return read_csv(ROOT / "toy" / "benchmark" / "results" / f"{name}.csv")
 
 
 def equal_as_shown(shown, value):
@@ -246,13 +244,14 @@ def test_bytes_of_the_readme_are_those_of_the_benchmark():
     ("| main job, seconds", "job", None),
 ])  # fmt: skip
 def test_times_of_the_readme_are_those_of_the_benchmark(head, name, keys):
-    """A cell is a value, or a value and its error; the columns are the table's own unless named here."""
+    """A cell is a value, a value and its error, or empty; keys: columns of the CSV file, if the names differ."""
     columns, rows = table(COSTS, head)
     runs = {"first": "first", "with the cache": "second"}
     found = {(row["task"], row.get("run")): row for row in benchmark(name)}
     assert len(rows) == 4
     for about, cells in rows.items():
         task, _, run = (part.strip() for part in about.replace("`", "").partition(","))
+        assert any(cells), about
         row = found[NAMES[task], runs.get(run)]
         for cell, key in zip(cells, keys or [{"building": "build", "all": "seconds"}.get(c, c) for c in columns]):
             values = (row[key], row.get(f"{key}_error"))

@@ -144,5 +144,3 @@ def test_signs_of_reward_hacking_against_a_hand_calculation():
     assert "iteration 0 -> 2" in signs["distance"]
     # An evaluator that falls together with the reward is a failure, but not hacking.
     assert reward_hacking_signs([rows[1], {**rows[2], "reward": 0.5}], held_out) == {}
-
-

@@ -20,7 +20,7 @@ from toy.task import ToyOptions
 
 SMALL = ToyOptions(pretrain_steps=300, reward_steps=300, evaluation_samples=160)
 EVALUATORS = {Modes: ("alignment", "spread"), Digits: ("svm", "diversity")}
-"""Of each task: an evaluator of the prompt, and one of diversity."""
+"""For each task: an evaluator of alignment with the prompt, and one of diversity."""
 
 
 @pytest.fixture(scope="module", params=[Modes, Digits])

@@ -60,9 +60,9 @@ def task_of(models, name="flux", T=4, **changes):
     return task
 
 
-def pipeline_of(models, name, **parts):
+def pipeline_of(models, name, **components):
     """diffusers' own pipeline."""
-    pipeline = FAMILIES[name].pipeline_class.from_pretrained(models / name, **parts)
+    pipeline = FAMILIES[name].pipeline_class.from_pretrained(models / name, **components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

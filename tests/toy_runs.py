@@ -1,6 +1,5 @@
-"""Short toy runs through the trainer's own command line, and what they leave."""
+"""Short toy runs through the trainer's command line, and readers of their files."""
 
-import csv
 import json
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import train_leap_align as trainer
+from runtime.run_dir import read_csv
 
 TOYS = ["toy", "digits"]
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,8 +23,8 @@ def run(out, *flags):
 
 def metrics(out):
     """metrics.csv without the seconds, which differ from run to run."""
-    with (out / "metrics.csv").open(newline="") as file:
-        return [{k: float(v) for k, v in row.items() if v and k != "seconds"} for row in csv.DictReader(file)]
+    rows = read_csv(out / "metrics.csv")
+    return [{k: float(v) for k, v in row.items() if v and k != "seconds"} for row in rows]
 
 
 def result(out):
@@ -46,7 +46,7 @@ def error_line(*flags):
 
 
 def without_figures(monkeypatch):
-    """Figures take most of the time of so short a run."""
+    """Draws no figures: they take most of the time of such a short run."""
     for name in TOYS:
         monkeypatch.setattr(trainer.task_class(name), "draw_figures", lambda self, folder: None)
     monkeypatch.setattr(trainer.report, "draw_curves", lambda *_: None)

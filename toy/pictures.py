@@ -36,7 +36,7 @@ def scatter(folder: Path, real: np.ndarray, centres: np.ndarray) -> None:
     figure.savefig(folder / "samples.png", dpi=120)
 
 
-def trajectories(folder: Path, real: np.ndarray, many: int = 5) -> None:
+def trajectories(folder: Path, real: np.ndarray, count: int = 5) -> None:
     """trajectories.png: rollouts from noise to image, with the two leaps and the gaps that the connectors close."""
     evaluations = _evaluations(folder)
     last = evaluations[max(evaluations)]
@@ -44,7 +44,7 @@ def trajectories(folder: Path, real: np.ndarray, many: int = 5) -> None:
     figure = Figure(figsize=(6, 6.4), layout="constrained")
     axis = figure.subplots()
     _plane(axis, real, f"rollouts, and one leap trajectory over each (k = {i_k}, j = {i_j})")
-    for n in range(many):
+    for n in range(count):
         x, x_hat_j, x_hat_0 = last["states"][:, n], last["x_hat_j"][n], last["x_hat_0"][n]
         color = PALETTE[last["prompt"][n]]
         axis.plot(*x.T, ".-", color=color, lw=0.8, ms=3, alpha=0.6)
@@ -85,7 +85,7 @@ def sheet(folder: Path, columns: int = 20) -> None:
     _mosaic(rows, [f'"{prompt}"' for prompt in prompts], folder / "samples.png")
 
 
-def leap_sheet(folder: Path, many: int = 10) -> None:
+def leap_sheet(folder: Path, columns: int = 10) -> None:
     """trajectories.png: the states that a leap trajectory joins, and its predictions between them."""
     evaluations = _evaluations(folder)
     last = evaluations[max(evaluations)]
@@ -99,6 +99,6 @@ def leap_sheet(folder: Path, many: int = 10) -> None:
         r"leap: $\hat{x}_{0|j}$": last["x_hat_0"],
         "$x_0$": states[0],
     }
-    prompts = last["prompt"][:many]
-    some = {name: images[:many] for name, images in rows.items()}
-    _mosaic(some, [f'"{prompt}"' for prompt in prompts], folder / "trajectories.png")
+    prompts = last["prompt"][:columns]
+    rows = {name: images[:columns] for name, images in rows.items()}
+    _mosaic(rows, [f'"{prompt}"' for prompt in prompts], folder / "trajectories.png")

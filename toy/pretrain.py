@@ -36,7 +36,7 @@ def _optimize(model: nn.Module, loss: Callable[[], Tensor], steps: int, title: s
 def fit_flow(model: VelocityNet, data: Tensor, captions: Tensor, steps: int, generator: torch.Generator) -> None:
     """Flow matching: at a point of the path (Eq. S2) the model learns the path's velocity there (Eq. S3).
 
-    data (N, *S); captions (N,), the class that the model is told, right or wrong.
+    data (N, *S); captions (N,), the class given to the model, right or wrong.
     """
 
     def loss() -> Tensor:

@@ -18,12 +18,13 @@ def format_number(value: Any, error: float | None = None) -> str:
     """A table cell: three decimals and the error, if there is one; three digits for tiny numbers."""
     if not isinstance(value, float):
         return str(value)
-    form = "{:.3g}" if error is None and 0 < abs(value) < 0.01 else "{:.3f}"
-    return form.format(value) + ("" if error is None else f" ± {form.format(error)}")
+    if error is not None:
+        return f"{value:.3f} ± {error:.3f}"
+    return f"{value:.3g}" if 0 < abs(value) < 0.01 else f"{value:.3f}"
 
 
 def markdown_table(rows: list[dict[str, Any]], columns: list[str]) -> str:
-    """A Markdown table; a column NAME with a column NAME_error beside it shows both."""
+    """A Markdown table; a column NAME also shows NAME_error, if the rows have it."""
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for row in rows:
         cells = (format_number(row.get(name, ""), row.get(f"{name}_error")) for name in columns)

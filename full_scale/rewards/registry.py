@@ -57,36 +57,36 @@ class WeightedSum(Reward):
 def load(spec: str, weights: Sequence[str | Path] = (), device: str | torch.device = "cpu") -> Reward:
     """The reward that a text names: "hpsv2.1", a sum "hpsv2.1:1,pickscore:0.5", or a custom "package.module:factory".
 
-    A number after a part's last colon is its weight in the sum.  factory() returns a callable (images, prompts) ->
+    A number after a term's last colon is its weight in the sum.  factory() returns a callable (images, prompts) ->
     (B,); one that is no nn.Module must compute on the images' device.  weights: empty for the hub's, or one local path
     or hub id for each name in REWARDS, in the order of the text.
     """
-    parts = [_split_weight(part.strip()) for part in spec.split(",")]
-    built_in = [name for name, _ in parts if name in REWARDS]
+    terms = [_split_weight(term.strip()) for term in spec.split(",")]
+    built_in = [name for name, _ in terms if name in REWARDS]
     if weights and len(weights) != len(built_in):
         names = ", ".join(built_in) or "none"
         raise BadInput(f"{len(weights)} paths of reward weights: give one for each reward that loads weights ({names})")
     paths = list(weights) or [None] * len(built_in)
     rewards = []
-    for name, _ in parts:
+    for name, _ in terms:
         if name in REWARDS:
             rewards.append(REWARDS[name].load(paths.pop(0), device))
         else:
             rewards.append(_load_custom(name).to(device))
-    if [weight for _, weight in parts] == [None]:
+    if [weight for _, weight in terms] == [None]:
         return rewards[0]
-    return WeightedSum(rewards, [1.0 if weight is None else weight for _, weight in parts])
+    return WeightedSum(rewards, [1.0 if weight is None else weight for _, weight in terms])
 
 
-def _split_weight(part: str) -> tuple[str, float | None]:
+def _split_weight(term: str) -> tuple[str, float | None]:
     """("name", 0.5) of "name:0.5", ("name", None) of "name"."""
-    name, _, number = part.rpartition(":")
+    name, _, number = term.rpartition(":")
     try:
         weight = float(number)
     except ValueError:
-        return part, None
+        return term, None
     if not name or not math.isfinite(weight):
-        raise BadInput(f"{part!r} must be a reward's name, a colon and a finite weight")
+        raise BadInput(f"{term!r} must be a reward's name, a colon and a finite weight")
     return name, weight
 
 

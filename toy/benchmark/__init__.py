@@ -1,14 +1,14 @@
-"""What a training step costs, beside the least that it can cost: operations, memory, time; and the main job's time.
+"""The cost of a training step compared with its lower bound: operations, memory, time; and the time of the main job.
 
 operations.py  floating-point operations of each method over the floor
 memory.py      bytes saved for backward against T
 step_time.py   the trainer's step against a bare step, and the shares of its phases
-main_job.py    the parts of `python train_leap_align.py`
+main_job.py    the phases of `python train_leap_align.py`
 bare_step.py   the bare step: a step's model calls in a loop, and nothing else
 tasks.py       the tasks that are measured, each with a trainer as the command line starts it
 stopwatch.py   seconds of named phases
 plot.py        the figure
-results/       the committed tables and figure; README.md says what they show
+results/       the committed tables and figure, explained in README.md
 
 The floor.  A LeapAlign step needs T evaluations of the velocity network and two backward passes: the one at k to the
 weights alone, because x_k is a constant, the one at j to the weights and to the input x_j.  With F operations of a

@@ -1,7 +1,7 @@
-"""What a training step costs: operations, memory, time, and the parts of the main job.
+"""What a training step costs: operations, memory, time, and the phases of the main job.
 
     python -m toy.benchmark                                     everything, about ten minutes on two cores
-    python -m toy.benchmark --tasks digits --parts flops time   some of it
+    python -m toy.benchmark --tasks digits --parts flops time   only these tasks and parts
 
 The folder --out receives benchmark.png and a table for each part (`time` also writes shares.csv):
 

@@ -1,7 +1,7 @@
-"""Seconds of the main job, `python train_leap_align.py --task NAME`, and of its parts.
+"""Seconds of the main job, `python train_leap_align.py --task NAME`, and of its phases.
 
-`python -m toy.benchmark.main_job TASK OUT CACHE START [flags]` runs the job in a process of its own, so that the time
-of starting Python and of importing torch belongs to it.
+`python -m toy.benchmark.main_job TASK OUT CACHE START [flags]` runs the job in its own process, so that its seconds
+include the start of Python and the import of torch.
 """
 
 import json
@@ -19,8 +19,8 @@ from toy.benchmark.stopwatch import Stopwatch
 from toy.benchmark.tasks import Row, run_module
 from train_leap_align import Trainer
 
-PARTS = ("import", "build", "pre-training", "training", "evaluations", "checkpoints", "pictures", "other")
-"""Parts of the main job."""
+PHASES = ("import", "build", "pre-training", "training", "evaluations", "checkpoints", "pictures", "other")
+"""Phases of the main job."""
 
 
 def measure_main_job(name: str, folder: Path, *flags: str) -> list[Row]:
@@ -39,9 +39,9 @@ def measure_main_job(name: str, folder: Path, *flags: str) -> list[Row]:
 
 
 def run_main_job(name: str, out: Path, cache: Path, start: float, flags: list[str]) -> None:
-    """Runs the main job with its parts timed, and writes their seconds to out/seconds.json.
+    """Runs the main job with its phases timed, and writes their seconds to out/seconds.json.
 
-    start: time.time() before this process started.  Replaces functions for good: run it in a process of its own.
+    start: time.time() before this process started.  Replaces functions permanently: run it in its own process.
     """
     pretrain.CACHE = cache
     task_class = train_leap_align.task_class(name)
@@ -57,12 +57,12 @@ def run_main_job(name: str, out: Path, cache: Path, start: float, flags: list[st
         (report, "draw_curves", "pictures"),
         (task_class, "draw_figures", "pictures"),
     ]
-    for owner, function, part in timed_functions:
-        setattr(owner, function, stopwatch.phase(part)(getattr(owner, function)))
+    for owner, function, phase in timed_functions:
+        setattr(owner, function, stopwatch.phase(phase)(getattr(owner, function)))
     train_leap_align.main(["--task", name, "--out", str(out), *flags])
     stopwatch.seconds["build"] -= stopwatch.seconds["pre-training"]  # build_task calls it
     stopwatch.seconds["other"] = time.time() - start - sum(stopwatch.seconds.values())
-    write_json(out / "seconds.json", {part: stopwatch.seconds[part] for part in PARTS})
+    write_json(out / "seconds.json", {phase: stopwatch.seconds[phase] for phase in PHASES})
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def measure_memory(name: str, folder: Path) -> list[Row]:
     """A row for each T: MiB of a batch, without gradient checkpointing, for LeapAlign and for full backpropagation."""
     flags = ("--no-gradient-checkpointing", "--batch-size", "1") if name in TINY_PIPELINES else ()
     rows = []
-    for T in tqdm(T_VALUES, f"{name}: memory", leave=False):
+    for T in tqdm(T_VALUES, f"{name}: memory", leave=False, mininterval=1):
         trainer = start_trainer(name, folder, "--T", str(T), *flags)
         condition, x_T = draw_batch(trainer)
         row: Row = {"task": name_in_tables(name), "T": T}

@@ -18,7 +18,7 @@ from toy.laboratory.variants import leap_align_variant
 from train_leap_align import Trainer
 
 METHODS_AND_TWO_PASSES: dict[str, Callable[..., Endpoints]] = {**METHODS, "two passes": leap_align_variant}
-"""All methods, and LeapAlign as its published pseudo-code has it: a rollout first, then both leaps evaluate again."""
+"""All methods, and LeapAlign as in the published pseudo-code: a rollout, then two more evaluations for the leaps."""
 
 
 def floor_flop_count(velocity: Velocity, x: Tensor, times: Tensor) -> int:
@@ -35,7 +35,7 @@ def floor_flop_count(velocity: Velocity, x: Tensor, times: Tensor) -> int:
 def network_flop_count(
     method: Callable[..., Endpoints], velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, seed: int
 ) -> int:
-    """A method's operations in the velocity network alone: the reward is a sum."""
+    """A method's operations in the velocity network only: the reward is a sum."""
 
     def step() -> None:
         for x_0, _ in method(velocity, x_T, times, hyper, torch.Generator().manual_seed(seed)):
@@ -48,7 +48,7 @@ def representative_seeds(method: Callable[..., Endpoints], times: Tensor, hyper:
     """Seeds with draws whose operations have the same mean as those of all draws.
 
     Operations are linear in the early stop i_min, which is uniform over 1..m, so its middle value stands for all (m
-    odd).  DRTune also draws the start s, which decides how many of the trained timesteps are run: every s is taken.
+    odd).  DRTune also draws the start s, which decides how many of the trained timesteps are run, so every s is taken.
     """
     seeds, middle = {}, (1 + hyper.m) // 2
     for seed in range(2000):
@@ -62,7 +62,7 @@ def representative_seeds(method: Callable[..., Endpoints], times: Tensor, hyper:
 
 
 def mean_flop_counts(trainer: Trainer, condition: Any, x_T: Tensor) -> tuple[float, float]:
-    """Operations of a step of the trainer's method: in the velocity network alone, and in everything."""
+    """Operations of a step of the trainer's method: in the velocity network, and in everything."""
     method, task, hyper = trainer.method, trainer.task, trainer.hyper
     velocity, network, everything = task.velocity(condition), [], []
     for seed in representative_seeds(method, task.times, hyper):
@@ -89,7 +89,7 @@ def measure_operations(name: str, folder: Path) -> list[Row]:
         return {"task": name_in_tables(name), "method": method, **ratios, "GFLOP": everything / len(x_T) / 1e9}
 
     rows = []
-    for method in tqdm(METHODS_AND_TWO_PASSES, f"{name}: operations", leave=False):
+    for method in tqdm(METHODS_AND_TWO_PASSES, f"{name}: operations", leave=False, mininterval=1):
         trainer.method = METHODS_AND_TWO_PASSES[method]
         rows.append(row(trainer, method))
     if name in TINY_PIPELINES:

@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from toy.benchmark.main_job import PARTS
+from toy.benchmark.main_job import PHASES
 from toy.benchmark.step_time import SHARES
 from toy.benchmark.tasks import Row
 from toy.pictures import PALETTE
@@ -62,7 +62,7 @@ def plot_shares(axis: Axes, rows: list[Row]) -> None:
 
 def plot_job(axis: Axes, rows: list[Row]) -> None:
     """A bar for each task and run."""
-    stacked_bars(axis, [f"{row['task']}, {row['run']}" for row in rows], rows, PARTS)
+    stacked_bars(axis, [f"{row['task']}, {row['run']}" for row in rows], rows, PHASES)
     axis.set(title="the main job, seconds")
 
 

@@ -1,4 +1,4 @@
-"""Time of the trainer's step beside the bare step, and the share of each phase of it."""
+"""Time of the trainer's step compared with the bare step, and the share of each of its phases."""
 
 import json
 import random
@@ -28,7 +28,7 @@ SHARES = ("data", "text", "rollout", "leaps", "decode", "reward", "backward", "o
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The step beside the bare step
+# The step compared with the bare step
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -69,7 +69,7 @@ def time_in_turns(trainer: Trainer, name: str, seconds: float) -> dict[str, list
     """
     steps, times, order = steps_to_compare(trainer), defaultdict(list), random.Random(0)
     trainer.step()  # the first step also does what a run does once
-    bar = tqdm(total=seconds, desc=f"{name}: time", bar_format="{desc} {bar} {elapsed}", leave=False)
+    bar = tqdm(total=seconds, desc=f"{name}: time", bar_format="{desc} {bar} {elapsed}", leave=False, mininterval=1)
     with bar:
         while len(times["step"]) < 3 or bar.n < seconds:
             for step in order.sample(list(steps), len(steps)):
@@ -112,7 +112,7 @@ def velocity_calls_marked(task: Task) -> Iterator[None]:
 def step_shares(trainer: Trainer, steps: int) -> dict[str, float]:
     """The share of each phase in the time of some steps; the shares add up to 1.
 
-    The trainer marks its phases with torch.profiler.record_function; here a stopwatch takes its place.  The profiler
+    The trainer marks its phases with torch.profiler.record_function, which a stopwatch replaces here.  The profiler
     records every operation, which makes a step 12 % longer on `toy` and 5 % on `digits`, and on a GPU its CPU times
     are those of kernel launches.  The stopwatch changes a step by less than the noise of 1 %.
     """
@@ -124,7 +124,7 @@ def step_shares(trainer: Trainer, steps: int) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Both
+# The rows of both tables
 # ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 
 def run_module(*arguments: str) -> None:
-    """Runs `python -m ...` in a process of its own; raises BadInput with the last line of its stderr if it fails."""
+    """Runs `python -m ...` in its own process; raises BadInput with the last line of its stderr if it fails."""
     finished = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True)
     if finished.returncode:
         last_line = (finished.stderr.strip().splitlines() or ["no message"])[-1]
@@ -41,7 +41,7 @@ def make_tiny_pipelines(names: list[str], folder: Path) -> None:
 def start_trainer(name: str, folder: Path, *flags: str) -> Trainer:
     """A trainer for a task and more flags of the command line; `folder` holds the tiny pipelines."""
     if dist.is_initialized():
-        dist.destroy_process_group()  # of the trainer before
+        dist.destroy_process_group()  # of the previous trainer
     arguments = ["--task", name]
     if name in TINY_PIPELINES:
         model = folder / name
@@ -62,5 +62,5 @@ def draw_batch(trainer: Trainer) -> tuple[Any, Tensor]:
 
 
 def name_in_tables(name: str) -> str:
-    """A task's name in tables and figure, so that nobody takes a tiny pipeline's values for the real model's."""
+    """A task's name in tables and figure, which marks a tiny pipeline as such."""
     return f"tiny {name}" if name in TINY_PIPELINES else name

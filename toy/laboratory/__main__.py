@@ -1,8 +1,8 @@
-"""The paper's comparison and ablations on the toys, and each method's gradient beside the true gradient.
+"""The paper's comparison and ablations on the toys, and each method's gradient compared with the true one.
 
     python -m toy.laboratory compare      every method, learning rates tuned, at equal samples and at equal compute
     python -m toy.laboratory ablations    LeapAlign with one part replaced or removed
-    python -m toy.laboratory fidelity     each method's gradient beside the gradient of full backpropagation
+    python -m toy.laboratory fidelity     each method's gradient compared with that of full backpropagation
     python -m toy.laboratory pairs        one pair of timesteps a batch, as in the paper, or one pair a sample
     python -m toy.laboratory memory       bytes saved for backward, and the gradient's norm, as T grows
     python -m toy.laboratory all          all of them

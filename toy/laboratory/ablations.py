@@ -110,24 +110,24 @@ def training_runs(lab: Laboratory) -> Runs:
 
 def tables(rows: list[dict], scale: Scale) -> str:
     """A table for each ablation and task."""
-    parts = []
+    blocks = []
     for name, ablation in ABLATIONS.items():
         expected = "; ".join(f"{metric} at {greater} above {lesser}" for metric, greater, lesser in ablation.expected)
-        parts.append(f"### {name}\n\nExpected from the paper ({ablation.source}): {expected}.")
+        blocks.append(f"### {name}\n\nExpected from the paper ({ablation.source}): {expected}.")
         for task in scale.tasks:
             table_rows = [row for row in rows if (row["task"], row["ablation"]) == (task, name)]
-            parts.append(f"{task}, n = {table_rows[0]['n']}:")
-            parts.append(markdown_table(table_rows, ["option", "iterations", *EVALUATORS[task], "grad_norm"]))
-    return "\n\n".join(parts)
+            blocks.append(f"{task}, n = {table_rows[0]['n']}:")
+            blocks.append(markdown_table(table_rows, ["option", "iterations", *EVALUATORS[task], "grad_norm"]))
+    return "\n\n".join(blocks)
 
 
 def directions(runs: Runs, scale: Scale) -> list[Direction]:
     """What the paper found in each ablation, after both numbers of iterations."""
-    found = []
+    result = []
     for name, ablation in ABLATIONS.items():
         for (metric, *options), task in product(ablation.expected, scale.tasks):
             for iteration in scale.ablation_iterations:
                 values = [[run[iteration][metric] for run in runs[task, name, option]] for option in options]
                 claim, when = f"{name}: {' > '.join(options)}", f"{iteration} iterations"
-                found.append(Direction(claim, ablation.source, task, metric, when, *values))
-    return found
+                result.append(Direction(claim, ablation.source, task, metric, when, *values))
+    return result

@@ -36,7 +36,7 @@ def run(lab: Laboratory) -> None:
     keys = [(task, method) for task in lab.scale.tasks for method in METHODS]
     seconds = lab.seconds_per_iteration(keys, min(budgets.values()))
     rows = table_rows(runs, learning_rates, iterations, evaluations, seconds)
-    text = "\n\n".join(table(rows, *key) for key in dict.fromkeys(map(table_key, rows)))
+    text = "\n\n".join(table(rows, key) for key in dict.fromkeys(table_key(row) for row in rows))
     lab.publish("compare", rows, text, directions(runs, lab.scale))
     plots.compare(lab.out / "compare.png", runs, EVALUATORS)
 
@@ -89,7 +89,7 @@ def table_key(row: dict) -> tuple[str, str, str, str]:
     return row["task"], row["hinge"], row["budget"], row["equal"]
 
 
-def table(rows: list[dict], *key: str) -> str:
+def table(rows: list[dict], key: tuple[str, str, str, str]) -> str:
     """One table of the comparison, with its title."""
     task, hinge, budget, equal = key
     table_rows = [row for row in rows if table_key(row) == key]
@@ -100,12 +100,12 @@ def table(rows: list[dict], *key: str) -> str:
 
 def directions(runs: Runs, scale: Scale) -> list[Direction]:
     """The paper's order of the methods, by reward and by utility, with the hinge and at equal samples."""
-    found = []
+    result = []
     for task in scale.tasks:
         for budget, iteration in scale.budgets.items():
             for metric in ("reward", "utility"):
                 values = {m: [run[iteration][metric] for run in runs[task, "hinge", m, budget]] for m in METHODS}
                 for better, worse, source in PAPER_ORDER:
                     claim, when = f"{better} > {worse}", f"{budget} budget"
-                    found.append(Direction(claim, source, task, metric, when, values[better], values[worse]))
-    return found
+                    result.append(Direction(claim, source, task, metric, when, values[better], values[worse]))
+    return result

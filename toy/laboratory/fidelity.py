@@ -5,7 +5,7 @@ from runtime.run_dir import write_csv
 from toy.laboratory import plots
 from toy.laboratory.gradients import Case, gradient_comparisons
 from toy.laboratory.laboratory import Laboratory, T
-from toy.laboratory.method_probes import effective_weights
+from toy.laboratory.method_measurements import effective_weights
 from toy.summary import markdown_table
 
 COLUMNS = ["method", "cosine", "ratio", "one_cosine", "variance", "draws", "every"]

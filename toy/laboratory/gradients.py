@@ -1,4 +1,4 @@
-"""Each method's gradient beside the true gradient: that of the reward through all T steps of the sampling run.
+"""Each method's gradient compared with the true one: that of the reward through all T steps of the sampling run.
 
 For fixed noise and prompts a method's gradient is random through the timesteps that it draws.  Its mean is taken over
 every distinct draw, or over many seeds where there are too many draws.  All gradients are those of -weight * reward,
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from leap_align import METHODS, leap_trajectory, objective, rollout, similarity_weight
 from toy.laboratory.laboratory import Laboratory
-from toy.laboratory.method_probes import distinct_draws, hyper_for, seeded_generator
+from toy.laboratory.method_measurements import distinct_draws, hyper_for, seeded_generator
 from toy.laboratory.train_run import fresh_task, train_with_leap_align
 
 ALPHAS = (0.0, 0.1, 0.3, 0.5, 0.7, 1.0)
@@ -27,7 +27,7 @@ Case = tuple[str, int, int]
 """A task, its number of steps T, and the iterations of training before the comparison."""
 
 
-class GradientProbe:
+class GradientSampler:
     """A task after some training, with fixed noise and prompts: the gradient of any method for any draw."""
 
     def __init__(self, task: str, T: int, iterations: int, lr: float, batch_size: int, smoke: bool) -> None:
@@ -50,8 +50,8 @@ class GradientProbe:
     def gradient_of(self, endpoints: list[tuple[Tensor, Tensor]]) -> Tensor:
         """The gradient of the objective of some endpoints (x_0, weight), as one vector."""
         losses = [objective(self.task.reward(self.task.decode(x_0), self.prompts), w, None) for x_0, w in endpoints]
-        parts = torch.autograd.grad(sum(losses), list(self.task.model.parameters()))
-        return torch.cat([part.flatten() for part in parts])
+        gradients = torch.autograd.grad(sum(losses), list(self.task.model.parameters()))
+        return torch.cat([gradient.flatten() for gradient in gradients])
 
     def pair_gradients(self) -> Iterator[tuple[int, int, float, Tensor, Tensor]]:
         """Every pair i_k > i_j, its mean weight w_sim, and LeapAlign's gradients at alpha = 0 and alpha = 1.
@@ -100,22 +100,22 @@ class Moments:
 def compare_gradients(
     task: str, T: int, iterations: int, lr: float, max_draws: int, batch_size: int, smoke: bool = False
 ) -> dict:
-    """Each method's gradient beside the true one, after that many iterations of LeapAlign.
+    """Each method's gradient compared with the true one, after that many iterations of LeapAlign.
 
     Returns {"norm": of the true gradient, "methods": {name: Moments.values()}, "pairs": [[i_k, i_j, mean w_sim]]}.
-    A method's column `every` says whether its draws are all that exist.
+    A method's column `every` is True if the mean is over all draws that exist.
     """
-    probe = GradientProbe(task, T, iterations, lr, batch_size, smoke)
-    true = probe.gradient("full_backprop", 0)
+    sampler = GradientSampler(task, T, iterations, lr, batch_size, smoke)
+    true = sampler.gradient("full_backprop", 0)
     methods = {}
     for name in ("drtune", "refl", "draft_lv"):
         seeds, every = distinct_draws(name, T, max_draws)
         moments = Moments(true)
         for seed in seeds:
-            moments.add(probe.gradient(name, seed))
+            moments.add(sampler.gradient(name, seed))
         methods[name] = moments.values() | {"every": every}
     pairs, by_alpha = [], {alpha: Moments(true) for alpha in ALPHAS}
-    for i_k, i_j, weight, gradient_0, gradient_1 in probe.pair_gradients():
+    for i_k, i_j, weight, gradient_0, gradient_1 in sampler.pair_gradients():
         pairs.append([i_k, i_j, weight])
         for alpha, moments in by_alpha.items():
             moments.add(gradient_0 + alpha * (gradient_1 - gradient_0))  # affine in alpha (Eq. S18)

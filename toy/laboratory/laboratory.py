@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from leap_align import BadInput
 from runtime.run_dir import write_csv, write_text
-from toy.laboratory.method_probes import evaluation_count
+from toy.laboratory.method_measurements import evaluation_count
 from toy.laboratory.result_cache import ResultCache
 from toy.laboratory.tables import Direction, tally, verdicts
 from toy.laboratory.train_run import fresh_task, seconds_per_iteration, train_run
@@ -88,8 +88,8 @@ class Laboratory:
         shared = {"batch_size": 64, "ema_decay": 0.99, "smoke": self.scale.smoke}
         keys = list(product(settings, seeds))
         runs = self.cache.results(train_run, [shared | settings[key] | {"seed": seed} for key, seed in keys], title)
-        run_of = dict(zip(keys, runs))
-        return {key: [run_of[key, seed] for seed in seeds] for key in settings}
+        run_by_key = dict(zip(keys, runs))
+        return {key: [run_by_key[key, seed] for seed in seeds] for key in settings}
 
     def run_metrics(self, settings: dict[Key, Settings], title: str) -> dict[Key, list[RunMetrics]]:
         """The metrics of each key's training runs, a list over the seeds.
@@ -136,7 +136,7 @@ class Laboratory:
         return [result["evaluations"] for result in results]
 
     def seconds_per_iteration(self, keys: list[tuple[str, str]], iterations: int) -> dict[tuple[str, str], float]:
-        """(task, method) -> seconds of an iteration, always measured on one process alone."""
+        """(task, method) -> seconds of an iteration, always measured one run at a time."""
         settings = [
             {"task": task, "method": method, "iterations": iterations, "smoke": self.scale.smoke}
             for task, method in keys

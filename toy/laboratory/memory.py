@@ -2,7 +2,7 @@
 
 from runtime.counters import saved_bytes
 from toy.laboratory import plots
-from toy.laboratory.gradients import GradientProbe, gradient_comparisons
+from toy.laboratory.gradients import GradientSampler, gradient_comparisons
 from toy.laboratory.laboratory import Laboratory
 from toy.summary import markdown_table
 
@@ -23,9 +23,9 @@ def run(lab: Laboratory) -> None:
 
 def saved_for_backward(task: str, T: int, batch_size: int, smoke: bool = False) -> dict:
     """Bytes that a step saves for backward, without the weights, by LeapAlign and by full backpropagation."""
-    probe = GradientProbe(task, T, 0, 0.0, batch_size, smoke)
+    sampler = GradientSampler(task, T, 0, 0.0, batch_size, smoke)
     return {
-        f"bytes, {method}": saved_bytes(lambda method=method: probe.gradient(method, 0), probe.task.model)
+        f"bytes, {method}": saved_bytes(lambda method=method: sampler.gradient(method, 0), sampler.task.model)
         for method in ("leap_align", "full_backprop")
     }
 

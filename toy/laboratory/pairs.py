@@ -1,15 +1,15 @@
 """pairs: LeapAlign with one pair of timesteps a batch, as in the paper, against one pair a sample, at equal compute."""
 
 from toy.laboratory import plots
-from toy.laboratory.gradients import INPUT_SEED, GradientProbe, Moments
+from toy.laboratory.gradients import INPUT_SEED, GradientSampler, Moments
 from toy.laboratory.laboratory import EVALUATORS, Laboratory, RunMetrics, T
 from toy.laboratory.tables import summarize
 from toy.summary import markdown_table
 
 KINDS = ("batch", "sample")
 """Values of the hyperparameter `pairs`."""
-RANDOM_PARTS = ("timesteps", "everything")
-"""What is drawn again between two gradients: the timesteps alone, or noise and prompts as well."""
+REDRAWN = ("timesteps", "everything")
+"""What is drawn again between two gradients: only the timesteps, or also noise and prompts."""
 
 
 def run(lab: Laboratory) -> None:
@@ -22,13 +22,13 @@ def run(lab: Laboratory) -> None:
     runs, variances = training_runs(lab, iterations), measure_variances(lab)
     rows = []
     for (task, kind), seed_runs in runs.items():
-        columns = {f"variance, {part}": variances[task][f"{kind} {part}"]["variance"] for part in RANDOM_PARTS}
+        columns = {f"variance, {redrawn}": variances[task][f"{kind} {redrawn}"]["variance"] for redrawn in REDRAWN}
         for budget, n in iterations[kind].items():
             cost = {"budget": budget, "iterations": n, "evaluations": round(n * evaluations[kind])}
             metrics = summarize([run[n] for run in seed_runs])
             rows.append({"task": task, "pairs": kind} | cost | columns | metrics)
     lab.publish("pairs", rows, "\n\n".join(table(task, rows) for task in lab.scale.tasks))
-    plots.pairs(lab.out / "pairs.png", rows, RANDOM_PARTS)
+    plots.pairs(lab.out / "pairs.png", rows, REDRAWN)
 
 
 def training_runs(lab: Laboratory, iterations: dict[str, dict[str, int]]) -> dict[tuple[str, str], list[RunMetrics]]:
@@ -58,23 +58,23 @@ def measure_variances(lab: Laboratory) -> dict[str, dict]:
 
 
 def gradient_variance(task: str, draws: int, batch_size: int, smoke: bool = False) -> dict:
-    """The variance of LeapAlign's gradient before training: {"KIND RANDOM_PART": Moments.values()}."""
-    probe, moments_by_name = GradientProbe(task, T, 0, 0.0, batch_size, smoke), {}
-    true = probe.gradient("full_backprop", 0)
+    """The variance of LeapAlign's gradient before training: {"KIND REDRAWN": Moments.values()}."""
+    sampler, moments_by_name = GradientSampler(task, T, 0, 0.0, batch_size, smoke), {}
+    true = sampler.gradient("full_backprop", 0)
     for kind in KINDS:
-        for part in RANDOM_PARTS:
+        for redrawn in REDRAWN:
             moments = Moments(true)
             for seed in range(draws):
-                probe.sample_inputs(batch_size, INPUT_SEED if part == "timesteps" else seed)
-                moments.add(probe.gradient("leap_align", seed, pairs=kind))
-            moments_by_name[f"{kind} {part}"] = moments.values()
+                sampler.sample_inputs(batch_size, INPUT_SEED if redrawn == "timesteps" else seed)
+                moments.add(sampler.gradient("leap_align", seed, pairs=kind))
+            moments_by_name[f"{kind} {redrawn}"] = moments.values()
     return moments_by_name
 
 
 def table(task: str, rows: list[dict]) -> str:
     """The table of one task, with its title."""
     table_rows = [row for row in rows if row["task"] == task]
-    variances = [f"variance, {part}" for part in RANDOM_PARTS]
+    variances = [f"variance, {redrawn}" for redrawn in REDRAWN]
     columns = ["pairs", "budget", "iterations", "evaluations", *variances, *EVALUATORS[task]]
     n = f"n = {table_rows[0]['n']}, mean ± standard error"
     return f"### {task}, equal compute ({n})\n\n{markdown_table(table_rows, columns)}"

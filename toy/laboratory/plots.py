@@ -162,7 +162,7 @@ def _timestep_weights(axis: Axes, weights: Rows) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def pairs(path: Path, rows: Rows, random_parts: tuple[str, ...]) -> None:
+def pairs(path: Path, rows: Rows, redrawn: tuple[str, ...]) -> None:
     """A row for each task: the variance of the gradient, and the reward at equal compute."""
     tasks = _unique(rows, "task")
     figure = Figure(figsize=(10, 2.8 * len(tasks)), layout="constrained")
@@ -170,13 +170,13 @@ def pairs(path: Path, rows: Rows, random_parts: tuple[str, ...]) -> None:
         task_rows = [row for row in rows if row["task"] == task]
         for n, kind in enumerate(_unique(task_rows, "pairs")):
             kind_rows = [row for row in task_rows if row["pairs"] == kind]
-            variances = [kind_rows[0][f"variance, {part}"] for part in random_parts]
-            left.bar(np.arange(len(random_parts)) + 0.4 * n - 0.2, variances, 0.38, color=f"C{n}")
+            variances = [kind_rows[0][f"variance, {inputs}"] for inputs in redrawn]
+            left.bar(np.arange(len(redrawn)) + 0.4 * n - 0.2, variances, 0.38, color=f"C{n}")
             x, errors = np.arange(len(kind_rows)) + 0.1 * n - 0.05, [row["reward_error"] for row in kind_rows]
             label, rewards = f"a pair a {kind}", [row["reward"] for row in kind_rows]
             right.errorbar(x, rewards, errors, fmt="o", color=f"C{n}", capsize=3, label=label)
         budgets = _unique(task_rows, "budget")
-        left.set_xticks(range(len(random_parts)), [f"over {part}" for part in random_parts])
+        left.set_xticks(range(len(redrawn)), [f"over {inputs}" for inputs in redrawn])
         left.set(title=f"{task}: variance of a step's gradient / mean²")
         right.set_xticks(range(len(budgets)), [f"{budget} budget" for budget in budgets])
         right.set(title=f"{task}: reward at equal compute", xlim=(-0.5, len(budgets) - 0.5))

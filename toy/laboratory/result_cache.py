@@ -53,7 +53,8 @@ class ResultCache:
         """Computes the missing results, and yields after each."""
         if self.workers == 1 or len(missing) < 2:
             for path, settings in missing.items():
-                yield compute(path, function, settings)
+                compute(path, function, settings)
+                yield
             return
         # Spawned, because a forked child would inherit torch's threads in an unknown state.
         # Only the parent handles Ctrl-C: workers ignore it from their first import on and finish their result.
@@ -63,6 +64,7 @@ class ResultCache:
         signal.signal(signal.SIGINT, handler)
         try:
             for future in as_completed(futures):
-                yield future.result()
+                future.result()  # raises what the worker raised
+                yield
         finally:
             pool.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""What the tables say: means over seeds with their errors, and the paper's directions beside what the toys show."""
+"""Entries of the tables: means over seeds with their errors, and whether the toys agree with the paper's directions."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -42,6 +42,9 @@ class Direction:
         n = len(self.greater)
         bound = student_t.ppf((1 + CONFIDENCE) / 2, n - 1) * error if n > 1 else np.inf
         agrees, disagrees, within_error = VERDICTS
+        verdict = within_error
+        if abs(difference) > bound:
+            verdict = agrees if difference > 0 else disagrees
         return {
             "claim": self.claim,
             "source": self.source,
@@ -51,7 +54,7 @@ class Direction:
             "n": n,
             "difference": difference,
             "error": error,
-            "toy": agrees if difference > bound else disagrees if difference < -bound else within_error,
+            "toy": verdict,
         }
 
 

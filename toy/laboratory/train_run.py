@@ -26,7 +26,7 @@ def _task_and_weights(name: str, T: int, smoke: bool) -> tuple[ToyTask, dict]:
 
 
 def fresh_task(name: str, T: int = 25, smoke: bool = False) -> ToyTask:
-    """A task with its pre-trained weights and no gradient, whatever an earlier run did to them."""
+    """A task, reset to its pre-trained weights and without gradients."""
     task, weights = _task_and_weights(name, T, smoke)
     task.model.load_state_dict(weights)
     task.model.zero_grad()
@@ -66,7 +66,8 @@ def train_run(
             if iteration < max(evaluate_at):
                 with redirect_stdout(StringIO()):  # a message for each skipped step would break the progress bar
                     norm = trainer.step()["grad_norm"]
-                norms += [norm] if math.isfinite(norm) else []
+                if math.isfinite(norm):
+                    norms.append(norm)
     except ValueError as broken:  # BadInput, or an evaluator that received infinite samples
         error = str(broken)
     return {"metrics": metrics, "error": error}

@@ -1,6 +1,6 @@
-"""Properties of a method, measured on its own code: distinct draws, effective weights of timesteps, evaluation counts.
+"""Properties of a method, measured by running it: distinct draws, effective weights of timesteps, evaluation counts.
 
-Each probe runs the method with a velocity made for this purpose; no model is needed.
+Each sampler runs the method with a velocity made for this purpose; no model is needed.
 """
 
 from dataclasses import replace
@@ -30,11 +30,11 @@ def timesteps_drawn(method: str, T: int, seed: int) -> tuple[int, ...]:
 
 
 def distinct_draws(method: str, T: int, max_draws: int) -> tuple[list[int], bool]:
-    """A seed for each distinct draw of a method's timesteps, and whether these are all draws that exist.
+    """A seed for each distinct draw of a method's timesteps, and whether these are all possible draws.
 
     If there are more than `max_draws`, the seeds are 0, 1, ..., max_draws - 1.  A method that draws only noise gets a
-    tenth of that, because its gradient varies little.  The search ends after ten times as many seeds without a new draw
-    as there are draws.
+    tenth of that, because its gradient varies little.  The search ends when the last 50 seeds, and ten more for each
+    draw found so far, gave no new draw.
     """
     if not timesteps_drawn(method, T, seed=0):
         return list(range(max(2, max_draws // 10))), False

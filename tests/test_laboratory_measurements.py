@@ -1,4 +1,4 @@
-"""The laboratory's instruments against hand calculations: variants of LeapAlign, method probes, gradients."""
+"""The laboratory's instruments against hand calculations: variants of LeapAlign, method measurements, gradients."""
 
 import math
 
@@ -7,9 +7,9 @@ import torch
 
 from leap_align import METHODS, Hyper, leap_trajectory, similarity_weight, uniform_times
 from tests.problems import Net, euler, grid, randn, seeded
-from toy.laboratory import method_probes, variants
+from toy.laboratory import method_measurements, variants
 from toy.laboratory.fidelity import weights_by_similarity
-from toy.laboratory.gradients import GradientProbe, Moments, compare_gradients
+from toy.laboratory.gradients import GradientSampler, Moments, compare_gradients
 from toy.laboratory.memory import saved_for_backward
 
 # Variants
@@ -104,7 +104,7 @@ def test_pairs_at_a_fixed_distance_reach_every_j(name, distance):
     assert {log["i_j"] for log in logs} == set(range(1, 8 - distance + 1))
 
 
-# Method probes
+# Method measurements
 
 
 def test_evaluation_counts_against_a_hand_calculation():
@@ -118,8 +118,8 @@ def test_evaluation_counts_against_a_hand_calculation():
         "full_backprop": 30,
     }
     for method, count in expected.items():
-        assert method_probes.evaluation_count(method, 10, 50)["evaluations"] == pytest.approx(count)
-    assert method_probes.evaluation_count("leap_align", 10, 20, pairs="sample")["evaluations"] == 10 + 6
+        assert method_measurements.evaluation_count(method, 10, 50)["evaluations"] == pytest.approx(count)
+    assert method_measurements.evaluation_count("leap_align", 10, 20, pairs="sample")["evaluations"] == 10 + 6
 
 
 def test_effective_weights_against_a_hand_calculation():
@@ -132,7 +132,7 @@ def test_effective_weights_against_a_hand_calculation():
         "leap_align": [(i * (i - 1) / 2 + (T - i) * i) / T / pairs for i in range(1, T + 1)],
     }
     for method, weights in expected.items():
-        assert method_probes.effective_weights(method, T, 50)["weights"] == pytest.approx(weights, abs=1e-6)
+        assert method_measurements.effective_weights(method, T, 50)["weights"] == pytest.approx(weights, abs=1e-6)
 
 
 def test_weights_by_similarity_against_a_hand_calculation():
@@ -140,10 +140,10 @@ def test_weights_by_similarity_against_a_hand_calculation():
 
 
 def test_distinct_draws_are_all_draws():
-    counts = [len(method_probes.distinct_draws(name, 10, 50)[0]) for name in ("leap_align", "refl", "drtune")]
+    counts = [len(method_measurements.distinct_draws(name, 10, 50)[0]) for name in ("leap_align", "refl", "drtune")]
     assert counts == [45, 4, 20]
-    assert method_probes.distinct_draws("leap_align", 10, 44) == (list(range(44)), False)
-    assert method_probes.distinct_draws("draft_lv", 10, 50) == (list(range(5)), False)
+    assert method_measurements.distinct_draws("leap_align", 10, 44) == (list(range(44)), False)
+    assert method_measurements.distinct_draws("draft_lv", 10, 50) == (list(range(5)), False)
 
 
 # Gradients
@@ -178,14 +178,14 @@ def test_two_steps_at_alpha_1_have_the_true_gradient():
 
 
 def test_gradients_of_pairs_are_those_of_the_method():
-    probe = GradientProbe("toy", 5, 0, 0.0, batch_size=16, smoke=True)
-    pairs = {(i_k, i_j): g_0 + 0.3 * (g_1 - g_0) for i_k, i_j, _, g_0, g_1 in probe.pair_gradients()}
+    sampler = GradientSampler("toy", 5, 0, 0.0, batch_size=16, smoke=True)
+    pairs = {(i_k, i_j): g_0 + 0.3 * (g_1 - g_0) for i_k, i_j, _, g_0, g_1 in sampler.pair_gradients()}
     assert len(pairs) == 10
     for seed in range(6):
-        endpoints = METHODS["leap_align"](lambda x, t: x, probe.x_T, probe.task.times, Hyper(), seeded(seed))
+        endpoints = METHODS["leap_align"](lambda x, t: x, sampler.x_T, sampler.task.times, Hyper(), seeded(seed))
         list(endpoints)
         i_k, i_j = endpoints.log["i_k"], endpoints.log["i_j"]
-        torch.testing.assert_close(pairs[i_k, i_j], probe.gradient("leap_align", seed), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(pairs[i_k, i_j], sampler.gradient("leap_align", seed), rtol=1e-4, atol=1e-5)
 
 
 def test_saved_bytes_are_flat_for_leap_align_and_linear_for_full_backprop():
