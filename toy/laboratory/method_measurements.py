@@ -1,6 +1,6 @@
 """Properties of a method, measured by running it: distinct draws, effective weights of timesteps, evaluation counts.
 
-Each sampler runs the method with a velocity made for this purpose; no model is needed.
+Each measurement runs the method with a velocity made for this purpose; no model is needed.
 """
 
 from dataclasses import replace
