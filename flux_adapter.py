@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
-from full_scale import pipeline, rewards, transformer
-from full_scale.prompts import embedding_folders, find_embedding, load_embeddings, read_prompts
+from full_scale import contents, pipeline, rewards, transformer
+from full_scale.prompts import embedding_folders, find_embedding, load_embeddings, read_prompts, text_encoders_content
+from full_scale.sheet import draw_sheet
 from leap_align import BadInput, Velocity, rollout, shifted_times
 from runtime.processes import all_gather, rank, run_on_all_ranks, world_size
 from runtime.run_dir import atomic_file
@@ -73,6 +73,10 @@ class SD3Options(Options):
 
     model: str = "stabilityai/stable-diffusion-3.5-medium"
     """Pipeline: a local folder in diffusers' layout, or a hub id."""
+    height: int = 512
+    """Pixels, a multiple of 16."""
+    width: int = 512
+    """Pixels, a multiple of 16."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,7 +91,10 @@ class DiffusersTask:
     Options: ClassVar[type] = Options
     held_out: ClassVar[dict[str, float]] = {"diversity": 0.02}
     step_metric_names: ClassVar[tuple[str, ...]] = ("saturated",)
-    changeable_on_resume: ClassVar[frozenset[str]] = frozenset({"gradient_checkpointing", "compile"})
+    changeable_on_resume: ClassVar[frozenset[str]] = frozenset(
+        "gradient_checkpointing compile model prompts evaluation_prompts reward_weights".split()
+    )
+    """Options that change no result, and paths: `contents` shows whether what they lead to has changed."""
 
     @classmethod
     def defaults(cls, reward: str | None) -> dict[str, Any]:
@@ -98,8 +105,8 @@ class DiffusersTask:
 
     def __init__(self, options: Options, T: int) -> None:
         pipeline.check_image_size(options.height, options.width)
-        if options.lora_rank < 0:
-            raise BadInput(f"lora_rank={options.lora_rank} must be at least 0")
+        pipeline.check_guidance(options.guidance)
+        transformer.check_lora(options.lora_rank, options.lora_alpha)
         if options.evaluation_images < 2 or options.evaluation_images % IMAGES_PER_PROMPT:
             raise BadInput(f"evaluation_images={options.evaluation_images} must be even and at least 2")
         self.options, self.dtype, self.device = options, getattr(torch, options.precision), pipeline.gpu_or_cpu()
@@ -108,10 +115,11 @@ class DiffusersTask:
         self.evaluation_prompts = read_prompts(evaluation_source)[: options.evaluation_images // IMAGES_PER_PROMPT]
         self.folder = pipeline.pipeline_folder(options.model)
         sources = [(options.prompts, self.prompts), (evaluation_source, self.evaluation_prompts)]
-        self.embedding_folders = embedding_folders(sources, options.model)
+        self.embedding_folders = embedding_folders(sources, self.folder)
         needs_text = len(self.embedding_folders) < len(sources)
+        image_size = options.height, options.width
+        self.reward_model = rewards.load(options.reward, options.reward_weights, self.device, image_size)
         self.pipeline = pipeline.open_pipeline(self.family, self.folder, self.dtype, text=needs_text, transformer=None)
-        self.reward_model = rewards.load(options.reward, options.reward_weights, self.device)
         self.pipeline.vae.enable_gradient_checkpointing()
         for module in self.frozen_modules():
             module.requires_grad_(False)
@@ -123,6 +131,16 @@ class DiffusersTask:
         """Reward, VAE, and the text encoders unless every prompt has an embedding."""
         components = self.pipeline.components.values()
         return [self.reward_model, *(module for module in components if isinstance(module, nn.Module))]
+
+    def contents(self) -> dict[str, str]:
+        """Digests of the files that this task reads; stored embeddings stand for their prompts and text encoders."""
+        return {
+            "model": contents.pipeline_content(self.folder, "transformer", "vae", "scheduler"),
+            "text_encoders": text_encoders_content(self.folder, self.embedding_folders),
+            "prompts": contents.prompts_content(self.prompts),
+            "evaluation_prompts": contents.prompts_content(self.evaluation_prompts),
+            "reward_weights": contents.reward_content(self.options.reward, self.reward_model),
+        }
 
     # The transformer
 
@@ -222,9 +240,8 @@ class DiffusersTask:
             images |= images_of_a_rank
         scores, saturated, thumbnails, pixels = zip(*(images[i] for i in range(len(prompts))))
         if folder is not None:
-            sheet = torchvision.utils.make_grid(torch.cat(pixels), nrow=IMAGES_PER_PROMPT * 4, padding=4)
             with atomic_file(folder / "samples" / f"{iteration:06d}.png") as temporary:
-                torchvision.io.write_png(sheet, str(temporary))
+                draw_sheet(torch.cat(pixels), self.evaluation_prompts).save(temporary, format="png")
         pairs = torch.cat(thumbnails).unflatten(0, (-1, IMAGES_PER_PROMPT))
         diversity = (pairs[:, 0] - pairs[:, 1]).abs().mean().item()
         return {"reward": float(np.mean(scores)), "diversity": diversity, "saturated": float(np.mean(saturated))}
@@ -296,6 +313,11 @@ class SD3(DiffusersTask):
 
     family = pipeline.FAMILIES["sd3"]
     Options = SD3Options
+
+    @classmethod
+    def defaults(cls, reward: str | None) -> dict[str, Any]:
+        """FLUX's settings, with 200 iterations (supplement A2)."""
+        return super().defaults(reward) | {"iterations": 200}
 
     def grid(self, T: int) -> Tensor:
         """StableDiffusion3Pipeline's own noise levels, ascending (T+1,); no shift of an even grid gives them."""

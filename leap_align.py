@@ -298,10 +298,14 @@ def _check_pair(i_k: int | Tensor, i_j: int | Tensor, T: int, B: int | None = No
 
 
 def differentiable(reward: Tensor, x_0: Tensor) -> Tensor:
-    """The reward unchanged, if it can be trained on: (B,) for x_0 (B, *S), and requiring grad if x_0 does."""
+    """The reward unchanged, if it can be trained on: a tensor (B,) for x_0 (B, *S), and both require grad."""
+    if not torch.is_tensor(reward):
+        raise BadInput(f"a reward of type {type(reward).__name__} must be a tensor (B,) = {tuple(x_0.shape[:1])}")
     if reward.shape != x_0.shape[:1]:
         raise BadInput(f"reward of shape {tuple(reward.shape)} must be (B,) = {tuple(x_0.shape[:1])}")
-    if x_0.requires_grad and not reward.requires_grad:
+    if not x_0.requires_grad:
+        raise BadInput("x_0 does not require grad: look for no_grad or detach in the velocity, and for frozen weights")
+    if not reward.requires_grad:
         raise BadInput("the reward does not require grad though its sample does: look for no_grad, detach or PIL in it")
     return reward
 

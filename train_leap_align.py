@@ -10,6 +10,11 @@ A run's folder holds config.json, metrics.csv (a row per iteration), evaluations
 and after training), figures, checkpoint/ and the trained weights' average (model/, transformer/ or lora/).
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends without a traceback
+
 import argparse
 import math
 import pkgutil
@@ -23,6 +28,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 from tqdm import tqdm
 
@@ -30,10 +36,20 @@ from leap_align import METHODS, BadInput, BatchGenerator, Endpoints, Hyper, diff
 from runtime import processes, report
 from runtime.checkpoint import Progress, load_checkpoint, save_checkpoint
 from runtime.ema import EMA
-from runtime.processes import full_value, rank, run_on_all_ranks, run_on_rank0, world_size
-from runtime.run_dir import CsvLog, check_shared_folder, claim_run_folder, write_csv
-from runtime.task import Task
+from runtime.processes import RaisedOnAllRanks, full_value, rank, run_on_all_ranks, run_on_rank0, world_size
+from runtime.run_dir import (
+    CsvLog,
+    check_contents,
+    check_run_folder,
+    check_shared_folder,
+    locked_folder,
+    write_csv,
+    write_settings,
+)
+from runtime.task import Task, check_evaluation, check_gradient, check_task, check_task_class
 
+TOOL = "train_leap_align"
+"""The `tool` of config.json, by which a run's folder is recognised."""
 TASKS = {
     "toy": "toy.modes:Modes",
     "digits": "toy.digits:Digits",
@@ -111,7 +127,9 @@ def choose(kind: str, name: str, table: dict[str, Any]) -> Any:
 
 def task_class(name: str) -> type[Task]:
     """The class of a task, imported now."""
-    return pkgutil.resolve_name(choose("task", name, TASKS))
+    kind = pkgutil.resolve_name(choose("task", name, TASKS))
+    check_task_class(name, kind)
+    return kind
 
 
 def parse(arguments: list[str] | None) -> Flags:
@@ -135,13 +153,14 @@ def parse(arguments: list[str] | None) -> Flags:
 def check(config: Config, hyper: Hyper, world_size: int) -> None:
     """Refuses values that cannot work, before anything expensive is built."""
     method = choose("method", config.method, METHODS)
-    least = {"T": 2, "iterations": 0, "weight_decay": 0, "seed": 0, "batch_size": 1, "gradient_accumulation_steps": 1}
-    least |= {"evaluate_every": 1, "checkpoint_every": 1, "checkpoints_total_limit": 1, "max_skipped_steps": 1}
-    for name, bound in least.items():
-        if not bound <= getattr(config, name) < 2**63:
-            raise BadInput(f"{name}={getattr(config, name)} must be at least {bound}")
-    if not config.lr > 0 or not config.max_grad_norm > 0:
-        raise BadInput(f"lr={config.lr} and max_grad_norm={config.max_grad_norm} must be positive")
+    counts = ("batch_size", "gradient_accumulation_steps", "evaluate_every", "checkpoint_every")
+    ranges = {name: (1, 2**31) for name in (*counts, "checkpoints_total_limit", "max_skipped_steps")}
+    ranges |= {"T": (2, 10_000), "iterations": (0, 2**31), "seed": (0, 2**63 - 1)}
+    ranges |= {"lr": (1e-30, 1e6), "weight_decay": (0, 1e6), "max_grad_norm": (1e-30, math.inf)}
+    for name, (least, most) in ranges.items():
+        value = getattr(config, name)
+        if not least <= value <= most:
+            raise BadInput(f"{name}={value} must lie between {least} and {most}")
     if not 0 <= config.ema_decay < 1:
         raise BadInput(f"ema_decay={config.ema_decay} must lie in [0, 1)")
     if config.batch_size % (world_size * config.gradient_accumulation_steps):
@@ -163,7 +182,10 @@ class Trainer:
         self.method = method or METHODS[config.method]
         self.parameters = [p for p in task.model.parameters() if p.requires_grad]
         if not self.parameters or any(p.dtype.itemsize < 4 for p in self.parameters):
-            raise BadInput("trained parameters must exist and be float32: bfloat16 loses steps of 1e-5 and the average")
+            raise RaisedOnAllRanks("trained parameters must exist and be float32: bfloat16 loses steps of 1e-5")
+        if world_size() > 1 and not all(isinstance(p, DTensor) for p in self.parameters):
+            remedy = "its parallelize(mesh) must call fully_shard(model, mesh=mesh), or every rank trains its own model"
+            raise RaisedOnAllRanks(f"task {config.task} has trained parameters that are not sharded: {remedy}")
         # Fused: one pass over the weights instead of a dozen.
         decay = config.weight_decay
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=decay, fused=True)
@@ -196,6 +218,9 @@ class Trainer:
         row = processes.mean_over_ranks(mean(metrics), task.device)
         row["grad_norm"] = self.optimizer_step(row["loss"])
         self.progress.iteration += 1
+        if row["grad_norm"] == 0 and row["hinge_active"] > 0 and rank() == 0:
+            reason = "the reward does not depend on the image, or the image not on the trained parameters"
+            tqdm.write(f"iteration {self.progress.iteration}: the gradient is exactly zero: {reason}")
         row |= {"seconds": time.perf_counter() - start, "skipped": float(self.progress.consecutive_skips > 0)}
         self.progress.seconds += row["seconds"]
         return row
@@ -214,9 +239,10 @@ class Trainer:
 
     def backward_endpoint(self, x_0: Tensor, weight: Tensor, condition: Any) -> dict[str, float]:
         """Adds the gradient of one endpoint of the method; returns its metrics."""
-        lam = self.hyper.lam
+        name, lam = self.config.task, self.hyper.lam
+        check_gradient(name, "velocity", x_0)
         with record_function("decode"):
-            sample = self.task.decode(x_0)
+            sample = check_gradient(name, "decode", self.task.decode(x_0))
         with record_function("reward"):
             reward = differentiable(self.task.reward(sample, condition), x_0)
         loss = objective(reward, weight, lam)
@@ -259,7 +285,8 @@ class Trainer:
         if rank() == 0:
             tqdm.write(f"iteration {self.progress.iteration + 1}: {message}: this step is skipped")
         if (skips := self.progress.consecutive_skips) >= self.config.max_skipped_steps:
-            raise BadInput(f"{skips} steps in a row skipped, now with {message}: lower lr or check the reward")
+            remedy = "start again in another --out with a lower --lr, or check the reward"
+            raise RaisedOnAllRanks(f"{skips} steps in a row skipped, now with {message}: {remedy}")
 
     def evaluate(self, folder: Path | None = None) -> dict[str, float]:
         """Evaluates the averaged weights and reports new signs of reward hacking.
@@ -268,9 +295,10 @@ class Trainer:
         """
         progress = self.progress
         with self.ema.swapped():
-            values = self.task.evaluate(folder, progress.iteration)
+            values = check_evaluation(self.config.task, self.task, self.task.evaluate(folder, progress.iteration))
         if broken := [name for name, value in values.items() if not math.isfinite(value)]:
-            raise BadInput(f"{', '.join(broken)} not finite at iteration {progress.iteration}: lower lr")
+            remedy = "start again with a lower --lr" if progress.iteration else "check the reward and the task's flags"
+            raise RaisedOnAllRanks(f"{', '.join(broken)} not finite at iteration {progress.iteration}: {remedy}")
         progress.evaluations.append({"iteration": progress.iteration, **values})
         signs = report.reward_hacking_signs(progress.evaluations, self.task.held_out)
         if folder is not None:
@@ -287,9 +315,8 @@ class Trainer:
 
     def restore(self, folder: Path) -> None:
         """Continues from the newest checkpoint that is not damaged."""
-        self.progress = load_checkpoint(folder, self.task.model, self.optimizer, self.ema, self.generator)
-        if (done := self.progress.iteration) > self.config.iterations:
-            raise BadInput(f"iterations={self.config.iterations}, but the run has already done {done}")
+        state = self.task.model, self.optimizer, self.ema, self.generator
+        self.progress = load_checkpoint(folder, *state, self.config.iterations)
 
 
 def mean(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -301,79 +328,81 @@ def build_task(config: Config, options: Any) -> Task:
     """The task, with its model on its device and sharded over all processes."""
     kind = task_class(config.task)
     task = run_on_all_ranks(lambda: kind(options, config.T))
+    check_task(config.task, task)
     task.parallelize(processes.device_mesh(task.device.type))
     return task
 
 
 def train(trainer: Trainer, folder: Path, stop_request: processes.StopRequest) -> None:
-    """Evaluates, then iterates, evaluating and saving as often as the configuration says; saves the averaged model."""
-    config, task, is_rank0 = trainer.config, trainer.task, rank() == 0
+    """Iterates, evaluating and saving as often as the configuration says; saves the averaged model at the end."""
+    config, task, progress, is_rank0 = trainer.config, trainer.task, trainer.progress, rank() == 0
     results_folder = folder if is_rank0 else None
-    if config.resume:
-        trainer.restore(folder)
-    else:
+    if not progress.evaluations:
         trainer.evaluate(results_folder)
-    progress = trainer.progress
-    log = CsvLog(folder / "metrics.csv", (*METRICS, *task.step_metric_names), progress.iteration) if is_rank0 else None
-    total, done = config.iterations, progress.iteration
+    columns = (*METRICS, *task.step_metric_names)
+    log = CsvLog(folder / "metrics.csv", columns, progress.iteration) if is_rank0 else None
+    counts = {"total": config.iterations, "initial": progress.iteration}
     # mininterval: at most one line a second where the output is a file.
-    bar = tqdm(desc=config.method, total=total, initial=done, mininterval=1, disable=not is_rank0)
-    while progress.iteration < config.iterations:
-        row = trainer.step()
-        if log:
-            log.add({"iteration": progress.iteration, **row})
-        last = progress.iteration == config.iterations
-        if progress.iteration % config.evaluate_every == 0 or last:
-            trainer.evaluate(results_folder)
-        stop = max(processes.all_gather(stop_request.signal))
-        if progress.iteration % config.checkpoint_every == 0 or last or stop:
-            trainer.save(folder)
-        if stop and not last:
-            raise processes.StoppedBySignal(stop)
-        held_out = {name: f"{progress.evaluations[-1][name]:.3f}" for name in list(task.held_out)[:2]}
-        bar.set_postfix(reward=f"{row['reward']:.3f}", grad=f"{row['grad_norm']:.2g}", **held_out, refresh=False)
-        bar.update()
-    bar.close()
+    with tqdm(desc=config.method, **counts, mininterval=1, disable=not is_rank0) as bar:
+        while progress.iteration < config.iterations:
+            row = trainer.step()
+            if log:
+                log.add({"iteration": progress.iteration, **row})
+            last = progress.iteration == config.iterations
+            if progress.iteration % config.evaluate_every == 0 or last:
+                trainer.evaluate(results_folder)
+            stop, is_good = max(processes.all_gather(stop_request.signal)), progress.consecutive_skips == 0
+            if is_good and (progress.iteration % config.checkpoint_every == 0 or last or stop):
+                trainer.save(folder)
+            if stop and not last:
+                raise processes.StoppedBySignal(stop, is_saved=is_good)
+            held_out = {name: f"{progress.evaluations[-1][name]:.3f}" for name in list(task.held_out)[:2]}
+            bar.set_postfix(reward=f"{row['reward']:.3f}", grad=f"{row['grad_norm']:.2g}", **held_out, refresh=False)
+            bar.update()
     with trainer.ema.swapped():
         task.save(folder)
 
 
 def write_report(trainer: Trainer, folder: Path) -> None:
-    """Writes result.json and the figures, prints the evaluators before and after."""
-    progress = trainer.progress
-    results = progress.evaluations, progress.seconds, progress.signs
-    report.write_result(folder, *results)
-    report.draw_curves(folder, progress.evaluations)
+    """Draws the figures, writes result.json, prints the evaluators before and after."""
     trainer.task.draw_figures(folder)
-    report.print_summary(folder, *results)
+    report.write_report(folder, trainer.progress)
 
 
-def run(arguments: list[str] | None) -> None:
-    """Parses, checks, trains, reports."""
-    flags = parse(arguments)
-    processes.init_process_group()
+def run(flags: Flags, stop_request: processes.StopRequest) -> None:
+    """Checks, claims the folder, builds or restores, trains, reports."""
     config, hyper = flags.run, flags.method
     run_on_rank0(lambda: check(config, hyper, world_size()))
     folder = config.out or Path("runs") / f"{config.task}-{config.method}"
-    settings = {**asdict(config), **asdict(hyper), **asdict(flags.task), "out": folder}
+    settings = {"tool": TOOL, **asdict(config), **asdict(hyper), **asdict(flags.task), "out": folder}
     changeable = CHANGEABLE_ON_RESUME | task_class(config.task).changeable_on_resume
-    run_on_rank0(lambda: claim_run_folder(folder, settings, config.resume, changeable))
-    run_on_all_ranks(lambda: check_shared_folder(folder))
-    trainer = Trainer(config, hyper, build_task(config, flags.task))
-    with processes.stop_on_signals() as stop_request:
+    with locked_folder(folder, "config.json", TOOL):
+        run_on_rank0(lambda: check_run_folder(folder, settings, config.resume, changeable))
+        run_on_all_ranks(lambda: check_shared_folder(folder))
+        trainer = Trainer(config, hyper, build_task(config, flags.task))
+        contents = run_on_all_ranks(lambda: trainer.task.contents() if rank() == 0 else {})
+        if config.resume:
+            run_on_rank0(lambda: check_contents(folder, contents))
+            trainer.restore(folder)
+        run_on_rank0(lambda: write_settings(folder / "config.json", settings | {"contents": contents}))
+        stop_request.is_deferred = True  # from here on a signal ends the iteration and saves
         train(trainer, folder, stop_request)
-    # The other ranks wait for the report: torchrun ends every process as soon as one has failed.
-    run_on_rank0(lambda: write_report(trainer, folder))
+        # The other ranks wait for the report: torchrun ends every process as soon as one has failed.
+        run_on_rank0(lambda: write_report(trainer, folder))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs, under torchrun on every process; a failure ends with one line."""
     error = None
     try:
-        run(arguments)
-    except (BadInput, processes.StoppedBySignal, OSError, RuntimeError, KeyboardInterrupt) as caught:
+        with processes.stop_on_signals() as stop_request:
+            flags = parse(arguments)
+            processes.init_process_group()
+            run(flags, stop_request)
+    except (BadInput, processes.UserCodeError, processes.StoppedBySignal, ImportError, OSError, RuntimeError) as caught:
         error = caught
-    processes.exit_process(error)
+    memory = "raise --gradient-accumulation-steps; full_scale/README.md says what else helps"
+    processes.exit_process(error, "continue with --resume", memory)
 
 
 if __name__ == "__main__":

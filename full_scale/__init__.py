@@ -5,6 +5,7 @@ transformer.py      build, shard, load and export the transformer, all of it or 
 prompts.py          read prompts, embed them, find embeddings
 sample.py           images from a base or trained model
 score.py            a reward of every image
+check_reward.py     whether a reward keeps the contract
 geneval_prompts.py  training prompts in GenEval's templates
 tiny.py             tiny random pipelines and rewards for a rehearsal
 benchmark.py        seconds and memory of a training step of FLUX.1-dev's size on a GPU

@@ -5,25 +5,31 @@
     python train_leap_align.py --task flux --model M --prompts P     the training itself
     python -m full_scale sample --model M --transformer RUN/transformer --prompts P --out IMAGES
     python -m full_scale score --images IMAGES --out SCORES
+    python -m full_scale check-reward my_rewards:factory             your own reward, before a run depends on it
     torchrun --nproc_per_node=8 -m full_scale sample ...             the same on 8 GPUs, and the same files
 
 After an interruption the same command continues where it stopped.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends without a traceback
+
 import pkgutil
 import sys
 
-import torch
 import tyro
 
 from leap_align import BadInput
-from runtime.processes import exit_process, init_process_group, one_line
+from runtime.processes import StoppedBySignal, UserCodeError, exit_process, init_process_group, stop_on_signals
 
 TOOLS = {
     "tiny": "full_scale.tiny:tiny",
     "embed": "full_scale.prompts:embed",
     "sample": "full_scale.sample:sample",
     "score": "full_scale.score:score",
+    "check-reward": "full_scale.check_reward:check_reward",
     "geneval-prompts": "full_scale.geneval_prompts:geneval_prompts",
     "benchmark": "full_scale.benchmark:benchmark",
 }
@@ -35,21 +41,21 @@ def run(arguments: list[str]) -> None:
     names = arguments[:1] if arguments and arguments[0] in TOOLS else list(TOOLS)
     tools = {name: pkgutil.resolve_name(TOOLS[name]) for name in names}
     init_process_group("gloo")
-    tyro.extras.subcommand_cli_from_dict(tools, args=arguments, prog="python -m full_scale", description=__doc__)
+    with stop_on_signals():
+        tyro.extras.subcommand_cli_from_dict(tools, args=arguments, prog="python -m full_scale", description=__doc__)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one tool, under torchrun on every process; a failure ends with one line."""
-    error, remedy = None, "the same command continues from here"
+    error = None
     try:
         run(sys.argv[1:] if arguments is None else arguments)
-    except (BadInput, torch.OutOfMemoryError) as caught:
+    except (BadInput, UserCodeError, ImportError, OSError, RuntimeError) as caught:
         error = caught
-    except OSError as caught:
-        error = BadInput(f"{caught.filename or 'a file'}: {one_line(caught)}; {remedy}")
-    except KeyboardInterrupt:
-        error = BadInput(f"interrupted: {remedy}")
-    exit_process(error)
+    except StoppedBySignal as caught:
+        error = StoppedBySignal(caught.signal, is_saved=True)  # every file that a tool has written is whole
+    memory = "free some, or lower the --batch-size of sample"
+    exit_process(error, "the same command continues from here", memory)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from full_scale import rewards
 from full_scale.tiny import tiny_flux
 from full_scale.transformer import repeated_blocks
 from leap_align import BadInput, Hyper
-from runtime.run_dir import write_csv
+from runtime.run_dir import claimed_output_folder, write_csv
 from train_leap_align import Config, Trainer
 
 FLUX_DEV: dict[str, Any] = {
@@ -108,7 +108,7 @@ def benchmark(out: Path = Path("runs/full-size-benchmark")) -> None:
         raise BadInput("benchmark measures a GPU, but there is no CUDA device here")
     modes, rows = product((False, True), RECOMPUTED_FORWARDS, (1, 2, 3, 4)), []
     cases = [Case(checkpointing, compiled, batch_size) for compiled, checkpointing, batch_size in modes]
-    with tempfile.TemporaryDirectory() as folder:
+    with claimed_output_folder(out, "benchmark", {}), tempfile.TemporaryDirectory() as folder:
         write_tiny_pipeline(Path(folder))
         for case in tqdm(cases, "FLUX.1-dev's size"):
             rows.append(measure(case, Path(folder)))

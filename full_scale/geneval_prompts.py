@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from runtime.run_dir import write_text
+from runtime.run_dir import check_new_file, write_text
 
 COUNTS = {"position": 20588, "counting": 14706, "attribute": 8824, "colors": 2941, "two objects": 2941}
 """Prompts of each kind: 50,000 in the paper's ratio 7 : 5 : 3 : 1 : 1."""
@@ -53,8 +53,9 @@ def geneval_prompts(out: Path) -> None:
     There are few distinct prompts for counting (160) and colors (696): these repeat many times.
 
     Args:
-        out: Text file to write, one prompt per line.
+        out: New text file, one prompt per line.
     """
+    check_new_file(out)
     hashes = b64decode(TEST_PROMPT_HASHES)
     test_prompts = {hashes[i : i + 3] for i in range(0, len(hashes), 3)}
     generator, prompts = random.Random(0), []

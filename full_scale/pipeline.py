@@ -1,6 +1,7 @@
 """Open a diffusers pipeline, and what differs between the families of pipelines outside of training."""
 
-import json
+import importlib
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ import transformers
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
+from full_scale.components import LOADING_ERRORS, load_component
 from full_scale.rewards.weights import download
 from leap_align import BadInput
 from runtime.processes import one_line, rank
+from runtime.run_dir import read_json
 
 Precision = Literal["bfloat16", "float32"]
 TEXT_SUBFOLDERS = ("text_encoder", "text_encoder_[23]", "tokenizer", "tokenizer_[23]")
@@ -108,14 +111,26 @@ def open_pipeline(family: Family, folder: Path, dtype: torch.dtype, text: bool =
         raise BadInput(f"{folder} holds a {name}, not a {family.pipeline_name}: {tasks}")
     if not text:
         components |= {name: None for name in index if name.startswith(("text_encoder", "tokenizer"))}
+    kinds = {name: _component_class(entry) for name, entry in index.items() if name not in components}
+    components |= {name: load_component(folder / name, kind, dtype) for name, kind in kinds.items() if kind}
     try:
         return family.pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True, **components)
-    except (OSError, ValueError) as error:
+    except LOADING_ERRORS as error:
         raise BadInput(f"{folder} is not a complete pipeline: {one_line(error)}") from error
 
 
+def _component_class(entry: Any) -> Any:
+    """The class that model_index.json gives a component as [library, class]; None for any other entry."""
+    if not isinstance(entry, list) or len(entry) != 2 or entry[0] not in ("diffusers", "transformers"):
+        return None
+    return getattr(importlib.import_module(entry[0]), str(entry[1]), None)
+
+
 def _index(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "model_index.json").read_text())
+    index = read_json(folder / "model_index.json")
+    if "_class_name" not in index:
+        raise BadInput(f"{folder / 'model_index.json'} names no pipeline's class (_class_name): restore it")
+    return index
 
 
 def log_shift(scheduler: Any, latent_size: tuple[int, int, int], default_max: float) -> float:
@@ -134,6 +149,12 @@ def check_image_size(height: int, width: int) -> None:
     for name, pixels in {"height": height, "width": width}.items():
         if pixels < 16 or pixels % 16:
             raise BadInput(f"{name}={pixels} must be a multiple of 16 pixels: 512, 720, 1024, ...")
+
+
+def check_guidance(guidance: float) -> None:
+    """Refuses a guidance scale that would turn every image into noise or NaN."""
+    if not 0 <= guidance < math.inf:
+        raise BadInput(f"guidance={guidance} must be at least 0, and finite")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,17 +1,19 @@
 """Prompts: read them, embed them, find their embeddings."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from full_scale.contents import prompts_content, tensors_content, text_content
 from full_scale.pipeline import (
     TEXT_SUBFOLDERS,
+    Family,
     Precision,
     family_of,
     gpu_or_cpu,
@@ -19,8 +21,11 @@ from full_scale.pipeline import (
     pipeline_folder,
 )
 from leap_align import BadInput
-from runtime.processes import barrier, one_line, rank, run_on_rank0, world_size
-from runtime.run_dir import atomic_file, claim_output_folder, write_text
+from runtime.processes import barrier, one_line, rank, run_on_all_ranks, run_on_rank0, world_size
+from runtime.run_dir import atomic_file, claimed_output_folder, read_json, write_text
+
+EMBED = "embed"
+"""The `tool` of settings.json, by which a folder of embeddings is recognised."""
 
 
 def read_prompts(path: Path | None) -> list[str]:
@@ -29,10 +34,11 @@ def read_prompts(path: Path | None) -> list[str]:
         raise BadInput("prompts is missing: give --prompts FILE, a text file with one prompt per line")
     file = path / "prompts.txt" if path.is_dir() else path
     try:
-        prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = file.read_text(encoding="utf-8-sig").splitlines()  # without the mark that some editors put first
     except (OSError, UnicodeDecodeError) as error:
         message = f"cannot read prompts from {file} ({one_line(error)}): give a text file with one prompt per line"
         raise BadInput(message) from error
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise BadInput(f"{file} holds no prompt: write one per line")
     return prompts
@@ -43,32 +49,64 @@ def read_prompts(path: Path | None) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def embed(model: str, prompts: Path, out: Path, precision: Precision = "bfloat16") -> None:
     """Store the text embedding of every prompt, 4.2 MB each for FLUX.1-dev; then train with --prompts OUT.
 
     Args:
         model: Pipeline: a local folder in diffusers' layout, or a hub id.
         prompts: Text file, one prompt per line.
-        out: Folder to fill; embeddings that it already holds are not computed again.
+        out: Folder to fill; embeddings that it already holds are not computed again, unless they are damaged.
         precision: What the text encoders compute in.
     """
-    texts = read_prompts(prompts)
-    folder = pipeline_folder(model, TEXT_SUBFOLDERS)
-    family, device = family_of(folder), gpu_or_cpu()
-    run_on_rank0(lambda: claim_output_folder(out, {"model": model, "precision": precision}))
-    pipeline = open_pipeline(family, folder, getattr(torch, precision), transformer=None, vae=None).to(device)
-    # SD3.5's guidance also needs the empty prompt.
-    distinct = list(dict.fromkeys(["", *texts]))
-    for text in tqdm(distinct[rank() :: world_size()], "embed", mininterval=1, disable=rank() > 0):
-        if (path := embedding_file(out, text)).exists():
-            continue
-        embedding = family.encode_text(pipeline, [text], device)
-        with atomic_file(path) as temporary:
-            save_file({name: value[0].contiguous().cpu() for name, value in embedding.items()}, temporary)
-    # The list comes last, so that a training run that finds it also finds every embedding.
-    barrier()
-    run_on_rank0(lambda: write_text(out / "prompts.txt", "\n".join(texts) + "\n"))
+    texts = run_on_all_ranks(lambda: read_prompts(prompts))
+    folder = run_on_all_ranks(lambda: pipeline_folder(model, TEXT_SUBFOLDERS))
+    family = run_on_all_ranks(lambda: family_of(folder))
+    content = run_on_all_ranks(lambda: text_content(folder) if rank() == 0 else None)
+    settings = {"model": content, "prompts": prompts_content(texts), "precision": precision}
+    with claimed_output_folder(out, EMBED, settings):
+        # SD3.5's guidance also needs the empty prompt.
+        store_embeddings(family, folder, list(dict.fromkeys(["", *texts])), out, getattr(torch, precision))
+        # The list comes last, so that a training run that finds it also finds every embedding.
+        barrier()
+        run_on_rank0(lambda: write_text(out / "prompts.txt", "\n".join(texts) + "\n"))
+    if rank() == 0:
+        print(f"the embeddings of {len(texts)} prompts are in {out}: train with --prompts {out}")
+
+
+@torch.no_grad()
+def store_embeddings(family: Family, folder: Path, texts: Sequence[str], out: Path, dtype: torch.dtype) -> None:
+    """Stores the embeddings of this rank's part of the texts, apart from whole ones that are there already."""
+    device = gpu_or_cpu()
+    pipeline = run_on_all_ranks(lambda: open_pipeline(family, folder, dtype, transformer=None, vae=None)).to(device)
+    for text in tqdm(texts[rank() :: world_size()], "embed", mininterval=1, disable=rank() > 0):
+        if not is_whole(path := embedding_file(out, text)):
+            rows = family.encode_text(pipeline, [text], device)
+            embedding = {name: value[0].contiguous().cpu() for name, value in rows.items()}
+            with atomic_file(path) as temporary:
+                temporary.write_bytes(save(embedding, {"content": tensors_content(embedding)}))
+
+
+def read_embedding(path: Path) -> dict[str, Tensor]:
+    """The text inputs of one prompt by name, on the CPU.  Raises BadInput if the file is missing or damaged."""
+    remedy = "run the same `python -m full_scale embed` again, which makes it anew"
+    try:
+        with safe_open(path, "pt") as file:
+            embedding = {name: file.get_tensor(name) for name in file.keys()}
+            content = (file.metadata() or {}).get("content")
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path} is damaged ({one_line(error)}): {remedy}") from error
+    if content != tensors_content(embedding):
+        raise BadInput(f"{path} is damaged (its checksum differs): {remedy}")
+    return embedding
+
+
+def is_whole(path: Path) -> bool:
+    """Whether an embedding file exists and is not damaged."""
+    try:
+        read_embedding(path)
+    except BadInput:
+        return False
+    return True
 
 
 def embedding_file(folder: Path, prompt: str) -> Path:
@@ -76,16 +114,21 @@ def embedding_file(folder: Path, prompt: str) -> Path:
     return folder / (hashlib.sha1(prompt.encode()).hexdigest() + ".safetensors")
 
 
-def embedding_folders(sources: Sequence[tuple[Path, Sequence[str]]], model: str) -> list[Path]:
-    """The sources that are folders of embeddings of this model's.
+def embedding_folders(sources: Sequence[tuple[Path, Sequence[str]]], folder: Path) -> list[Path]:
+    """The sources that are folders of embeddings by the text encoders of the pipeline in a folder.
 
     sources: the path of each list of prompts, and the prompts.  If all are folders, they must hold every embedding.
     """
     folders = [path for path, _ in sources if path.is_dir()]
     for path, prompts in sources:
         if path.is_dir():
-            check_embeddings(path, model, prompts if len(folders) == len(sources) else [])
+            check_embeddings(path, folder, prompts if len(folders) == len(sources) else [])
     return folders
+
+
+def text_encoders_content(folder: Path, embeddings: Sequence[Path]) -> str:
+    """The digest of a pipeline's text encoders, which a folder of embeddings by them has stored."""
+    return read_json(embeddings[0] / "settings.json")["model"] if embeddings else text_content(folder)
 
 
 def find_embedding(prompt: str, folders: Sequence[Path]) -> Path | None:
@@ -98,21 +141,22 @@ def find_embedding(prompt: str, folders: Sequence[Path]) -> Path | None:
 
 def load_embeddings(paths: Sequence[Path], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """The text inputs in some embedding files by name, each (B, ...)."""
-    embeddings = [load_file(path, device=str(device)) for path in paths]
-    return {name: torch.stack([row[name] for row in embeddings]).to(dtype) for name in embeddings[0]}
+    embeddings = [read_embedding(path) for path in paths]
+    return {name: torch.stack([row[name] for row in embeddings]).to(device, dtype) for name in embeddings[0]}
 
 
-def check_embeddings(folder: Path, model: str, prompts: Sequence[str]) -> None:
-    """Refuses a folder with embeddings of another model, or without one of these prompts."""
-    try:
-        embedded_model = json.loads((folder / "settings.json").read_text())["model"]
-    except (OSError, ValueError, KeyError) as error:
-        message = f"{folder} was not filled by `python -m full_scale embed` ({one_line(error)})"
-        raise BadInput(message) from error
-    if embedded_model != model:
-        raise BadInput(
-            f"{folder} holds embeddings of {embedded_model}, not of {model}: embed the prompts with this --model"
-        )
+def check_embeddings(folder: Path, pipeline: Path, prompts: Sequence[str]) -> None:
+    """Refuses a folder with embeddings of another pipeline's text encoders, or without one of these prompts.
+
+    A pipeline's folder need not hold its text encoders; then there is nothing to compare.  Only rank 0 reads them.
+    """
+    settings = read_json(folder / "settings.json") if (folder / "settings.json").exists() else {}
+    if settings.get("tool") != EMBED:
+        raise BadInput(f"{folder} was not filled by `python -m full_scale embed`: give a text file, or embed it")
+    has_text_encoders = any(pipeline.glob("text_encoder*/*.safetensors"))
+    if rank() == 0 and has_text_encoders and settings.get("model") != text_content(pipeline):
+        remedy = "embed the prompts with this --model"
+        raise BadInput(f"{folder} holds embeddings of another model than {pipeline}: {remedy}")
     if missing := [prompt for prompt in prompts if not embedding_file(folder, prompt).exists()]:
         raise BadInput(
             f"{folder} lacks {len(missing)} embeddings, such as that of {missing[0]!r:.60}: "

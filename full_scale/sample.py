@@ -1,6 +1,5 @@
 """Draw images from a base or trained model with diffusers' own pipeline."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from functools import partial
@@ -8,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
+from full_scale.components import LOADING_ERRORS, load_component
+from full_scale.contents import pipeline_content, prompts_content, weights_content
 from full_scale.pipeline import (
+    TEXT_SUBFOLDERS,
     Precision,
+    check_guidance,
     check_image_size,
     family_of,
     gpu_or_cpu,
@@ -22,9 +24,10 @@ from full_scale.pipeline import (
     silence_other_ranks,
 )
 from full_scale.prompts import read_prompts
+from full_scale.transformer import read_lora
 from leap_align import BadInput
 from runtime.processes import barrier, one_line, rank, run_on_all_ranks, run_on_rank0, world_size
-from runtime.run_dir import atomic_file, claim_output_folder, write_text
+from runtime.run_dir import atomic_file, claimed_output_folder, write_text
 
 
 @torch.no_grad()
@@ -64,24 +67,42 @@ def sample(
     """
     silence_other_ranks()
     check_image_size(height, width)
+    check_guidance(guidance)
     for name, value in {"steps": steps, "images_per_prompt": images_per_prompt, "batch_size": batch_size}.items():
         if value < 1:
             raise BadInput(f"{name}={value} must be at least 1")
-    layout = choose_layout(prompts, geneval, images_per_prompt)
-    settings = {"model": model, "transformer": transformer, "lora": lora, "prompts": layout.digest(), "steps": steps}
-    settings |= {"images_per_prompt": images_per_prompt, "height": height, "width": width, "guidance": guidance}
-    settings |= {"batch_size": batch_size, "precision": precision}
+    layout = run_on_all_ranks(lambda: choose_layout(prompts, geneval, images_per_prompt))
+    settings = {"prompts": layout.content(), "steps": steps, "images_per_prompt": images_per_prompt, "height": height}
+    settings |= {"width": width, "guidance": guidance, "batch_size": batch_size, "precision": precision}
     pipeline = run_on_all_ranks(lambda: open_trained(model, transformer, lora, getattr(torch, precision)))
-    run_on_rank0(lambda: claim_output_folder(out, settings))
-    run_on_rank0(lambda: layout.write(out))
-    pipeline.to(gpu_or_cpu())
-    size = {"height": height, "width": width}
-    draw = partial(pipeline, **size, num_inference_steps=steps, guidance_scale=guidance)
+    settings |= run_on_all_ranks(lambda: contents(model, transformer, lora) if rank() == 0 else {})
+    with claimed_output_folder(out, "sample", settings):
+        run_on_rank0(lambda: layout.write(out))
+        pipeline.to(gpu_or_cpu())
+        options = {"height": height, "width": width, "num_inference_steps": steps, "guidance_scale": guidance}
+        draw_missing(partial(pipeline, **options), layout, out, batch_size)
+        barrier()
+    if rank() == 0:
+        count = sum(map(len, layout.files))
+        print(f"{count} images are in {out}: score them with python -m full_scale score --images {out} --out SCORES")
+
+
+def contents(model: str, transformer: Path | None, lora: Path | None) -> dict[str, str | None]:
+    """Digests of everything that decides about the images, apart from prompts and numbers."""
+    folder = pipeline_folder(model)
+    return {
+        "model": pipeline_content(folder, *TEXT_SUBFOLDERS, "vae", "scheduler"),
+        "transformer": weights_content(transformer or folder / "transformer"),
+        "lora": weights_content(lora) if lora else None,
+    }
+
+
+def draw_missing(draw: Any, layout: "Layout", out: Path, batch_size: int) -> None:
+    """Draws this rank's part of the prompts, apart from those whose images all exist."""
     for i in tqdm(range(len(layout.prompts))[rank() :: world_size()], "sample", mininterval=1, disable=rank() > 0):
         files = [out / name for name in layout.files[i]]
         if not all(file.exists() for file in files):
             draw_prompt(draw, i, layout.prompts[i], files, batch_size)
-    barrier()
 
 
 def draw_prompt(draw: Any, i: int, prompt: str, files: list[Path], batch_size: int) -> None:
@@ -110,9 +131,9 @@ class Layout:
     metadata: list[str]
     """Each prompt's line of GenEval's metadata; empty without GenEval."""
 
-    def digest(self) -> str:
-        """A short name of the list of prompts."""
-        return hashlib.sha1("\n".join(self.prompts).encode()).hexdigest()[:12]
+    def content(self) -> str:
+        """The digest of the prompts and of GenEval's metadata."""
+        return prompts_content([*self.prompts, *self.metadata])
 
     def write(self, out: Path) -> None:
         """Writes prompts.json, and beside each prompt's images the metadata that GenEval's evaluator reads."""
@@ -130,11 +151,18 @@ def choose_layout(prompts: Path | None, geneval: Path | None, images_per_prompt:
     if geneval is None:
         return Layout(lines, [[f"{i:05d}_{number}.png" for number in numbers] for i in range(len(lines))], [])
     files = [[f"{i:05d}/samples/{number:04d}.png" for number in numbers] for i in range(len(lines))]
+    return Layout([read_geneval_line(geneval, line) for line in lines], files, lines)
+
+
+def read_geneval_line(path: Path, line: str) -> str:
+    """The prompt in a line of GenEval's metadata."""
     try:
-        return Layout([json.loads(line)["prompt"] for line in lines], files, lines)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        message = f"{geneval} must hold one JSON object with a prompt per line ({one_line(error)})"
-        raise BadInput(message) from error
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, LookupError, TypeError):
+        prompt = None
+    if not isinstance(prompt, str):
+        raise BadInput(f'{path}: the line {line!r:.60} must be a JSON object with a text "prompt"')
+    return prompt
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,30 +174,32 @@ def open_trained(model: str, transformer: Path | None, lora: Path | None, dtype:
     """A complete pipeline on the CPU, with the trained transformer or adapters if one is given."""
     if transformer and lora:
         raise BadInput("give --transformer or --lora, not both: a run trains one of them")
-    for name, path in {"transformer": transformer, "lora": lora}.items():
-        if path and not path.exists():
-            raise BadInput(f"{name}={path} does not exist: a finished run leaves it in its folder")
+    if transformer and not transformer.is_dir():
+        raise BadInput(f"transformer={transformer} is not a folder: a finished run leaves one in its own folder")
+    if lora and not lora.exists():
+        raise BadInput(f"lora={lora} does not exist: a finished run leaves it in its own folder")
     folder = pipeline_folder(model)
     family, components = family_of(folder), {}
-    try:
-        if transformer:
-            options = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
-            components["transformer"] = family.transformer_class.from_pretrained(transformer, **options)
-        pipeline = open_pipeline(family, folder, dtype, **components)
-        if lora:
-            check_adapters(lora, pipeline.transformer)
+    if transformer:
+        components["transformer"] = load_component(transformer, family.transformer_class, dtype)
+    pipeline = open_pipeline(family, folder, dtype, **components)
+    if lora:
+        check_adapters(lora, pipeline.transformer)
+        try:
             pipeline.load_lora_weights(lora, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise BadInput(f"{lora or transformer or model} does not fit {model}: {one_line(error)}") from error
+        except LOADING_ERRORS as error:
+            raise BadInput(f"{lora} does not fit {model}: {one_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def check_adapters(lora: Path, transformer: nn.Module) -> None:
-    """Raises ValueError for adapters of layers that the transformer does not have; diffusers would ignore them."""
-    layers = dict(transformer.named_modules())
-    for name, weight in load_file(lora / "pytorch_lora_weights.safetensors" if lora.is_dir() else lora).items():
+    """Refuses adapters of layers that the transformer does not have; diffusers would ignore them."""
+    adapters, layers = read_lora(lora), dict(transformer.named_modules())
+    if not adapters:
+        raise BadInput(f"{lora} holds no adapters: give the folder lora/ of a finished run")
+    for name, weight in adapters.items():
         layer, _, side = name.removeprefix("transformer.").partition(".lora_")
         axis = 1 if side.startswith("A") else 0  # A is (rank, in), B is (out, rank)
         if layer not in layers or weight.shape[axis] != layers[layer].weight.shape[axis]:
-            raise ValueError(f"{layer} is not one of its layers, or has another size")
+            raise BadInput(f"{lora} does not fit the model: {layer} is not one of its layers, or has another size")

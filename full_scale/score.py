@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
+from PIL import Image
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from full_scale import rewards
+from full_scale.contents import images_content, reward_content
 from full_scale.pipeline import gpu_or_cpu, silence_other_ranks
 from leap_align import BadInput
 from runtime.processes import barrier, rank, run_on_all_ranks, run_on_rank0, world_size
-from runtime.run_dir import claim_output_folder, write_text
+from runtime.run_dir import claimed_output_folder, read_json, write_text
 
 Row = dict[str, Any]
 """image, prompt and reward of one image."""
@@ -31,15 +33,48 @@ def score(images: Path, out: Path, reward: str = "hpsv2.1", reward_weights: tupl
         reward_weights: Local path of each named reward's weights, in their order; the hub's if not given.
     """
     silence_other_ranks()
-    prompts = read_image_prompts(images)
-    log = out / f"{images.resolve().name}_rewards_log.json"
-    if log.exists():
-        run_on_rank0(lambda: print_finished(log, prompts, reward))
-        return
-    rows_folder, device = log.with_suffix(".parts"), gpu_or_cpu()
-    settings = {"images": images.resolve(), "reward": reward, "reward_weights": reward_weights}
-    run_on_rank0(lambda: claim_output_folder(rows_folder, settings))
+    prompts, device = run_on_all_ranks(lambda: read_image_prompts(images)), gpu_or_cpu()
     model = run_on_all_ranks(lambda: rewards.load(reward, reward_weights, device=device))
+    settings = run_on_all_ranks(lambda: contents(images, prompts, reward, model) if rank() == 0 else {})
+    log = out / f"{images.resolve().name}_rewards_log.json"
+    with claimed_output_folder(out, "score", settings):
+        if log.exists():
+            run_on_rank0(lambda: print_finished(log, reward))
+        else:
+            score_images(model, images, prompts, log.with_suffix(".parts"), device)
+            run_on_rank0(lambda: write_log(log, log.with_suffix(".parts"), prompts, reward))
+
+
+def contents(images: Path, prompts: dict[str, str], reward: str, model: nn.Module) -> dict[str, str]:
+    """Digests of everything that decides about the scores; refuses a damaged image."""
+    for name in tqdm(prompts, "check", leave=False, delay=2):
+        check_image(images / name)
+    contents = {"images": images_content(images, prompts), "reward": reward}
+    return contents | {"reward_weights": reward_content(reward, model)}
+
+
+def check_image(path: Path) -> None:
+    """Refuses a file that is not an image, or whose checksums are wrong."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        remedy = "replace it, or delete it and let `python -m full_scale sample` draw it again"
+        raise BadInput(f"{path} is not a whole image: {remedy}") from error
+
+
+def read_image(path: Path) -> Tensor:
+    """An image (1, 3, H, W) in [0, 1]."""
+    with Image.open(path) as image:
+        pixels = np.array(image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+
+
+def score_images(
+    model: nn.Module, images: Path, prompts: dict[str, str], rows_folder: Path, device: torch.device
+) -> None:
+    """Writes a row for each image of this rank's part, apart from those that have one already."""
+    run_on_rank0(lambda: rows_folder.mkdir(exist_ok=True))
     scored = read_rows(rows_folder)
     barrier()  # otherwise a fast rank would write rows while a slow one still reads
     with (rows_folder / f"{rank()}.jsonl").open("a") as file:
@@ -47,21 +82,21 @@ def score(images: Path, out: Path, reward: str = "hpsv2.1", reward_weights: tupl
         for name in tqdm(list(prompts)[rank() :: world_size()], "score", mininterval=1, disable=rank() > 0):
             if name in scored:
                 continue
-            image = torchvision.io.decode_image(str(images / name), torchvision.io.ImageReadMode.RGB)
-            value = model(image[None].to(device) / 255, [prompts[name]]).item()
+            value = model(read_image(images / name).to(device), [prompts[name]]).item()
             file.write(json.dumps({"image": name, "prompt": prompts[name], "reward": value}) + "\n")
             file.flush()
     barrier()
-    run_on_rank0(lambda: write_log(log, rows_folder, prompts, reward))
 
 
 def read_image_prompts(images: Path) -> dict[str, str]:
     """prompts.json of a folder of images, by file; all images must exist."""
-    try:
-        prompts = json.loads((images / "prompts.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise BadInput(f"images={images} needs a prompts.json, {{file: prompt}}, as `sample` writes it") from error
-    missing = [name for name in prompts if not (images / name).exists()]
+    path = images / "prompts.json"
+    if not path.exists():
+        raise BadInput(f"images={images} needs a prompts.json, {{file: prompt}}, as `sample` writes it")
+    prompts = read_json(path)
+    if wrong := [name for name, prompt in prompts.items() if not isinstance(prompt, str)]:
+        raise BadInput(f"{path}: the prompt of {wrong[0]} must be a text, not {prompts[wrong[0]]!r:.40}")
+    missing = [name for name in prompts if not (images / name).is_file()]
     if missing or not prompts:
         raise BadInput(f"{images} lacks {len(missing)} of {len(prompts)} images: finish `python -m full_scale sample`")
     return prompts
@@ -74,8 +109,8 @@ def read_rows(rows_folder: Path) -> dict[str, Row]:
         for line in file.read_text().splitlines():
             try:
                 row = json.loads(line)
-                rows[row["image"]] = row
-            except json.JSONDecodeError:
+                rows[row["image"]] = {name: row[name] for name in ("image", "prompt", "reward")}
+            except (ValueError, LookupError, TypeError):
                 continue
     return rows
 
@@ -90,9 +125,9 @@ def write_log(log: Path, rows_folder: Path, prompts: dict[str, str], reward: str
     print(f"mean {reward} of {len(prompts)} images: {mean:.4f}; written to {log}")
 
 
-def print_finished(log: Path, prompts: dict[str, str], reward: str) -> None:
-    """Prints the mean in an existing log; refuses a log of another reward or of other images."""
-    result = json.loads(log.read_text())
-    if result["reward"] != reward or [row["image"] for row in result["images"]] != list(prompts):
-        raise BadInput(f"{log} holds scores of {result['reward']}, or of other images: choose another --out")
-    print(f"mean {reward} of {len(prompts)} images: {result['mean']:.4f}; already in {log}")
+def print_finished(log: Path, reward: str) -> None:
+    """Prints the mean in an existing log."""
+    result = read_json(log)
+    if not isinstance(result.get("mean"), float) or not isinstance(result.get("images"), list):
+        raise BadInput(f"{log} is damaged: delete it, and the same command scores the images again")
+    print(f"mean {reward} of {len(result['images'])} images: {result['mean']:.4f}; already in {log}")

@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from full_scale import rewards
+from runtime.run_dir import claimed_output_folder, write_errors_named
 
 
 def tiny(folder: Annotated[Path, tyro.conf.Positional], sd3: bool = False) -> None:
@@ -22,14 +23,15 @@ def tiny(folder: Annotated[Path, tyro.conf.Positional], sd3: bool = False) -> No
     The classes are the real ones at a toy's size: the images are noise and stay noise.
 
     Args:
-        folder: Folder to write.
+        folder: Folder to fill: a new one, an empty one, or one that this tool has filled.
         sd3: SD3.5's architecture instead of FLUX's.
     """
-    torch.manual_seed(0)
     task = "sd3" if sd3 else "flux"
-    PIPELINES[task]().save_pretrained(folder)
-    for name in tqdm(rewards.REWARDS, "tiny rewards"):
-        rewards.tiny(name, folder / ("reward" if name == "hpsv2.1" else name))
+    with claimed_output_folder(folder, "tiny", {"sd3": sd3}), write_errors_named(folder):
+        torch.manual_seed(0)
+        PIPELINES[task]().save_pretrained(folder)
+        for name in tqdm(rewards.REWARDS, "tiny rewards"):
+            rewards.tiny(name, folder / ("reward" if name == "hpsv2.1" else name))
     print(
         f"try: python train_leap_align.py --task {task} --model {folder} --prompts PROMPTS.txt "
         f"--reward-weights {folder}/reward --height 64 --width 64 --batch-size 4 --iterations 3"

@@ -1,12 +1,16 @@
 """The transformer of a diffusers pipeline: build, shard (FSDP2), load, export; all weights or LoRA adapters."""
 
+import math
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
@@ -14,10 +18,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from full_scale.components import LOADING_ERRORS, REMEDY, weight_shapes
 from full_scale.pipeline import Family
 from leap_align import BadInput
-from runtime.processes import one_line, rank
-from runtime.run_dir import atomic_folder
+from runtime.processes import one_line, rank, run_on_all_ranks
+from runtime.run_dir import atomic_folder, read_json
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Build
@@ -26,9 +31,23 @@ from runtime.run_dir import atomic_folder
 
 def empty_transformer(family: Family, folder: Path) -> nn.Module:
     """The transformer of the pipeline in a folder, on the meta device: architecture without memory."""
-    kind = family.transformer_class
-    with torch.device("meta"):
-        return kind.from_config(kind.load_config(folder / "transformer", local_files_only=True)).eval()
+    kind, path = family.transformer_class, folder / "transformer" / "config.json"
+    config = read_json(path)
+    try:
+        with torch.device("meta"):
+            return kind.from_config(config).eval()
+    except LOADING_ERRORS as error:
+        raise BadInput(f"{path} does not describe a {kind.__name__} ({one_line(error)}): {REMEDY}") from error
+
+
+def check_lora(lora_rank: int, lora_alpha: float | None) -> None:
+    """Refuses a rank or a scale of adapters that cannot work.  Rank 0: no adapters."""
+    if lora_rank < 0:
+        raise BadInput(f"lora_rank={lora_rank} must be at least 0")
+    if lora_alpha is not None and not lora_rank:
+        raise BadInput(f"lora_alpha={lora_alpha} scales adapters, but there are none: give --lora-rank, too")
+    if lora_alpha is not None and not 0 < lora_alpha < math.inf:
+        raise BadInput(f"lora_alpha={lora_alpha} must be positive and finite")
 
 
 def add_lora(model: nn.Module, lora_rank: int, lora_alpha: float, targets: Sequence[str], dtype: torch.dtype) -> None:
@@ -38,14 +57,26 @@ def add_lora(model: nn.Module, lora_rank: int, lora_alpha: float, targets: Seque
     """
     from peft import LoraConfig
 
-    model.requires_grad_(False).to(dtype)
-    try:
-        model.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=list(targets)))
-    except ValueError as error:
-        raise BadInput(f"lora_targets={tuple(targets)} match no layer of {type(model).__name__}") from error
+    _check_targets(model, lora_rank, targets)
+    nn.Module.to(model.requires_grad_(False), dtype)  # diffusers' own `to` prints a warning that concerns other models
+    model.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=list(targets)))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def _check_targets(model: nn.Module, lora_rank: int, targets: Sequence[str]) -> None:
+    layers = {f".{name}": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    widths = []
+    for target in targets:
+        matches = [layer for name, layer in layers.items() if name.endswith(f".{target}")]
+        if not matches:
+            raise BadInput(f"lora_targets: no linear layer of {type(model).__name__} is called {target!r}")
+        widths += [min(layer.in_features, layer.out_features) for layer in matches]
+    if not widths:
+        raise BadInput("lora_targets is empty: name at least one linear layer")
+    if lora_rank > min(widths):
+        raise BadInput(f"lora_rank={lora_rank} must be at most {min(widths)}, the width of the narrowest target layer")
 
 
 def has_lora(model: nn.Module) -> bool:
@@ -71,22 +102,28 @@ def mesh_of_one(device: torch.device) -> DeviceMesh:
 
 
 def check_memory(model: nn.Module, frozen: Sequence[nn.Module], device: torch.device, shards: int) -> None:
-    """Refuses a GPU on which not even weights and optimizer fit.
+    """Refuses a GPU, or a computer without one, on which not even weights and optimizer fit.
 
     A trained parameter needs five times its size: float32 weight, gradient, two moments and average.
-    model: on the meta device, to be divided by `shards`.  frozen: modules that every GPU holds in full.
+    model: on the meta device, to be divided by `shards`.  frozen: modules that every process holds in full.
     """
-    if device.type != "cuda":
-        return
     frozen_parameters = [p for module in frozen for p in module.parameters()]
     needed = sum(p.nbytes for p in frozen_parameters if p.device.type != device.type)
     needed += sum(p.nbytes * (5 if p.requires_grad else 1) for p in model.parameters()) / shards
-    free, _ = torch.cuda.mem_get_info(device)
+    free = _free_memory(device)
     if needed > free:
+        where, remedy = ("GPU", "use more GPUs") if device.type == "cuda" else ("process on the CPU", "use GPUs")
         raise BadInput(
-            f"weights and optimizer need {needed / 2**30:.0f} GiB a GPU, {free / 2**30:.0f} are free: use more GPUs, "
-            "--lora-rank 64, or prompts from `python -m full_scale embed`, which need no text encoders"
+            f"weights and optimizer need {needed / 2**30:.0f} GiB for each {where}, {free / 2**30:.0f} are free: "
+            f"{remedy}, --lora-rank 64, or prompts from `python -m full_scale embed`, which need no text encoders"
         )
+
+
+def _free_memory(device: torch.device) -> float:
+    """Bytes that this process can still allocate; the processes of a node share its main memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
@@ -145,10 +182,23 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """Loads a `transformer/` folder of safetensors; each rank reads its own shards.  LoRA adapters stay."""
     state = model.state_dict()
     state = {name.replace(".base_layer", ""): value for name, value in state.items() if ".lora_" not in name}
+    run_on_all_ranks(lambda: check_weights(state, folder))
     try:
         dcp.load(state, storage_reader=HuggingFaceStorageReader(folder))
     except dcp.CheckpointException as error:
-        raise BadInput(f"{folder} does not hold the weights of its config.json: {one_line(error)}") from error
+        causes = [cause for cause, _ in error.failures.values()]
+        raise BadInput(f"cannot load the weights in {folder} ({one_line(causes[0])}): {REMEDY}") from error
+
+
+def check_weights(state: dict[str, Tensor], folder: Path) -> None:
+    """Refuses a folder of safetensors that is damaged, or holds other weights than the state dict."""
+    expected, found = {name: tuple(value.shape) for name, value in state.items()}, weight_shapes(folder)
+    names = sorted(expected.keys() | found.keys(), key=lambda name: (name in found, name))  # missing ones first
+    for name in names:
+        if expected.get(name) != found.get(name):
+            shapes = ["absent" if shape is None else str(shape) for shape in (found.get(name), expected.get(name))]
+            message = f"{name} is {shapes[0]}, but {shapes[1]} in the model of its config.json"
+            raise BadInput(f"{folder} holds the weights of another model, or not all ({message}): {REMEDY}")
 
 
 def reset_lora(model: nn.Module) -> None:
@@ -169,9 +219,18 @@ def reset_lora(model: nn.Module) -> None:
 
 def load_lora(model: nn.Module, folder: Path) -> None:
     """Loads a `lora/` folder that `export_lora` wrote."""
-    layers = load_file(folder / "pytorch_lora_weights.safetensors")
+    layers = read_lora(folder)
     names = {name: name.removeprefix("transformer.").replace(".weight", ".default.weight") for name in layers}
     _set_lora(model, {names[name]: weight for name, weight in layers.items()})
+
+
+def read_lora(path: Path) -> dict[str, Tensor]:
+    """The adapters in a `lora/` folder, or in one file."""
+    file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{file} is missing or damaged ({one_line(error)}): restore it") from error
 
 
 def _set_lora(model: nn.Module, state: dict[str, Tensor]) -> None:

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from leap_align import BadInput
 from runtime.ema import EMA
-from runtime.processes import all_gather, one_line, rank, run_on_all_ranks, run_on_rank0, world_size
-from runtime.run_dir import check_not_removed, digest, write_text
+from runtime.processes import RaisedOnAllRanks, all_gather, one_line, rank, run_on_all_ranks, run_on_rank0, world_size
+from runtime.run_dir import check_not_removed, checkpoints, digest, write_text
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # a single process saves as well
 LOGS = ("metrics.csv", "evaluations.csv")
@@ -57,11 +57,6 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EM
     return tensors | {f"optimizer.{name}": value for name, value in state.items() if torch.is_tensor(value)}
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """A run's checkpoints, the newest last."""
-    return sorted((folder / "checkpoint").glob("[0-9]*"), key=lambda path: int(path.name))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Save
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,10 +86,10 @@ def save_checkpoint(
             digests |= rank_digests
         state = asdict(progress) | {"generator": generator.get_state().tolist(), "digests": digests}
         run_on_rank0(lambda: _publish(folder, part, progress.iteration, state, limit))
-    except (OSError, dcp.CheckpointException) as error:
-        raise BadInput(
-            f"cannot write {part} ({_reason(error)}): the last checkpoint is good, continue with --resume"
-        ) from error
+    except (OSError, dcp.CheckpointException, RaisedOnAllRanks) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        remedy = "the last checkpoint is good: free some space, then continue with --resume"
+        raise BadInput(f"cannot write {part} ({_reason(error)}): {remedy}") from error
 
 
 def _prepare(folder: Path, part: Path) -> None:
@@ -110,7 +105,7 @@ def _sync_and_digest(files: list[Path]) -> dict[str, str]:
 
 def _publish(folder: Path, part: Path, iteration: int, state: dict[str, Any], limit: int) -> None:
     """Adds state.json, renames the finished checkpoint into place, removes the oldest ones."""
-    state = state | {name: (folder / name).read_text() for name in ("config.json", *LOGS)}
+    state = state | {name: (folder / name).read_bytes().decode() for name in ("config.json", *LOGS)}
     text = json.dumps(state)
     (part / "state.json").write_text(f"{digest(text.encode())}\n{text}")
     fsync(part / "state.json", part)
@@ -138,14 +133,24 @@ def fsync(*paths: Path) -> None:
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, generator: torch.Generator
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA,
+    generator: torch.Generator,
+    iterations: int,
 ) -> Progress:
-    """Loads the newest undamaged checkpoint into these objects and restores the logs; returns the progress."""
+    """Loads the newest undamaged checkpoint into these objects and restores the logs; returns the progress.
+
+    Refuses a checkpoint with more than `iterations` behind it, before anything changes.
+    """
     path, state = _newest_undamaged(folder)
+    if (done := state["iteration"]) > iterations:
+        raise RaisedOnAllRanks(f"iterations={iterations}, but the run has already done {done}: give more")
     try:
         dcp.load(training_tensors(model, optimizer, ema), storage_reader=HuggingFaceStorageReader(str(path)))
     except dcp.CheckpointException as error:
-        raise BadInput(f"{path} does not fit this model: {_reason(error)}") from error
+        raise RaisedOnAllRanks(f"{path} does not fit this model: {_reason(error)}") from error
     generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
     run_on_rank0(lambda: _restore_logs(folder, state))
     return Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
@@ -164,7 +169,8 @@ def _newest_undamaged(folder: Path) -> tuple[Path, dict[str, Any]]:
         except DamagedCheckpoint as damage:
             if rank() == 0:
                 tqdm.write(f"{path} is damaged ({damage}): loading the checkpoint before it")
-    raise BadInput(f"{folder} has no undamaged checkpoint among {len(paths)}: start the run without --resume")
+    remedy = f"delete {folder} and start the run without --resume, or choose another --out"
+    raise RaisedOnAllRanks(f"{folder} has no undamaged checkpoint among {len(paths)}: {remedy}")
 
 
 def _verify(path: Path) -> dict[str, Any]:

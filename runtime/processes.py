@@ -3,12 +3,17 @@
 Every function also works in a single process without a process group: that is rank 0 of 1.
 """
 
+import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+import time
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 from leap_align import BadInput
 
@@ -127,31 +133,44 @@ def one_line(error: BaseException) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class StoppedBySignal(Exception):
-    """The run stopped because a signal asked for it; everything is saved."""
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+"""Ctrl-C, a cluster's preemption, a closed terminal, Slurm's warning."""
 
-    def __init__(self, number: int) -> None:
+
+class StoppedBySignal(Exception):
+    """A signal asked the process to stop."""
+
+    def __init__(self, number: int, is_saved: bool) -> None:
         super().__init__(number)
-        self.signal = number
+        self.signal, self.is_saved = number, is_saved
 
 
 @dataclass
 class StopRequest:
-    """The signal that asks this process to stop; 0 for none."""
+    """Which signal asks this process to stop, and what it does then."""
 
     signal: int = 0
+    """0 for none."""
+    is_deferred: bool = False
+    """Whether the caller looks at `signal` when it can save; otherwise a signal raises StoppedBySignal at once."""
 
 
 @contextmanager
-def stop_on_signals():
-    """Yields a StopRequest that SIGINT or SIGTERM fills.  The same signal a second time ends the process at once."""
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Yields a StopRequest that a stop signal fills.  The same signal a second time ends the process at once.
+
+    A signal that is ignored, as SIGHUP is under nohup, stays ignored.
+    """
     request = StopRequest()
 
     def handle(number: int, frame: Any) -> None:
         request.signal = number
         signal.signal(number, signal.SIG_DFL)
+        if not request.is_deferred:
+            raise StoppedBySignal(number, is_saved=False)
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield request
     finally:
@@ -164,31 +183,57 @@ def stop_on_signals():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def exit_process(error: BaseException | None) -> None:
+PACKAGES = {name: name for name in "diffusers transformers peft accelerate sentencepiece safetensors".split()}
+PACKAGES |= {name: name for name in "torchvision tokenizers huggingface_hub matplotlib hpsv2 psutil".split()}
+PACKAGES |= {"sklearn": "scikit-learn", "open_clip": "open_clip_torch"}
+"""Packages that requirements.txt installs, by the name under which Python imports them."""
+
+
+class UserCodeError(Exception):
+    """Raised from an error of code that the user supplied; UserCodeError("your reward my_module:factory")."""
+
+
+@contextmanager
+def user_code(what: str) -> Iterator[None]:
+    """Raises UserCodeError(what) from any error of the code inside, apart from those that have a line of their own."""
+    try:
+        yield
+    except (BadInput, UserCodeError, StoppedBySignal, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserCodeError(what) from error.with_traceback(error.__traceback__.tb_next)  # without this frame
+
+
+def exit_process(error: BaseException | None, continue_with: str, out_of_memory: str) -> None:
     """Ends the process: one line on stderr if there is an error, and the exit status that fits it.
 
-    Under torchrun a failed process exits at once.  Destroying the process group would wait for ranks that wait for
-    this one, and gloo's threads sometimes abort a regular interpreter exit (SIGABRT).
+    continue_with, out_of_memory: what a user can do after a failure, and when memory runs out.  Under torchrun a failed
+    process exits at once.  Destroying the process group would wait for ranks that wait for this one, and gloo's threads
+    sometimes abort a regular interpreter exit (SIGABRT).
     """
     under_torchrun = dist.is_torchelastic_launched()
     if dist.is_initialized() and not (under_torchrun and error is not None):
         dist.destroy_process_group()
+    message = "" if error is None else _message(error, continue_with, out_of_memory)
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # otherwise the message would follow an unfinished progress bar on the same line
     if under_torchrun:
-        _exit_under_torchrun(error)
+        _exit_under_torchrun(error, message)
     if isinstance(error, StoppedBySignal):
-        print(_message(error), file=sys.stderr)
+        print(message, file=sys.stderr)
         sys.exit(_status(error))
     if error is not None:
-        sys.exit(_message(error))
+        sys.exit(message)
 
 
-def _exit_under_torchrun(error: BaseException | None) -> None:
+def _exit_under_torchrun(error: BaseException | None, message: str) -> None:
     this_rank = int(os.environ["RANK"])
-    message = _message(error) if error is not None else ""
-    if message and this_rank == 0:
+    message = message if this_rank == 0 else f"{message} (process {this_rank})"
+    if error is not None and (this_rank == 0 or not isinstance(error, RaisedOnAllRanks | StoppedBySignal)):
         print(message, file=sys.stderr)
-    elif message and not isinstance(error, RaisedOnAllRanks | StoppedBySignal):
-        print(f"{message} (process {this_rank})", file=sys.stderr)
+        # torchrun shows this message in the table that it prints at the end.
+        content = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": content}))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(_status(error))
@@ -201,20 +246,33 @@ def _status(error: BaseException | None) -> int:
     return 0 if error is None else 1
 
 
-def _message(error: BaseException) -> str:
+def _message(error: BaseException, continue_with: str, out_of_memory: str) -> str:
     """The line for an error that a user can act on; any other error is raised again, with its traceback."""
-    resume = "the last checkpoint is good, continue with --resume"
     if isinstance(error, StoppedBySignal):
-        return f"stopped by {signal.Signals(error.signal).name}: everything is saved, continue with --resume"
+        outcome = f"everything is saved: {continue_with}" if error.is_saved else "nothing new was saved"
+        return f"stopped by {signal.Signals(error.signal).name}, {outcome}"
     if isinstance(error, BadInput):
         return f"error: {error}"
-    if isinstance(error, torch.OutOfMemoryError):
-        remedy = "raise --gradient-accumulation-steps, or see full_scale/README.md for what else helps"
-        return f"error: out of GPU memory ({one_line(error):.80}): {remedy}"
+    if isinstance(error, UserCodeError):
+        cause = error.__cause__
+        traceback_text = "".join(traceback.format_exception(cause)).rstrip()
+        return f"error: {error} raised {type(cause).__name__}: {one_line(cause)}; its traceback:\n{traceback_text}"
+    if package := _missing_package(error):
+        return f"error: {package} is not installed: pip install -r requirements.txt"
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        return f"error: out of memory ({one_line(error):.120}): {out_of_memory}"
     if isinstance(error, OSError):
-        return f"error: {error.filename or 'a file'}: {one_line(error)}; {resume}"
-    if isinstance(error, KeyboardInterrupt):
-        return f"error: interrupted; {resume}, or start again if there is none yet"
+        return f"error: {error.filename or 'writing a file'}: {one_line(error)}; then {continue_with}"
     if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-        return f"error: lost another process ({one_line(error):.80}); {resume}"
+        return f"error: lost another process ({one_line(error):.80}): {continue_with}"
     raise error
+
+
+def _missing_package(error: BaseException | None) -> str | None:
+    """The package that an import did not find; diffusers and transformers raise errors of their own from that one."""
+    while error is not None:
+        name = str(getattr(error, "name", None)).split(".")[0]
+        if isinstance(error, ModuleNotFoundError) and name in PACKAGES and find_spec(name) is None:
+            return PACKAGES[name]
+        error = error.__cause__ or error.__context__
+    return None

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from runtime.checkpoint import Progress
 from runtime.run_dir import atomic_file, read_csv, write_json
 
 Evaluation = dict[str, float]
@@ -29,6 +30,13 @@ def reward_hacking_signs(evaluations: list[Evaluation], held_out: dict[str, floa
     return signs
 
 
+def write_report(folder: Path, progress: Progress) -> None:
+    """Writes result.json and curves.png, and prints the evaluators."""
+    write_result(folder, progress.evaluations, progress.seconds, progress.signs)
+    draw_curves(folder, progress.evaluations, read_csv(folder / "metrics.csv"))
+    print_summary(folder, progress.evaluations, progress.seconds, progress.signs)
+
+
 def write_result(folder: Path, evaluations: list[Evaluation], seconds: float, signs: dict[str, str]) -> None:
     """result.json: all evaluators before and after training, the seconds of training, the signs that still hold."""
     before, after = (_evaluators(row) for row in (evaluations[0], evaluations[-1]))
@@ -36,17 +44,20 @@ def write_result(folder: Path, evaluations: list[Evaluation], seconds: float, si
     write_json(folder / "result.json", result)
 
 
-def draw_curves(folder: Path, evaluations: list[Evaluation]) -> None:
+def draw_curves(folder: Path, evaluations: list[Evaluation], metrics: list[dict[str, str]]) -> None:
     """curves.png: the reward of every batch in grey, each evaluator of the averaged weights as red dots."""
-    metrics, names = read_csv(folder / "metrics.csv"), list(_evaluators(evaluations[0]))
-    figure = Figure(figsize=(2.8 * len(names), 2.6), layout="constrained")
+    names = list(_evaluators(evaluations[0]))
+    figure = Figure(figsize=(2.8 * len(names), 2.9), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
         if name == "reward":
             iterations, rewards = ([float(row[column]) for row in metrics] for column in ("iteration", "reward"))
-            axis.plot(iterations, rewards, "C7", lw=0.7, alpha=0.7)
-        axis.plot([row["iteration"] for row in evaluations], [row[name] for row in evaluations], "C3o-", ms=3)
+            axis.plot(iterations, rewards, "C7", lw=0.7, alpha=0.7, label="batch, live weights")
+        values, label = [row[name] for row in evaluations], "evaluation, averaged weights"
+        axis.plot([row["iteration"] for row in evaluations], values, "C3o-", ms=3, label=label)
         axis.set(title=name + (" (trained on)" if name == "reward" else " (held out)"), xlabel="iteration")
         axis.grid(alpha=0.3)
+    lines = {line.get_label(): line for axis in figure.axes for line in axis.lines}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=2, frameon=False)
     with atomic_file(folder / "curves.png") as temporary:
         figure.savefig(temporary, dpi=120, format="png")
 

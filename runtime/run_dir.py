@@ -4,13 +4,18 @@ import csv
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
 from leap_align import BadInput
+from runtime.processes import one_line, run_on_rank0
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Atomic writes
@@ -26,8 +31,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with write_errors_named(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -38,15 +44,34 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    yield temporary
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(temporary, path)
+    try:
+        with write_errors_named(path):
+            yield temporary
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def write_errors_named(path: Path) -> Iterator[None]:
+    """Gives an error of the operating system that names no file, such as that of a full disk, this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    except Exception as error:
+        # Libraries written in Rust, such as safetensors, raise classes of their own.
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically."""
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -71,38 +96,77 @@ def digest(content: bytes | Path) -> str:
         return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
+def digest_folder(folder: Path, pattern: str = "*", ignored: str = "*.part") -> str:
+    """One digest of the names and contents of the files in a folder that match the pattern, but not `ignored`."""
+    files = sorted(path for path in folder.glob(pattern) if path.is_file() and not path.match(ignored))
+    total = hashlib.blake2b()
+    for path in tqdm(files, f"reading {folder}", leave=False, delay=2, mininterval=1):
+        total.update(f"{path.relative_to(folder)} {digest(path)}\n".encode())
+    return total.hexdigest()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Settings
+# Who may write into a folder
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def claim_run_folder(folder: Path, settings: dict[str, Any], resume: bool, changeable: frozenset[str]) -> None:
-    """Writes a run's settings to config.json; refuses a folder that holds another run.
+def check_run_folder(folder: Path, settings: dict[str, Any], resume: bool, changeable: frozenset[str]) -> None:
+    """Refuses a folder with another run.  Writes nothing.
 
     On resume the settings must equal those of the run, apart from the `changeable` ones.  A run that stopped before
     its first checkpoint may be started again.
     """
-    path, settings = folder / "config.json", _as_json(settings)
+    path = folder / "config.json"
     if resume and not path.exists():
         raise BadInput(f"{path} does not exist: nothing to resume; start the run without --resume")
-    if resume and (changes := _changes(_read_settings(path), settings, changeable)):
-        raise BadInput(f"{folder} was run with other settings: {changes}")
-    if not resume and (any((folder / "checkpoint").glob("[0-9]*")) or (folder / "result.json").exists()):
+    if resume and (changes := _changes(read_json(path), _as_json(settings), changeable)):
+        raise BadInput(f"{folder} was run with other settings: {changes}; give those, or start a run in another --out")
+    if not resume and (checkpoints(folder) or (folder / "result.json").exists()):
         raise BadInput(f"{folder} holds another run: choose another --out, continue with --resume, or delete it")
-    _write_settings(path, settings)
 
 
-def claim_output_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Writes a tool's settings to settings.json; refuses a folder that was filled with other settings."""
-    path, settings = folder / "settings.json", _as_json(settings)
-    if path.exists() and (changes := _changes(_read_settings(path), settings)):
+def check_contents(folder: Path, contents: dict[str, str]) -> None:
+    """Refuses to resume a run when the content of a file that it reads has changed."""
+    old = read_json(folder / "config.json").get("contents", {})
+    if changed := sorted(name for name in contents if old.get(name) != contents[name]):
+        raise BadInput(f"{', '.join(changed)} changed since {folder} was started: restore it, or choose another --out")
+
+
+def write_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Writes settings as JSON."""
+    try:
+        write_json(path, _as_json(settings))
+    except OSError as error:
+        raise BadInput(f"cannot write {path} ({error.strerror}): free some space, or choose another --out") from error
+
+
+@contextmanager
+def claimed_output_folder(folder: Path, tool: str, settings: dict[str, Any]) -> Iterator[None]:
+    """A tool's folder, locked while the context lasts, with its settings in settings.json; every rank calls it.
+
+    Refuses a folder that is not new, empty or filled by this tool with the same settings.
+    """
+    path, settings = folder / "settings.json", {"tool": tool, **settings}
+    with locked_folder(folder, path.name, tool):
+        run_on_rank0(lambda: _check_same_settings(folder, path, settings))
+        run_on_rank0(lambda: write_settings(path, settings))
+        yield
+
+
+def _check_same_settings(folder: Path, path: Path, settings: dict[str, Any]) -> None:
+    if path.exists() and (changes := _changes(read_json(path), _as_json(settings))):
         raise BadInput(f"{folder} was filled with other settings: {changes}; choose another --out")
-    _write_settings(path, settings)
+
+
+def check_new_file(path: Path) -> None:
+    """Refuses to overwrite a file."""
+    if path.exists():
+        raise BadInput(f"{path} exists: choose another --out, or delete it")
 
 
 def check_shared_folder(folder: Path) -> None:
     """Refuses a folder that the nodes do not share: each node would keep its own part of a checkpoint."""
-    if not (folder / "config.json").exists():
+    if not (folder / LOCK).exists():
         raise BadInput(f"{folder} is not the same on every node: give an --out on a disk that all nodes share")
 
 
@@ -112,23 +176,65 @@ def check_not_removed(path: Path) -> None:
         raise BadInput(f"{path} is gone: the run's folder was removed during the run")
 
 
+LOCK = ".lock"
+"""The file in a folder that the process which writes into it has locked."""
+
+
+@contextmanager
+def locked_folder(folder: Path, settings_file: str, tool: str) -> Iterator[None]:
+    """Rank 0 locks the folder while the context lasts; every rank calls it.  A process that dies leaves no lock.
+
+    Refuses a folder with content that is not the tool's: its settings file is a JSON object with "tool": tool.
+    """
+    lock = FileLock(folder / LOCK, blocking=False)
+    run_on_rank0(lambda: _check_own(folder, folder / settings_file, tool))
+    run_on_rank0(lambda: _acquire(lock, folder))
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _check_own(folder: Path, settings_file: Path, tool: str) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder} is a file: choose another --out")
+    if not folder.exists() or all(file.name == LOCK or file.suffix == ".part" for file in folder.iterdir()):
+        return
+    if not settings_file.is_file() or read_json(settings_file).get("tool") != tool:
+        raise BadInput(f"{folder} is not empty, and {tool} did not fill it: choose another --out")
+
+
+def _acquire(lock: FileLock, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise BadInput(f"{folder} is in use by another process: wait until it ends, or choose another --out") from error
+    except OSError as error:
+        raise BadInput(f"cannot write to {folder} ({error.strerror}): choose another --out") from error
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """A run's checkpoints, the newest last.  Other names in the folder do not count."""
+    paths = (folder / "checkpoint").glob("*")
+    return sorted((path for path in paths if re.fullmatch(r"\d{6,}", path.name)), key=lambda path: int(path.name))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        fault = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({one_line(error)})"
+        raise BadInput(f"{path} {fault}: restore it, or choose another folder") from error
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} must hold a JSON object, not a {type(value).__name__}: restore it")
+    return value
+
+
 def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings as JSON gives them back: paths become strings, tuples lists."""
     return json.loads(json.dumps(settings, default=str))
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{path} is damaged ({error}): the settings cannot be compared") from error
-
-
-def _write_settings(path: Path, settings: dict[str, Any]) -> None:
-    try:
-        write_json(path, settings)
-    except OSError as error:
-        raise BadInput(f"cannot write to {path.parent} ({error.strerror}): choose another --out") from error
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any], ignored: frozenset[str] = frozenset()) -> str:
@@ -147,7 +253,8 @@ class CsvLog:
 
     def __init__(self, path: Path, columns: tuple[str, ...], iteration: int) -> None:
         self.path = path
-        rows = [row for row in read_csv(path) if int(row["iteration"]) <= iteration] if path.exists() else []
+        rows = read_csv(path, ("iteration", *columns)) if path.exists() else []
+        rows = [row for row in rows if int(row["iteration"]) <= iteration]
         self.file = path.open("w", newline="")
         self.writer = csv.DictWriter(self.file, ("iteration", *columns), restval="", extrasaction="ignore")
         self.writer.writeheader()
@@ -160,7 +267,13 @@ class CsvLog:
         self.file.flush()
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+def read_csv(path: Path, columns: tuple[str, ...] | None = None) -> list[dict[str, str]]:
+    """The rows of a CSV file, which must have these columns; None allows any."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if columns is not None and tuple(reader.fieldnames or ()) != columns:
+                raise BadInput(f"{path} has other columns than a run's log: move it away, or choose another --out")
+            return list(reader)
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not a CSV file: move it away, or choose another --out") from error

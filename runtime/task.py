@@ -1,5 +1,9 @@
-"""What the trainer asks of a task: a flow model, its prompts, a reward, evaluators.  A task knows no method."""
+"""What the trainer asks of a task: a flow model, its prompts, a reward, evaluators.  A task knows no method.
 
+The functions below refuse a task that does not keep the protocol, in one line that names the task and its member.
+"""
+
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -7,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from leap_align import Velocity
+from leap_align import BadInput, Velocity
 
 
 class Task(Protocol):
@@ -31,6 +35,9 @@ class Task(Protocol):
     @classmethod
     def defaults(cls, reward: str | None) -> dict[str, Any]:
         """Fields of Config and Hyper that this task sets differently, given the flag --reward."""
+
+    def contents(self) -> dict[str, str]:
+        """A digest of everything that the task reads from files, by name; a resumed run must find them unchanged."""
 
     def parallelize(self, mesh: DeviceMesh | None) -> None:
         """Moves the model to its device and shards it over the mesh (FSDP2); without a mesh there is one process."""
@@ -68,3 +75,41 @@ class Task(Protocol):
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote."""
+
+
+SET_BY_INIT = ("model", "times", "device")
+"""Members that a task's class may leave to __init__."""
+
+
+def check_task_class(name: str, task_class: type) -> None:
+    """Refuses a class without all other members of Task, before anything is built."""
+    members = [*Task.__annotations__, *(member for member in vars(Task) if not member.startswith("_"))]
+    _check_members(name, task_class, [member for member in members if member not in SET_BY_INIT])
+
+
+def check_task(name: str, task: Task) -> None:
+    """Refuses a task that was built without model, times and device."""
+    _check_members(name, task, SET_BY_INIT)
+
+
+def _check_members(name: str, owner: Any, members: Iterable[str]) -> None:
+    if missing := [member for member in members if not hasattr(owner, member)]:
+        raise BadInput(f"task {name} lacks {', '.join(missing)}: see the class Task in runtime/task.py")
+
+
+def check_gradient(name: str, member: str, result: Tensor) -> Tensor:
+    """The result of a task's member unchanged, if it has gradient."""
+    if not torch.is_tensor(result) or not result.requires_grad:
+        remedy = "look for no_grad or detach in it, and for weights that do not require grad"
+        raise BadInput(f"task {name}: {member} must give a tensor with gradient: {remedy}")
+    return result
+
+
+def check_evaluation(name: str, task: Task, values: dict[str, float]) -> dict[str, float]:
+    """What a task's evaluate() returned, if it is a dict of numbers with `reward` and all of held_out."""
+    expected = ["reward", *task.held_out]
+    if not isinstance(values, dict) or not all(isinstance(value, int | float) for value in values.values()):
+        raise BadInput(f"task {name}: evaluate must return a dict of numbers, {', '.join(expected)} among them")
+    if missing := [key for key in expected if key not in values]:
+        raise BadInput(f"task {name}: evaluate returns no {', '.join(missing)}: give `reward` and all of held_out")
+    return values

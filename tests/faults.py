@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 import train_leap_align as trainer
+from runtime import checkpoint
 from toy.modes import Modes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,12 +89,12 @@ def killed(folder: Path, expected: tuple, during_checkpoint: bool, kills: int = 
     """SIGKILL, at any moment or while a checkpoint is written."""
     out = folder / "run"
     for _ in range(kills):
-        pid = start(out)
+        pid = start(out, slow_fsync if during_checkpoint else lambda: None)
         part = out / "checkpoint" / "part"
         time.sleep(draw.uniform(0, 1))
         while during_checkpoint and not part.exists() and os.waitpid(pid, os.WNOHANG) == (0, 0):
             time.sleep(0.0005)
-        time.sleep(draw.uniform(0, 0.005) if during_checkpoint else 0)
+        time.sleep(draw.uniform(0, 0.02) if during_checkpoint else 0)
         try:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -102,6 +103,17 @@ def killed(folder: Path, expected: tuple, during_checkpoint: bool, kills: int = 
         if during_checkpoint and part.exists():
             INTERRUPTED.append(out)
     return ((out / "result.json").exists() and outcome(out) == expected) or recovers(out, expected)
+
+
+def slow_fsync() -> None:
+    """Keeps a checkpoint half written for longer, so that a kill can hit it."""
+    fsync = checkpoint.fsync
+
+    def slow(*paths: Path) -> None:
+        time.sleep(0.01)
+        fsync(*paths)
+
+    checkpoint.fsync = slow
 
 
 INTERRUPTED: list[Path] = []
@@ -145,6 +157,57 @@ def signalled(folder: Path, expected: tuple, number: int) -> bool:
         time.sleep(0.001)
     os.kill(pid, number)
     return exit_status(pid) == 128 + number and recovers(out, expected)
+
+
+def second_start(folder: Path, expected: tuple, resume: bool) -> bool:
+    """The same command again while the run lives: refused, and the run ends as if nothing had happened."""
+    out = folder / "run"
+
+    def slow_down() -> None:
+        step = trainer.Trainer.step
+        trainer.Trainer.step = lambda self: (time.sleep(0.2), step(self))[1]
+
+    pid, log = start(out, slow_down), out / "metrics.csv"
+    while not log.exists() or len(log.read_text().splitlines()) <= 7:  # one checkpoint is written
+        time.sleep(0.01)
+    flags = [*FLAGS, "--out", str(out), *(["--resume"] if resume else [])]
+    second = subprocess.run([sys.executable, "train_leap_align.py", *flags], cwd=ROOT, capture_output=True, text=True)
+    refused = second.returncode == 1 and "is in use by another process" in second.stderr
+    return exit_status(pid) == 0 and refused and outcome(out) == expected
+
+
+def lock_of_a_killed_run(folder: Path, expected: tuple) -> bool:
+    """SIGKILL leaves no lock: the run resumes at once."""
+    out = folder / "run"
+    pid, log = start(out), out / "metrics.csv"
+    while not log.exists() or len(log.read_text().splitlines()) <= draw.randrange(1, 40):
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return (out / ".lock").exists() and recovers(out, expected)
+
+
+def stray_files(folder: Path, expected: tuple) -> bool:
+    """Copies and notes in checkpoint/ of a stopped run: it resumes, and they stay."""
+    out = folder / "run"
+    stop_after(out, iterations=draw.randrange(12, 55))
+    newest = max((out / "checkpoint").glob("[0-9]*"))
+    strays = [newest.with_name(f"{newest.name}-mine"), newest.with_name("9notes"), newest.with_name("999999.bak")]
+    for stray in strays:
+        shutil.copytree(newest, stray)
+    return recovers(out, expected) and all(stray.exists() for stray in strays)
+
+
+def foreign_folder(folder: Path, expected: tuple) -> bool:
+    """A folder with somebody else's files: refused, and not one byte changes."""
+    out = folder / "run"
+    names = ["config.json", "samples/a.png", "transformer/config.json", "model/a", "checkpoint/000001/a"]
+    for name in draw.sample(names, 3):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("{}")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    status = exit_status(start(out))
+    return status == 1 and before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 def filled(folder: Path, expected: tuple) -> bool | None:
@@ -239,6 +302,13 @@ def main() -> None:
         "SIGKILL five times in one run": (lambda f: killed(f, expected, False, 5), 3),
         "SIGTERM": (lambda f: signalled(f, expected, signal.SIGTERM), 5),
         "SIGINT (Ctrl-C)": (lambda f: signalled(f, expected, signal.SIGINT), 5),
+        "SIGHUP (closed terminal)": (lambda f: signalled(f, expected, signal.SIGHUP), 5),
+        "SIGUSR1 (Slurm)": (lambda f: signalled(f, expected, signal.SIGUSR1), 5),
+        "second start beside a live run": (lambda f: second_start(f, expected, False), 3),
+        "--resume beside a live run": (lambda f: second_start(f, expected, True), 3),
+        "lock of a killed run": (lambda f: lock_of_a_killed_run(f, expected), 5),
+        "stray folders in checkpoint/": (lambda f: stray_files(f, expected), 5),
+        "foreign folder as --out": (lambda f: foreign_folder(f, expected), 5),
         "checkpoint cut off": (lambda f: damaged(f, expected, "cut"), 10),
         "checkpoint with one bit flipped": (lambda f: damaged(f, expected, "flipped"), 10),
         "disk full during a checkpoint": (lambda f: filled(f, expected), 5),

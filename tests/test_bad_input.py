@@ -10,7 +10,9 @@ from leap_align import (
     METHODS,
     BadInput,
     Hyper,
+    checked,
     connect,
+    differentiable,
     discount,
     hinge,
     interpolate,
@@ -232,6 +234,17 @@ def test_reward_or_weight_of_the_wrong_shape():
         objective(randn(3, 1), randn(3), 0.5)
     with raises_one_line("reward", "(3,)", "weight", "(3, 1)"):
         objective(randn(3), randn(3, 1), 0.5)
+
+
+@pytest.mark.parametrize("call", [checked, differentiable])
+def test_a_reward_that_is_no_tensor_or_an_x_0_without_gradient(call):
+    x_0 = randn(3, 2).requires_grad_()
+    for reward in ([0.1, 0.2, 0.3], None, 0.5, randn(3, 1).numpy()):
+        with raises_one_line(f"reward of type {type(reward).__name__}", "tensor (B,) = (3,)"):
+            call(reward, x_0)
+    with raises_one_line("x_0 does not require grad", "velocity"):
+        call(x_0.sum(1), x_0.detach())
+    assert torch.equal(call(x_0.sum(1), x_0), x_0.sum(1))
 
 
 def test_early_stop_beyond_the_range_of_the_method():

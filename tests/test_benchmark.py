@@ -1,13 +1,14 @@
 """toy/benchmark/: its counts against hand calculations, its command, times and tables."""
 
 import runpy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from leap_align import METHODS, BadInput, Hyper, uniform_times
+from leap_align import METHODS, BadInput, Hyper, method, uniform_times
 from runtime.counters import flop_count
 from runtime.run_dir import read_csv
 from toy import pretrain
@@ -128,7 +129,7 @@ def test_a_short_benchmark_writes_tables_and_a_figure(tmp_path, monkeypatch, cap
     parts = ("flops", "memory", "time")
     benchmark.main(benchmark.Options(out=tmp_path, tasks=("toy",), parts=parts, seconds=0.1))
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"flops.csv", "memory.csv", "time.csv", "shares.csv", "benchmark.png"}
+    assert names == {"flops.csv", "memory.csv", "time.csv", "shares.csv", "benchmark.png", "settings.json", ".lock"}
     assert "| toy | leap_align | 1.000 | 1.000 |" in capsys.readouterr().out
     (row,) = read_csv(tmp_path / "shares.csv")
     shares = {phase: float(share) for phase, share in row.items() if phase != "task"}
@@ -151,6 +152,31 @@ def test_the_command_ends_with_the_refusal_as_one_line(monkeypatch):
     with pytest.raises(SystemExit) as refusal:
         runpy.run_module("toy.benchmark", run_name="__main__")
     assert refusal.value.code == "error: seconds=0.0 must be positive"
+
+
+def test_the_benchmark_measures_again_in_its_own_folder_and_refuses_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "measure_memory", lambda name, folder: [{"task": name, "T": 10}])
+    monkeypatch.setattr(benchmark, "plot", lambda tables, out: None)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "memory.csv").write_text("mine")
+    options = partial(benchmark.Options, tasks=("toy",), parts=("memory",))
+    for _ in range(2):
+        benchmark.main(options(out=tmp_path / "own"))
+    assert (tmp_path / "own" / "memory.csv").exists()
+    with pytest.raises(BadInput, match=r"toy.benchmark did not fill it: choose another --out$"):
+        benchmark.main(options(out=tmp_path / "mine"))
+    assert (tmp_path / "mine" / "memory.csv").read_text() == "mine"
+
+
+def test_a_method_of_your_own_is_measured_whatever_it_logs():
+    """representative_seeds looks for draws at the middle of the early stop."""
+
+    @method
+    def mine(velocity, x_T, times, hyper, generator):
+        yield x_T, x_T.new_ones(len(x_T))
+        return {"i_min": 1}
+
+    assert representative_seeds(mine, uniform_times(T), Hyper()) == [0]
 
 
 def test_without_diffusers_flux_and_sd3_are_left_out(monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Runs that are stopped, damaged and resumed; `python -m tests.faults` does much more of it."""
 
+import math
 import os
 import shutil
 import signal
@@ -10,7 +11,9 @@ import pytest
 
 import train_leap_align as trainer
 from runtime import checkpoint
+from runtime.processes import stop_on_signals
 from tests.toy_runs import ROOT, checkpoints, error_line, metrics, result, run, without_figures
+from toy.modes import Modes
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +83,7 @@ def test_a_failed_checkpoint_leaves_the_one_before_it(reference, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, fail)
         assert "No space left on device" in error_line("--out", str(tmp_path), "--resume")
-    assert checkpoints(tmp_path)[0] == "000002"
+    assert checkpoints(tmp_path) == ["000002"]
     assert run(tmp_path, "--resume") == metrics(reference)
 
 
@@ -96,7 +99,7 @@ def test_a_removed_folder_is_not_created_again(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_ends_the_iteration_saves_and_sets_the_exit_status(reference, tmp_path, monkeypatch, capsys, number):
     step, handler = trainer.Trainer.step, signal.getsignal(number)
 
@@ -115,16 +118,77 @@ def test_a_signal_ends_the_iteration_saves_and_sets_the_exit_status(reference, t
     assert run(tmp_path, "--resume") == metrics(reference)
 
 
-def test_a_run_that_stopped_before_its_first_checkpoint_may_start_again(reference, tmp_path, monkeypatch):
-    def interrupted(self):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_training_saves_nothing_and_sets_the_exit_status(
+    reference, tmp_path, monkeypatch, capsys, number
+):
+    def build(config, options):
+        os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "step", interrupted)
-        with pytest.raises(SystemExit, match="interrupted; "):
+        patch.setattr(trainer, "build_task", build)
+        with pytest.raises(SystemExit) as stop:
             run(tmp_path)
-    assert "start the run without --resume" in error_line("--out", str(tmp_path), "--resume")
+    assert stop.value.code == 128 + number and "nothing new was saved" in capsys.readouterr().err
+    assert "nothing to resume" in error_line("--out", str(tmp_path), "--resume")
     assert run(tmp_path) == metrics(reference)
+
+
+def test_an_ignored_hangup_stays_ignored():
+    """As under nohup."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals() as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert request.signal == 0
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def test_copies_and_notes_beside_the_checkpoints_do_no_harm(reference, tmp_path):
+    run(tmp_path, "--iterations", "2", "--checkpoint-every", "1")
+    shutil.copytree(tmp_path / "checkpoint" / "000002", tmp_path / "checkpoint" / "000002-mine")
+    (tmp_path / "checkpoint" / "9notes").mkdir()
+    assert run(tmp_path, "--resume", "--checkpoint-every", "1") == metrics(reference)
+    assert checkpoints(tmp_path) == ["000002-mine", "000003", "000004", "9notes"]
+
+
+def test_no_checkpoint_is_written_inside_a_broken_stretch(tmp_path, monkeypatch):
+    """Those before it stay, so that a run can resume from before the divergence."""
+    reward = Modes.reward
+    with monkeypatch.context() as patch:
+        patch.setattr(Modes, "reward", lambda self, x, c: reward(self, x, c) * (math.nan if BROKEN else 1))
+        patch.setattr(trainer.Trainer, "step", breaking_step(2))
+        assert "start again in another --out" in error_line(
+            "--out", str(tmp_path), "--checkpoint-every", "1", "--max-skipped-steps", "2"
+        )
+    BROKEN.clear()
+    assert checkpoints(tmp_path) == ["000001", "000002"]
+
+
+BROKEN = []
+
+
+def breaking_step(iteration, step=trainer.Trainer.step):
+    """A step whose rewards are NaN from an iteration on."""
+
+    def stepped(self):
+        if self.progress.iteration >= iteration:
+            BROKEN.append(iteration)
+        return step(self)
+
+    return stepped
+
+
+def test_a_refused_resume_changes_nothing(reference, tmp_path):
+    shutil.copytree(reference, tmp_path / "copy")
+    before = {path: path.read_bytes() for path in (tmp_path / "copy").rglob("*") if path.is_file()}
+    error_line("--out", str(tmp_path / "copy"), "--resume", "--iterations", "3")
+    error_line("--out", str(tmp_path / "copy"), "--resume", "--lr", "1")
+    after = {path: path.read_bytes() for path in (tmp_path / "copy").rglob("*") if path.is_file()}
+    # The paths in config.json and the logs are those of the reference run, so its --out differs.
+    assert {path.name for path in after.keys() - before.keys()} <= {".lock"}
+    assert all(after[path] == content for path, content in before.items())
 
 
 def test_resuming_refuses_fewer_iterations_than_are_done(reference):

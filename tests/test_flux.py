@@ -269,7 +269,9 @@ def test_what_only_rank_1_refuses_is_printed_once(models, tmp_path):
     (process,) = start_torchrun(*arguments, environment={"PYTHONPATH": str(tmp_path)})
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1 and "BadInput" not in errors
-    assert [line for line in errors.splitlines() if "too small" in line] == ["error: this GPU is too small"]
+    line = "error: this GPU is too small"
+    # Once, and once more in the table that torchrun prints at the end.
+    assert [row for row in errors.splitlines() if "too small" in row] == [line, f"  traceback : {line}"]
 
 
 def test_the_export_is_the_average_of_the_weights(models, tmp_path, monkeypatch):

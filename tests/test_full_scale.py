@@ -1,8 +1,10 @@
 """The tools around a run: embed, sample, score, GenEval's prompts, and what they and the trainer refuse."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 from types import SimpleNamespace
 
@@ -58,7 +60,7 @@ def test_the_whole_path_on_two_processes_and_on_one(tmp_path):
     def commands(out):
         sampling = ["--model", model, "--transformer", tmp_path / "two" / "transformer", "--prompts", prompts]
         yield ["sample", *sampling, *SAMPLING, "--out", out / "images"]
-        yield ["score", "--images", out / "images", "--reward-weights", reward, "--out", out]
+        yield ["score", "--images", out / "images", "--reward-weights", reward, "--out", out / "scores"]
 
     for command in commands(tmp_path / "one"):
         tool(*command)
@@ -68,7 +70,8 @@ def test_the_whole_path_on_two_processes_and_on_one(tmp_path):
         {path.name: path.read_bytes() for path in (tmp_path / run / "images").glob("*.png")} for run in ("one", "two")
     )
     assert images == images_of_two and len(images) == len(set(images.values())) == 3 * len(PROMPTS)
-    log, log_of_two = (json.loads((tmp_path / run / "images_rewards_log.json").read_text()) for run in ("one", "two"))
+    logs = [tmp_path / run / "scores" / "images_rewards_log.json" for run in ("one", "two")]
+    log, log_of_two = (json.loads(path.read_text()) for path in logs)
     assert log == log_of_two and [row["image"] for row in log["images"]] == sorted(images)
     assert log["mean"] == pytest.approx(sum(row["reward"] for row in log["images"]) / len(images))
 
@@ -93,8 +96,8 @@ def test_every_reward_trains_and_scores(models, tmp_path, reward, folders):
     assert row["grad_norm"] > 0
     sampling = ["--transformer", tmp_path / "run" / "transformer", *SAMPLING, "--images-per-prompt", "1"]
     tool("sample", *files, *sampling, "--out", tmp_path / "images")
-    tool("score", "--images", tmp_path / "images", *reward_flags, "--out", tmp_path)
-    log = json.loads((tmp_path / "images_rewards_log.json").read_text())
+    tool("score", "--images", tmp_path / "images", *reward_flags, "--out", tmp_path / "scores")
+    log = json.loads((tmp_path / "scores" / "images_rewards_log.json").read_text())
     assert log["reward"] == reward and len({row["reward"] for row in log["images"]}) == len(PROMPTS)
 
 
@@ -170,33 +173,35 @@ def test_sample_continues_where_it_stopped(models, tmp_path):
     assert prompts == {f"{i:05d}_{n}.png": text for i, text in enumerate(PROMPTS) for n in range(3)}
 
 
-def test_score_continues_where_it_stopped(models, tmp_path, monkeypatch):
+class InterruptedReward(torch.nn.Module):
+    """A reward that counts its calls, and gets Ctrl-C in one of them."""
+
+    def __init__(self, reward, calls, stop):
+        super().__init__()
+        self.reward, self.calls, self.stop = reward, calls, stop
+
+    def forward(self, images, prompts):
+        self.calls.append(prompts)
+        if len(self.calls) == self.stop:
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.reward(images, prompts)
+
+
+def test_score_continues_where_it_stopped(models, tmp_path, monkeypatch, capsys):
     files = ["--model", models / "flux", "--prompts", models / "prompts.txt"]
     tool("sample", *files, *SAMPLING, "--out", tmp_path / "i")
     command = ["score", "--images", tmp_path / "i", "--reward-weights", models / "flux" / "reward", "--out"]
     tool(*command, tmp_path / "uninterrupted")
     load, calls = rewards.load, []
-
-    def counting_load(stop):
-        def counted(*args, **kwargs):
-            reward = load(*args, **kwargs)
-
-            def score(images, prompts):
-                calls.append(prompts)
-                if len(calls) == stop:
-                    raise KeyboardInterrupt
-                return reward(images, prompts)
-
-            return score
-
-        return counted
-
-    monkeypatch.setattr(rewards, "load", counting_load(stop=6))
-    with pytest.raises(SystemExit, match="continues from here"):
+    monkeypatch.setattr(rewards, "load", lambda *a, **k: InterruptedReward(load(*a, **k), calls, stop=6))
+    with pytest.raises(SystemExit) as stop:
         tool(*command, tmp_path / "resumed")
+    assert stop.value.code == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "stopped by SIGINT, everything is saved: the same command continues from here"
     part = tmp_path / "resumed" / "i_rewards_log.parts" / "0.jsonl"
     part.write_text(part.read_text()[:-9])  # cut off in the middle of a row
-    monkeypatch.setattr(rewards, "load", counting_load(stop=None))
+    monkeypatch.setattr(rewards, "load", lambda *a, **k: InterruptedReward(load(*a, **k), calls, stop=None))
     tool(*command, tmp_path / "resumed")
     assert len(calls) == 6 + 15 - 4
     a, b = ((tmp_path / name / "i_rewards_log.json").read_text() for name in ("uninterrupted", "resumed"))
@@ -354,7 +359,8 @@ def test_adapters_of_another_model_are_refused(models, tmp_path):
     command += ["--out", tmp_path / "i"]
     assert "does not fit" in refusal([*command, "--lora", tmp_path / "sd3" / "lora"], tools.main)
     assert "does not exist" in refusal([*command, "--lora", tmp_path / "none"], tools.main)
-    assert "does not fit" in refusal([*command, "--transformer", models / "sd3" / "transformer"], tools.main)
+    line = refusal([*command, "--transformer", models / "sd3" / "transformer"], tools.main)
+    assert "transformer cannot be loaded as FluxTransformer2DModel" in line
     weights = load_file(tmp_path / "sd3" / "lora" / "pytorch_lora_weights.safetensors")
     (tmp_path / "wide").mkdir()
     wide = {k.replace("transformer_blocks.1", "transformer_blocks.0"): w.repeat(1, 2) for k, w in weights.items()}

@@ -23,7 +23,7 @@ class SmallRandomFlux(RandomFlux):
     """Two blocks of each kind."""
 
     transformer_config = FLUX_DEV | {
-        "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
+        "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 4,
         "joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": (4, 4, 8),
     }  # fmt: skip
 

@@ -2,19 +2,23 @@
 
 import json
 import math
+from contextlib import suppress
 from functools import partial
 
+import numpy as np
 import pytest
 
 import train_leap_align as trainer
-from leap_align import BadInput
+from leap_align import METHODS, BadInput, leap, method, rollout
 from runtime.run_dir import read_csv
+from tests.toy_runs import ROOT
 from toy.laboratory import __main__ as laboratory
-from toy.laboratory import ablations, compare, result_cache
-from toy.laboratory.laboratory import SMOKE, Laboratory, Scale
+from toy.laboratory import ablations, compare, plots, result_cache
+from toy.laboratory.laboratory import EVALUATORS, SMOKE, Laboratory, Scale
 from toy.laboratory.result_cache import ResultCache
 from toy.laboratory.tables import Direction, tally, verdicts
 from toy.laboratory.train_run import SMOKE_OPTIONS, train_run
+from toy.laboratory.variants import VARIANTS
 
 # The cache
 
@@ -47,6 +51,51 @@ def test_two_workers_compute_the_same_results_as_one(tmp_path):
     assert names_1 == names_2 and len(names_1) == 5
 
 
+@pytest.mark.parametrize("content", ["", '{"function": "dict", "resu', "[]", "{}"])
+def test_a_damaged_result_is_named_and_computed_again(content, tmp_path, capsys):
+    cache, settings = ResultCache(tmp_path, 1), [{"value": 1}, {"value": 2}]
+    before = cache.results(dict, settings, "results")
+    damaged = result_cache.cache_path(tmp_path, dict, settings[0])
+    damaged.write_text(content)
+    assert cache.results(dict, settings, "results") == before
+    assert f"{damaged} is damaged: it is removed, and its result is computed again" in capsys.readouterr().out
+    assert cache.results(dict, settings, "results") == before
+    assert "damaged" not in capsys.readouterr().out
+
+
+# The output folder
+
+
+@pytest.fixture
+def no_experiment(monkeypatch):
+    """`pairs` writes one file."""
+
+    def write(lab):
+        lab.out.mkdir(exist_ok=True)
+        (lab.out / "pairs.md").write_text(repr(lab.scale))
+
+    monkeypatch.setitem(laboratory.EXPERIMENTS, "pairs", write)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_smoke_and_real_results_have_a_folder_each(first, no_experiment, tmp_path):
+    laboratory.main("pairs", tmp_path / "lab", smoke=first)
+    before = (tmp_path / "lab" / "pairs.md").read_text()
+    names = {True: "smoke", False: "full"}
+    with pytest.raises(SystemExit, match=rf"lab .* scale was {names[first]}, is {names[not first]}; .* another --out$"):
+        laboratory.main("pairs", tmp_path / "lab", smoke=not first)
+    assert (tmp_path / "lab" / "pairs.md").read_text() == before
+    laboratory.main("pairs", tmp_path / "lab", workers=2, smoke=first)
+    laboratory.main("pairs", tmp_path / "other", smoke=not first)
+
+
+def test_a_folder_that_the_laboratory_did_not_fill_is_refused(no_experiment, tmp_path):
+    (tmp_path / "pairs.md").write_text("mine")
+    with pytest.raises(SystemExit, match=r"toy.laboratory did not fill it: choose another --out$"):
+        laboratory.main("pairs", tmp_path)
+    assert (tmp_path / "pairs.md").read_text() == "mine"
+
+
 # Training runs
 
 
@@ -76,7 +125,7 @@ def test_a_broken_run_reports_its_error_and_does_not_affect_the_next(capsys):
 
 
 def test_a_run_with_broken_samples_reports_its_error(monkeypatch):
-    monkeypatch.setattr("toy.modes.Modes.evaluate", lambda task, folder, iteration: {"reward": math.nan})
+    monkeypatch.setattr("toy.modes.Modes.evaluate", lambda *_: dict.fromkeys(EVALUATORS["toy"], math.nan))
     run = train_run("toy", "leap_align", 1e-3, 0, [0, 1], {"lam": 0.0}, smoke=True)
     assert run["metrics"] == {} and "not finite" in run["error"]
 
@@ -215,6 +264,99 @@ def test_each_table_of_the_comparison_begins_with_the_model_before_training(fold
     for row in read_csv(folder / "compare.csv"):
         tables.setdefault(compare.table_key(row), []).append(row["method"])
     assert [table[0] for table in tables.values()] == ["pretrained"] * 8
+
+
+@method
+def half_way(velocity, x_T, times, hyper, generator):
+    """A method of a user's own: it leaps to the image from the middle of the sampling run."""
+    i = len(times) // 2
+    x = rollout(velocity, x_T, times, i_end=i)[0]
+    x_0 = leap(x, velocity(x, times[i]), times[i], 0)
+    yield x_0, x_0.new_ones(len(x_0))
+    return {"start": i}
+
+
+@pytest.mark.parametrize("name", laboratory.EXPERIMENTS)
+def test_a_method_and_a_variant_of_your_own_pass_through_every_experiment(name, folder, monkeypatch):
+    monkeypatch.setitem(METHODS, "half_way", half_way)
+    monkeypatch.setitem(VARIANTS, "one_leap_again", VARIANTS["one_leap"])
+    mine = ablations.Ablation({"two": ("leap_align", {}), "one": ("one_leap_again", {})}, expected=(), source="")
+    monkeypatch.setitem(ablations.ABLATIONS, "mine", mine)
+    rows = run_experiment(name, folder)
+    if name in ("compare", "fidelity"):
+        assert "half_way" in {row["method"] for row in rows}
+    if name == "ablations":
+        assert {row["option"] for row in rows if row["ablation"] == "mine"} == {"two", "one"}
+
+
+# Figures
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn."""
+    saved = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: saved.append(figure))
+    return saved
+
+
+def results(name):
+    """The rows of a committed table, numbers as numbers."""
+    return [{key: value if key == "option" else number(value) for key, value in row.items()} for row in read(name)]
+
+
+def read(name):
+    return read_csv(ROOT / "toy" / "laboratory" / "results" / name)
+
+
+def number(text):
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def test_no_panel_of_the_comparison_is_a_diagonal():
+    """A held-out evaluator that is a line over the reward shows nothing that the reward does not."""
+    rows = results("compare-curves.csv")
+    assert {row["task"] for row in rows} == set(compare.SHOWN)
+    for task, names in compare.SHOWN.items():
+        for name in names:
+            reward, value = zip(*((row["reward"], row[name]) for row in rows if row["task"] == task))
+            assert abs(np.corrcoef(reward, value)[0, 1]) < 0.98
+    reward, utility = zip(*((row["reward"], row["utility"]) for row in rows if row["task"] == "toy"))
+    assert np.corrcoef(reward, utility)[0, 1] > 0.99
+
+
+def test_the_curves_end_where_the_tables_of_the_comparison_say():
+    curves = {(r["task"], r["hinge"], r["method"], r["iteration"]): r for r in results("compare-curves.csv")}
+    rows = [row for row in results("compare.csv") if row["budget"] == "large" and row["method"] != "pretrained"]
+    assert len(rows) == 40
+    for row in rows:
+        curve = curves[row["task"], row["hinge"], row["method"], row["iterations"]]
+        assert all(row[name] == curve[name] for name in EVALUATORS[row["task"]])
+
+
+def test_an_ablation_has_one_scale_for_a_task_and_marks_the_papers_choice(figures, tmp_path):
+    rows, references = results("ablations.csv"), {n: a.reference for n, a in ablations.ABLATIONS.items()}
+    plots.ablations(tmp_path / "ablations.png", rows, references)
+    (figure,) = figures
+    assert len(figure.axes) == 2 * len(references)
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["the paper's choice", "after 60 iterations", "after 150 iterations"]
+    for axis in figure.axes:
+        options = [label.get_text() for label in axis.get_xticklabels()]
+        marked = options.index(references[axis.get_title().split(":")[0]])
+        (band,) = axis.patches
+        assert band.get_x() < marked < band.get_x() + band.get_width()
+        for points in axis.containers:
+            assert points.lines[0].get_ydata()[marked] == 0
+
+
+def test_every_method_has_a_color_and_a_marker_of_its_own(monkeypatch):
+    monkeypatch.setitem(METHODS, "half_way", half_way)
+    styles = [plots._style(name) for name in METHODS]
+    assert len({style["color"] for style in styles}) == len({style["marker"] for style in styles}) == len(METHODS)
 
 
 # What the experiments compare

@@ -2,8 +2,10 @@
 
 import importlib.util
 import inspect
+import json
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +36,10 @@ def commands(program):
     return [[word.replace("$s", "0") for word in line] for line in {tuple(line): line for line in lines}.values()]
 
 
-TRAINER, TOOLS = commands("train_leap_align.py"), commands("-m full_scale")
+EXTENSIONS = {"draft_k", "points"}
+"""The method and the task that runtime/README.md adds; other tests run their commands."""
+TRAINER = [command for command in commands("train_leap_align.py") if not EXTENSIONS & set(command)]
+TOOLS = commands("-m full_scale")
 MODULES = [line for line in commands("python -m ") if line[0] != "full_scale"]
 every_page = pytest.mark.parametrize("page", PAGES)
 
@@ -160,6 +165,78 @@ def test_the_snippet_trains():
         torch.Generator().manual_seed(0),
     )
     assert not torch.equal(model.weight, before)
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory):
+    """A copy of the trainer and the toys with the method, the hyperparameter and the task of runtime/README.md."""
+    folder = tmp_path_factory.mktemp("extended")
+    for name in ("leap_align.py", "train_leap_align.py"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("runtime", "toy"):
+        shutil.copytree(ROOT / name, folder / name)
+    examples = re.findall(r"```python\n(.*?)```", PAGES["runtime/README.md"], re.S)
+    field, method, method_entry, task = examples
+    task_entry = re.search(r'`("points": "my_task:Points")`', PAGES["runtime/README.md"]).group(1)
+    insert_before(folder / "leap_align.py", "\n    def __post_init__(self)", field)
+    insert_before(folder / "leap_align.py", "METHODS: dict", f"{method}\n\n")
+    insert_before(folder / "leap_align.py", '    "refl": refl,', method_entry)
+    insert_before(folder / "train_leap_align.py", '    "digits": ', f"    {task_entry},\n")
+    (folder / "my_task.py").write_text(task)
+    return folder
+
+
+def insert_before(path, mark, text):
+    before, mark, after = path.read_text().rpartition(mark)
+    path.write_text(before + text + mark + after)
+
+
+def run_extended(folder, name, *flags, processes=1):
+    """Runs the page's command with more flags; returns the run's folder."""
+    (command,) = (command for command in commands("train_leap_align.py") if name in command)
+    out = folder / "runs" / f"{name}-{processes}"
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
+    arguments = [*torchrun, "train_leap_align.py", *command[: command.index("--out")], "--out", out, *flags]
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out
+
+
+def test_the_example_of_a_method_and_a_hyperparameter_trains(extended):
+    flags = "--iterations 2 --batch-size 16 --pretrain-steps 20 --reward-steps 20 --evaluation-samples 160".split()
+    out = run_extended(extended, "draft_k", *flags)
+    rows = read_csv(out / "metrics.csv")
+    assert json.loads((out / "config.json").read_text())["last"] == 5
+    assert all(float(row["grad_norm"]) > 0 for row in rows)
+    assert tuple(rows[0]) == ("iteration", *trainer.METRICS)
+
+
+def test_a_column_of_a_methods_log_appears_once_it_is_in_metrics(monkeypatch, tmp_path):
+    @leap_align.method
+    def with_path(velocity, x_T, times, hyper, generator):
+        x_0 = leap_align.leap(x_T, velocity(x_T, times[-1]), times[-1], 0)
+        yield x_0, x_0.new_ones(len(x_0))
+        return {"path": (x_0 - x_T).abs().mean()}
+
+    monkeypatch.setitem(leap_align.METHODS, "with_path", with_path)
+    flags = "--pretrain-steps 20 --reward-steps 20 --evaluation-samples 160 --batch-size 8 --iterations 1".split()
+    for columns, is_shown in ((trainer.METRICS, False), ((*trainer.METRICS, "path"), True)):
+        monkeypatch.setattr(trainer, "METRICS", columns)
+        trainer.main([*flags, "--method", "with_path", "--out", str(tmp_path / str(is_shown))])
+        (row,) = read_csv(tmp_path / str(is_shown) / "metrics.csv")
+        assert (float(row.get("path", 0)) > 0) == is_shown
+
+
+def test_the_example_of_a_task_trains_on_one_process_and_on_two(extended):
+    one, two = (run_extended(extended, "points", "--iterations", "40", processes=n) for n in (1, 2))
+    before, after = (json.loads((one / "result.json").read_text())[when] for when in ("before", "after"))
+    assert before["right"] > 0.9 and after["error"] < before["error"] / 2
+    for a, b in zip(read_csv(one / "metrics.csv"), read_csv(two / "metrics.csv"), strict=True):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=1e-4)
+        assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-3)
+    weights = [torch.load(run / "model" / "weights.pt", weights_only=True) for run in (one, two)]
+    for name in weights[0]:
+        assert torch.allclose(weights[0][name], weights[1][name], atol=1e-3)
 
 
 def test_the_example_of_a_reward_keeps_the_contract():

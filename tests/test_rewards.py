@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from full_scale import __main__ as tools
 from full_scale.rewards import PRESETS, REWARDS, WeightedSum, check_reward, contract, load, tiny
 from full_scale.rewards.tiny import TINY
 from leap_align import BadInput
+from runtime.processes import UserCodeError
 from tests.tiny_rewards import LIBRARY, PROMPTS, every_reward, message, random_images, tiny_folder, tiny_reward
 
 
@@ -222,6 +224,166 @@ def test_load_refuses_a_wrong_spec(spec, weights, words):
     assert words in message(error)
 
 
+# A custom reward that is broken
+
+
+def returns(value):
+    """A factory of a reward that returns value(images)."""
+    return lambda: lambda images, prompts: value(images)
+
+
+def shrink(images):
+    with torch.no_grad():
+        images.mul_(0.5)
+    return mean(images)
+
+
+def fails():
+    raise KeyError("no weights")
+
+
+column = returns(lambda images: mean(images)[:, None])
+one_number = returns(lambda images: images.mean())
+a_list = returns(lambda images: mean(images).tolist())
+nothing = returns(lambda images: None)
+a_float = returns(lambda images: 0.5)
+an_array = returns(lambda images: mean(images).numpy())
+integers = returns(lambda images: mean(images).long())
+elsewhere = returns(lambda images: mean(images).to("meta"))
+in_place_factory = returns(shrink)
+not_a_number = returns(lambda images: mean(images) * float("nan"))
+without_gradient = returns(lambda images: mean(images.detach()))
+raising = returns(lambda images: {}["x"])
+not_a_factory = returns(lambda images: None)()
+
+WRONG_RESULTS = {
+    "column": "a tensor (2, 1) of torch.float32 on cpu",
+    "one_number": "a tensor () of torch.float32 on cpu",
+    "a_list": "a value of type list",
+    "nothing": "None",
+    "a_float": "a value of type float",
+    "an_array": "a value of type ndarray",
+    "integers": "a tensor (2,) of torch.int64 on cpu",
+    "elsewhere": "a tensor (2,) of torch.float32 on meta",
+}
+
+
+@pytest.mark.parametrize("name", WRONG_RESULTS)
+def test_a_custom_reward_that_gives_no_scores_is_named_with_what_it_gave(name):
+    with pytest.raises(BadInput) as error:
+        load(f"{HERE}:{name}")(random_images(), PROMPTS)
+    allowed = "must give a floating-point tensor (B,) = (2,) on cpu"
+    assert message(error) == f"your reward {HERE}:{name} gave {WRONG_RESULTS[name]} for 2 images, but {allowed}"
+
+
+@pytest.mark.parametrize("spec", [f"{HERE}:in_place_factory", f"{HERE}:in_place_factory,{HERE}:redness"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_custom_reward_that_changes_its_images_is_refused(spec, training):
+    """It would falsify the scores of the other rewards in a sum."""
+    images = random_images()
+    with torch.set_grad_enabled(training), pytest.raises(BadInput) as error:
+        load(spec)((images * 1).requires_grad_(training), PROMPTS)
+    assert f"your reward {HERE}:in_place_factory changes its images in place" in message(error)
+
+
+def test_rewards_also_work_in_inference_mode():
+    with torch.inference_mode():
+        assert load(f"{HERE}:redness")(random_images(), PROMPTS).shape == (2,)
+
+
+def test_a_score_of_nan_is_refused_outside_of_training():
+    """Training skips such a step; an evaluation, or `score`, would report it as a mean of NaN."""
+    reward, images = load(f"{HERE}:not_a_number"), random_images()
+    assert reward(images, PROMPTS).isnan().all()
+    with torch.no_grad(), pytest.raises(BadInput) as error:
+        reward(images, PROMPTS)
+    assert f"your reward {HERE}:not_a_number gave [nan, nan] for finite images" in message(error)
+    with torch.no_grad():  # the images are at fault, and the reward says so by its NaN
+        assert load(f"{HERE}:redness")(images * float("nan"), PROMPTS).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("without_gradient", "gives no gradient to its images"), ("not_a_number", "gave [nan, nan] for finite images")],
+)
+def test_a_custom_reward_that_cannot_train_is_refused_when_it_is_loaded_for_a_run(name, words):
+    load(f"{HERE}:redness", image_size=(32, 48))
+    with pytest.raises(BadInput) as error:
+        load(f"{HERE}:{name}", image_size=(32, 48))
+    assert f"your reward {HERE}:{name} {words}" in message(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "cause"),
+    [
+        ("raising", f"your reward {HERE}:raising", KeyError),
+        ("fails", f"your factory {HERE}:fails, called without arguments,", KeyError),
+        ("not_a_factory", f"your factory {HERE}:not_a_factory, called without arguments,", TypeError),
+    ],
+)
+def test_an_exception_in_a_custom_reward_names_it(name, what, cause):
+    with pytest.raises(UserCodeError) as error:
+        load(f"{HERE}:{name}")(random_images(), PROMPTS)
+    assert str(error.value) == what and isinstance(error.value.__cause__, cause)
+
+
+@pytest.mark.parametrize(
+    ("source", "cause"),
+    [("def f(:", SyntaxError), ("import no_such_library", ImportError), ("1 / 0", ZeroDivisionError)],
+)
+def test_a_broken_module_is_the_users(source, cause, tmp_path, monkeypatch):
+    (tmp_path / "broken_rewards.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserCodeError) as error:
+        load("broken_rewards:factory")
+    assert str(error.value) == "your module broken_rewards" and isinstance(error.value.__cause__, cause)
+
+
+def test_a_module_is_found_in_pythonpath_as_the_message_says(tmp_path, monkeypatch):
+    with pytest.raises(BadInput, match="its folder in PYTHONPATH"):
+        load("more_rewards.colours:Nested.redness")
+    (tmp_path / "more_rewards").mkdir()
+    source = "from tests.test_rewards import redness\nclass Nested: redness = redness"
+    (tmp_path / "more_rewards/colours.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    load("more_rewards.colours:Nested.redness")
+
+
+# python -m full_scale check-reward
+
+
+def test_check_reward_says_in_one_line_that_a_reward_keeps_the_contract(capsys):
+    tools.main(["check-reward", f"{HERE}:redness"])
+    assert capsys.readouterr().out == f"{HERE}:redness keeps the contract\n"
+    weights = [str(tiny_folder(name)) for name in ("hpsv2.1", "pickscore")]
+    tools.main(["check-reward", "hpsv2.1:1,pickscore:2", "--reward-weights", *weights])
+    assert capsys.readouterr().out == "hpsv2.1:1,pickscore:2 keeps the contract\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("a_list", f"error: your reward {HERE}:a_list gave a value of type list for 2 images"),
+        ("in_place_factory", f"error: your reward {HERE}:in_place_factory changes its images in place"),
+        ("without_gradient", f"error: your reward {HERE}:without_gradient breaks the contract: the score has no"),
+        ("normalised", f"error: your reward {HERE}:normalised breaks the contract: a score depends on the rest"),
+        ("no_such_factory", f"error: cannot import the reward '{HERE}:no_such_factory'"),
+    ],
+)
+def test_check_reward_says_in_one_line_what_is_wrong(name, line):
+    with pytest.raises(SystemExit) as stop:
+        tools.main(["check-reward", f"{HERE}:{name}"])
+    assert stop.value.code.startswith(line) and "\n" not in stop.value.code
+
+
+def test_check_reward_shows_the_traceback_of_an_exception_in_the_reward():
+    with pytest.raises(SystemExit) as stop:
+        tools.main(["check-reward", f"{HERE}:raising"])
+    first, *traceback = stop.value.code.split("\n")
+    assert first == f"error: your reward {HERE}:raising raised KeyError: 'x'; its traceback:"
+    assert traceback[0].startswith("Traceback") and 'returns(lambda images: {}["x"])' in "\n".join(traceback)
+
+
 def test_tiny_refuses_an_unknown_name(tmp_path):
     with pytest.raises(BadInput, match="unknown reward 'x'"):
         tiny("x", tmp_path)
@@ -255,6 +417,11 @@ def in_place(images, prompts):
     return score
 
 
+def normalised():
+    """Centred on the batch's mean, slightly: for two similar images, this hardly changes the scores."""
+    return lambda images, prompts: mean(images) - 0.01 * mean(images).mean()
+
+
 soft_prompt = torch.ones((), requires_grad=True)
 noise_generator = torch.Generator().manual_seed(0)
 
@@ -263,10 +430,21 @@ VIOLATIONS = {
     "through uint8": (lambda images, prompts: mean((images * 255).to(torch.uint8).float() / 255), "no gradient"),
     "rounded": (lambda images, prompts: mean((images * 255).round() / 255), "no finite gradient"),
     "a column": (lambda images, prompts: mean(images)[:, None], "(B,)"),
+    "squeezed": (lambda images, prompts: mean(images).squeeze(), "a tensor () of torch.float32 on cpu for 1 images"),
     "one number": (lambda images, prompts: images.mean(), "(B,)"),
     "double": (lambda images, prompts: mean(images).double(), "float32"),
     "infinite": (lambda images, prompts: mean(images) / 0, "finite"),
     "over the batch": (lambda images, prompts: mean(images) - mean(images).mean(), "batch"),
+    "over the batch, slightly": (normalised(), "batch"),
+    "over the batch, detached": (lambda images, prompts: mean(images) - 0.01 * mean(images.detach()).mean(), "batch"),
+    "over more than two": (lambda images, prompts: mean(images) - (len(images) > 2) * mean(images).mean(), "batch"),
+    "by position": (lambda images, prompts: mean(images) * (1 + (torch.arange(len(images)) > 1)), "batch"),
+    "by the brightest": (lambda images, prompts: mean(images) - (mean(images).max() - 0.6).relu(), "batch"),
+    "by the longest prompt": (lambda images, prompts: mean(images) * max(40, *map(len, prompts), 0) / 40, "batch"),
+    "in place, past autograd": (
+        lambda images, prompts: mean(images) + mean(images.data.mul_(0.5)),
+        "changes the images",
+    ),
     "trainable": (Trainable(), "requires_grad_"),
     "graph through the text": (lambda images, prompts: soft_prompt * mean(images), "text"),
     "in place": (in_place, "changes the images"),

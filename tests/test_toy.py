@@ -1,21 +1,31 @@
 """The toy tasks: what they learn, what their evaluators measure, and that training never sees the evaluators."""
 
 import dataclasses
+import io
+import itertools
 import json
 import math
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
 
-from leap_align import Hyper, rollout, uniform_times
+from leap_align import BadInput, Hyper, rollout, uniform_times
+from runtime import report
+from tests.toy_runs import ROOT
 from toy import pretrain
 from toy.digits import Digits
 from toy.laboratory.variants import nested_only, nested_trajectory
 from toy.modes import CENTRES, SPREAD, Modes
 from toy.summary import format_number, markdown_table, mean_and_error, summary
+from toy.summary import main as print_summary
 from toy.task import ToyOptions
 
 SMALL = ToyOptions(pretrain_steps=300, reward_steps=300, evaluation_samples=160)
@@ -138,9 +148,49 @@ def test_the_cache_runs_no_code(tmp_path, monkeypatch):
     Modes(few, T=3)
     (file,) = tmp_path.glob("*.pt")
     torch.save({"flow": _Evil()}, file)
-    with pytest.raises(pickle.UnpicklingError):
-        Modes(few, T=3)
+    Modes(few, T=3)
     assert not Path("executed").exists()
+    assert all(torch.is_tensor(value) for value in torch.load(file, weights_only=True).values())
+
+
+def flip_a_bit(content):
+    """The bytes with one bit of a weight changed."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 64]) + content[middle + 1 :]
+
+
+def saved(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+DAMAGES = {
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "end missing": lambda content: content[:-10],
+    "one bit": flip_a_bit,
+    "a pickle": lambda content: pickle.dumps([1]),
+    "a list": lambda content: saved([1]),
+    "other weights": lambda content: saved({"flow.body.0.bias": torch.zeros(3)}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_file_is_named_and_made_anew(damage, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrain, "CACHE", tmp_path)
+    few = ToyOptions(pretrain_steps=2, reward_steps=2)
+    before = Modes(few, T=3)
+    (file,) = tmp_path.glob("*.pt")
+    file.write_bytes(DAMAGES[damage](file.read_bytes()))
+    capsys.readouterr()
+    after = Modes(few, T=3)
+    assert capsys.readouterr().out == f"{file} is damaged: it is removed, and the networks are pre-trained again\n"
+    for name in ("model", "reward_model"):
+        weights = (getattr(task, name).state_dict().values() for task in (before, after))
+        assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    Modes(few, T=3)
+    assert not capsys.readouterr().out
 
 
 def test_nested_only_is_a_method_with_the_nested_trajectory(task):
@@ -187,6 +237,73 @@ def test_figures_are_drawn(task, tmp_path):
     assert np.array_equal(arrays["states"][0], arrays["samples"][: len(arrays["states"][0])])
 
 
+def test_other_files_among_the_samples_do_no_harm(tmp_path):
+    """A copy that a user made kept every later evaluation from being saved."""
+    task = Modes(SMALL, T=10)
+    task.evaluate(tmp_path, 0)
+    for name in ("000000-mine.npz", "9notes.npz", "best.npz"):
+        shutil.copy(tmp_path / "samples" / "000000.npz", tmp_path / "samples" / name)
+    task.evaluate(tmp_path, 5)
+    task.draw_figures(tmp_path)
+    task.evaluate(tmp_path, 3)  # a resumed run repeats later iterations
+    names = {path.name for path in (tmp_path / "samples").iterdir()}
+    assert names == {"000000.npz", "000003.npz", "000000-mine.npz", "9notes.npz", "best.npz"}
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Name, without .png, -> the matplotlib figure that was saved there."""
+    saved_figures = {}
+
+    def savefig(self, path, **_):
+        saved_figures[Path(path).name.split(".png")[0]] = self
+        Path(path).touch()
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return saved_figures
+
+
+@pytest.mark.parametrize("kind", [Modes, Digits])
+@pytest.mark.parametrize(("iterations", "title"), [((0, 5), "after 5 iterations"), ((0,), "before training")])
+def test_the_figure_of_trajectories_says_when(kind, iterations, title, tmp_path, figures):
+    task = kind(SMALL, T=10)
+    for iteration in iterations:
+        task.evaluate(tmp_path, iteration)
+    task.draw_figures(tmp_path)
+    figure = figures["trajectories"]
+    assert title in f"{figure.get_suptitle()} {figure.axes[0].get_title()}"
+
+
+def test_no_label_of_the_trajectories_covers_another(tmp_path, figures):
+    task = Modes(SMALL, T=10)
+    task.evaluate(tmp_path, 0)
+    task.draw_figures(tmp_path)
+    figure = figures["trajectories"]
+    figure.set_dpi(120)
+    FigureCanvasAgg(figure).draw()
+    labels = [text for text in figure.axes[0].texts if text.get_text()]
+    assert {"$x_T$", "$x_k$", "$x_j$", "$x_0$"} <= {text.get_text() for text in labels}
+    boxes = [Text.get_window_extent(text) for text in labels]  # without its line
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_the_curves_say_which_weights_they_are_of(tmp_path, figures):
+    evaluations = [{"iteration": i, "reward": float(i), "utility": 0.0} for i in range(3)]
+    report.draw_curves(tmp_path, evaluations, [{"iteration": "1", "reward": "0.5"}])
+    (figure,) = figures.values()
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["batch, live weights", "evaluation, averaged weights"]
+
+
+def test_the_hacked_and_the_hinged_sheet_differ_at_the_size_of_the_page():
+    """At 430 pixels each, side by side; the sheets of 20 columns that they replaced differed in 1160 pixels."""
+    images = []
+    for name in ("hacked", "hinged"):
+        image = Image.open(ROOT / "toy" / "results" / f"digits-{name}.png").convert("L")
+        images.append(np.asarray(image.resize((430, image.height * 430 // image.width)), dtype=float) / 255)
+    assert (abs(images[0] - images[1]) > 0.2).sum() > 3000
+
+
 def test_tasks_take_a_shifted_grid():
     task = Modes(ToyOptions(pretrain_steps=300, reward_steps=300, shift=2.2243), T=10)
     assert task.times[5] > uniform_times(10)[5]
@@ -194,17 +311,65 @@ def test_tasks_take_a_shifted_grid():
     assert len(states) == 11
 
 
+def finished_run(folder, after=0.0, **settings):
+    """The files of a finished run that its summary reads."""
+    folder.mkdir()
+    config = {"tool": "train_leap_align", "task": "toy", "method": "leap_align", "seed": 0, "out": str(folder)}
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    (folder / "result.json").write_text(json.dumps({"before": {"evaluator": 0.0}, "after": {"evaluator": after}}))
+    return folder
+
+
 def test_summary_against_a_hand_calculation(tmp_path):
-    for n, value in enumerate((1.0, 2.0, 6.0)):
-        (tmp_path / str(n)).mkdir()
-        result = {"before": {"evaluator": 0.0}, "after": {"evaluator": value}}
-        (tmp_path / str(n) / "result.json").write_text(json.dumps(result))
+    values = (1.0, 2.0, 6.0)
+    folders = [finished_run(tmp_path / str(seed), value, seed=seed) for seed, value in enumerate(values)]
     # Mean 3, standard deviation sqrt((4 + 1 + 9) / 2) = sqrt(7), of the mean sqrt(7 / 3) = 1.528.
-    assert summary([tmp_path / str(n) for n in range(3)]).splitlines() == [
+    assert summary(folders).splitlines() == [
         "| n = 3 | before | after |",
         "|---|---|---|",
         "| evaluator | 0.000 ± 0.000 | 3.000 ± 1.528 |",
     ]
+
+
+def test_summary_allows_runs_that_differ_in_speed_alone(tmp_path):
+    folders = [finished_run(tmp_path / "a"), finished_run(tmp_path / "b", seed=1, gradient_accumulation_steps=2)]
+    assert summary([*folders, finished_run(tmp_path / "c", seed=2, resume=True, evaluate_every=7)])
+
+
+@pytest.mark.parametrize("settings", [
+    {"method": "drtune"}, {"task": "digits"}, {"lr": 1e-3}, {"lam": None}, {"iterations": 60}, {"pretrain_seed": 3},
+])  # fmt: skip
+def test_summary_refuses_runs_that_differ_in_more_than_their_seed(settings, tmp_path):
+    shared = {"lr": 1e-4, "lam": 0.0, "iterations": 300}
+    other = shared | {"seed": 1} | settings
+    folders = [finished_run(tmp_path / "a", **shared), finished_run(tmp_path / "b", **other)]
+    ((name, value),) = settings.items()
+    with pytest.raises(BadInput, match=rf"{name} is .* in .*a, {value} in .*b; summarise them separately$"):
+        summary(folders)
+
+
+def test_summary_refuses_a_run_that_is_given_twice(tmp_path):
+    folders = [finished_run(tmp_path / "a", seed=4), finished_run(tmp_path / "b", seed=4)]
+    with pytest.raises(BadInput, match="have the same seed, 4"):
+        summary(folders)
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("result.json", None, "holds no finished run: result.json is missing"),
+    ("result.json", "{}", "it has no `before` and `after`"),
+    ("result.json", "{", "result.json is damaged"),
+    ("config.json", None, "config.json is missing"),
+    ("config.json", "[]", "must hold a JSON object"),
+])  # fmt: skip
+def test_summary_names_a_file_that_is_not_a_runs(name, content, message, tmp_path, monkeypatch):
+    folder = finished_run(tmp_path / "a")
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    monkeypatch.setattr("sys.argv", ["summary", str(folder)])
+    with pytest.raises(SystemExit, match=message) as stop:
+        print_summary()
+    assert str(stop.value).startswith("error: ") and "\n" not in str(stop.value)
 
 
 def test_numbers_in_tables():

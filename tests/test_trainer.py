@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train_leap_align as trainer
-from leap_align import METHODS, checked
+from leap_align import METHODS, BadInput, checked
 from runtime.checkpoint import training_tensors
 from tests.toy_runs import ROOT, SMALL, TORCHRUN, TOYS, error_line, metrics, result, run, without_figures
 from toy.modes import Modes
@@ -131,7 +131,8 @@ def test_a_refusal_of_rank_0_is_printed_once(reference):
     command = [*TORCHRUN, *SMALL, "--out", str(reference)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
-    assert done.stderr.count("holds another run") == 1
+    lines = [line for line in done.stderr.splitlines() if "holds another run" in line]
+    assert len(lines) == 2 and lines[0].startswith("error: ")  # ours, and the one in torchrun's table
     assert "[rank1]" not in done.stderr
 
 
@@ -272,11 +273,12 @@ def test_too_many_skipped_steps_stop_the_run_and_keep_the_checkpoint(reference, 
         patch.setattr(Modes, "reward", lambda self, sample, condition: BROKEN["nan"](sample))
         patch.setattr(Modes, "evaluate", lambda self, folder, iteration: {"reward": 0.0, **self.held_out})
         assert "3 steps in a row skipped" in error_line("--out", str(tmp_path / "new"), "--max-skipped-steps", "3")
-    run(tmp_path, "--iterations", "2")
+    out = tmp_path / "resumed"
+    run(out, "--iterations", "2")
     with monkeypatch.context() as patch:
         patch.setattr(Modes, "reward", lambda self, sample, condition: BROKEN["nan"](sample))
-        assert "2 steps in a row" in error_line("--out", str(tmp_path), "--resume", "--max-skipped-steps", "2")
-    assert run(tmp_path, "--resume") == metrics(reference)
+        assert "2 steps in a row" in error_line("--out", str(out), "--resume", "--max-skipped-steps", "2")
+    assert run(out, "--resume") == metrics(reference)
 
 
 # Bad input
@@ -291,12 +293,18 @@ def test_too_many_skipped_steps_stop_the_run_and_keep_the_checkpoint(reference, 
         (["--method", "drtune", "--m", "12"], "m=12 must be at most"),
         (["--method", "refl", "--m", "22"], "m=22 must be at most T=21"),
         (["--batch-size", "10", "--gradient-accumulation-steps", "4"], "batch_size=10 must be a multiple of"),
-        (["--iterations", "-1"], "iterations=-1"),
+        (["--iterations", "-1"], "iterations=-1 must lie between 0 and"),
         (["--checkpoint-every", "0"], "checkpoint_every=0"),
-        (["--lr", "-1"], "lr=-1.0"),
-        (["--T", "1", "--method", "refl"], "T=1 must be at least 2"),
+        (["--lr", "-1"], "lr=-1.0 must lie"),
+        (["--lr", "inf"], "lr=inf must lie"),
+        (["--lr", "nan"], "^error: lr=nan must lie[^=]*$"),
+        (["--max-grad-norm", "nan"], "^error: max_grad_norm=nan"),
+        (["--T", "1000000000"], "T=1000000000 must lie between 2 and 10000"),
+        (["--T", "1", "--method", "refl"], "T=1 must lie between 2 and"),
         (["--weight-decay", "-1"], "weight_decay=-1"),
         (["--seed", "-1"], "seed=-1"),
+        (["--seed", "99999999999999999999"], "seed=9+ must lie between 0 and"),
+        (["--weight-decay", "inf"], "weight_decay=inf must lie between 0 and"),
         (["--shift", "0"], "shift=0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -333,7 +341,56 @@ def test_an_occupied_folder_is_refused(reference):
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    assert "cannot write to" in error_line("--out", str(tmp_path / "file"))
+    assert "is a file" in error_line("--out", str(tmp_path / "file"))
+    assert "cannot write to" in error_line("--out", str(tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize("file", ["config.json", "transformer/config.json", "samples/mine.png", "train.py"])
+def test_a_foreign_folder_is_refused_and_left_alone(tmp_path, file):
+    path = tmp_path / "folder" / file
+    path.parent.mkdir(parents=True)
+    path.write_text('{"architectures": ["Foreign"]}')
+    for flags in ([], ["--resume"]):
+        line = error_line("--out", str(tmp_path / "folder"), *flags)
+        assert "is not empty, and train_leap_align did not fill it" in line
+    assert [file for file in (tmp_path / "folder").rglob("*") if file.is_file()] == [path]
+
+
+def test_a_folder_with_a_live_run_is_refused_and_the_run_undisturbed(reference, tmp_path, monkeypatch):
+    refusals, step = [], trainer.Trainer.step
+
+    def step_beside_second_starts(self):
+        if self.progress.iteration == 2 and not refusals:
+            refusals.append(error_line("--out", str(tmp_path)))
+            refusals.append(error_line("--out", str(tmp_path), "--resume"))
+        return step(self)
+
+    monkeypatch.setattr(trainer.Trainer, "step", step_beside_second_starts)
+    assert run(tmp_path, "--checkpoint-every", "1") == metrics(reference)
+    assert len(refusals) == 2 and all("is in use by another process" in line for line in refusals)
+
+
+def test_a_task_that_does_not_shard_is_refused_on_several_ranks(tmp_path, monkeypatch):
+    flags = trainer.parse([*SMALL, "--out", str(tmp_path)])
+    task = trainer.build_task(flags.run, flags.task)
+    monkeypatch.setattr(trainer, "world_size", lambda: 2)
+    with pytest.raises(BadInput, match=r"not sharded: its parallelize\(mesh\) must call fully_shard"):
+        trainer.Trainer(flags.run, flags.method, task)
+
+
+def test_a_gradient_of_exactly_zero_is_reported(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Modes, "reward", lambda self, sample, condition: 0 * sample.sum(1) - 1)
+    run(tmp_path, "--iterations", "1")
+    assert "iteration 1: the gradient is exactly zero" in capsys.readouterr().out
+
+
+def test_an_error_does_not_share_a_line_with_the_progress_bar(tmp_path, monkeypatch, capsys):
+    def fail(self):
+        raise BadInput("failed")
+
+    monkeypatch.setattr(trainer.Trainer, "step", fail)
+    error_line("--out", str(tmp_path))
+    assert capsys.readouterr().err.endswith(("\n", "\r"))
 
 
 @pytest.mark.parametrize("task", TOYS)

@@ -1,18 +1,30 @@
 """The figures of a toy run, drawn from what its evaluations left in folder/samples."""
 
+import re
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-PALETTE = colormaps["tab10"].colors
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+"""Okabe and Ito's colors, which colour-blind readers can tell apart; their yellow is too pale on white."""
+RIGHT, WRONG = COLORS[:2]
+
+
+def sample_files(folder: Path) -> dict[int, Path]:
+    """Iteration -> what its evaluation left; other files in the folder do not count."""
+    files = [file for file in (folder / "samples").glob("*.npz") if re.fullmatch(r"\d{6,}", file.stem)]
+    return {int(file.stem): file for file in sorted(files, key=lambda file: int(file.stem))}
 
 
 def _evaluations(folder: Path) -> dict[int, dict[str, np.ndarray]]:
     """Iteration -> arrays of each evaluation, in order."""
-    return {int(file.stem): dict(np.load(file)) for file in sorted((folder / "samples").glob("*.npz"))}
+    return {iteration: dict(np.load(file)) for iteration, file in sample_files(folder).items()}
+
+
+def _when(iteration: int) -> str:
+    return f"after {iteration} iterations" if iteration else "before training"
 
 
 def _plane(axis: Axes, real: np.ndarray, title: str) -> None:
@@ -22,38 +34,42 @@ def _plane(axis: Axes, real: np.ndarray, title: str) -> None:
 
 
 def scatter(folder: Path, real: np.ndarray, centres: np.ndarray) -> None:
-    """samples.png: the first and the last evaluation; a sample has its prompt's colour, a ring marks each mode."""
+    """samples.png: the first and the last evaluation; a sample is right if the prompt's mode is the nearest."""
     evaluations = _evaluations(folder)
-    first, last = min(evaluations), max(evaluations)
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    titles = {first: "before", last: f"after {last} iterations"}
-    for axis, iteration in zip(figure.subplots(1, 2), (first, last)):
-        _plane(axis, real, titles[iteration] if last > first else "before")
+    figure = Figure(figsize=(8, 4.4), layout="constrained")
+    for axis, iteration in zip(figure.subplots(1, 2), (min(evaluations), max(evaluations))):
         samples, prompt = evaluations[iteration]["samples"], evaluations[iteration]["prompt"]
-        axis.scatter(*samples.T, s=5, c=[PALETTE[c] for c in prompt])
-        axis.scatter(*centres.T, s=900, facecolors="none", edgecolors=PALETTE[: len(centres)], linewidths=2)
-    figure.suptitle("a dot is right when its colour is that of the ring around it")
+        nearest = np.linalg.norm(samples[:, None] - centres, axis=2).argmin(1)
+        right = nearest == prompt
+        _plane(axis, real, f"{_when(iteration)}: {right.mean():.1%} right")
+        axis.scatter(*samples[right].T, s=6, c=RIGHT, label="sample in the prompt's mode")
+        axis.scatter(*samples[~right].T, s=14, c=WRONG, marker="x", lw=1, label="sample in another mode")
+        axis.scatter([], [], s=6, color="0.7", label="real data")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(folder / "samples.png", dpi=120)
 
 
 def trajectories(folder: Path, real: np.ndarray, count: int = 5) -> None:
-    """trajectories.png: rollouts from noise to image, with the two leaps and the gaps that the connectors close."""
+    """trajectories.png: rollouts of the last evaluation from noise to image, with two leaps over each.
+
+    The rollout whose states lie farthest apart has labels.
+    """
     evaluations = _evaluations(folder)
     last = evaluations[max(evaluations)]
     i_k, i_j = last["pair"]
     figure = Figure(figsize=(6, 6.4), layout="constrained")
     axis = figure.subplots()
-    _plane(axis, real, f"rollouts, and one leap trajectory over each (k = {i_k}, j = {i_j})")
-    for n in range(count):
+    _plane(axis, real, f"{_when(max(evaluations))}, k = {i_k}, j = {i_j}")
+    points = []
+    for n, color in zip(range(count), COLORS):
         x, x_hat_j, x_hat_0 = last["states"][:, n], last["x_hat_j"][n], last["x_hat_0"][n]
-        color = PALETTE[last["prompt"][n]]
+        points.append(np.stack([x[-1], x[i_k], x[i_j], x[0], x_hat_j, x_hat_0]))
         axis.plot(*x.T, ".-", color=color, lw=0.8, ms=3, alpha=0.6)
         for start, end in ((x[i_k], x_hat_j), (x[i_j], x_hat_0)):
             axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": color, "lw": 1.8})
         for predicted, real_state in ((x_hat_j, x[i_j]), (x_hat_0, x[0])):
             axis.plot(*np.stack([predicted, real_state]).T, ":", color="k", lw=1.8)
-        for i, name in ((len(x) - 1, "$x_T$"), (i_k, "$x_k$"), (i_j, "$x_j$"), (0, "$x_0$")):
-            axis.annotate(name, x[i], (4, 4), textcoords="offset points", fontsize=9)
+    _label_states(axis, max(points, key=_least_distance))
     axis.plot([], [], ".-", color="0.4", lw=0.8, ms=3, label="rollout")
     axis.plot([], [], "-", color="0.4", lw=1.8, label=r"leap, $x_k \to \hat{x}_{j|k}$ and $x_j \to \hat{x}_{0|j}$")
     axis.plot([], [], ":", color="k", lw=1.8, label="connector")
@@ -61,31 +77,59 @@ def trajectories(folder: Path, real: np.ndarray, count: int = 5) -> None:
     figure.savefig(folder / "trajectories.png", dpi=120)
 
 
-def _mosaic(rows: dict[str, np.ndarray], titles: list[str], path: Path) -> None:
+def _least_distance(points: np.ndarray) -> float:
+    """The distance of the two points (N, 2) that are closest."""
+    distances = np.linalg.norm(points[:, None] - points, axis=2)
+    return distances[~np.eye(len(points), dtype=bool)].min()
+
+
+def _label_states(axis: Axes, points: np.ndarray) -> None:
+    """Labels x_T, x_k, x_j, x_0, x̂_j and x̂_0 of one rollout (6, 2), a predicted state opposite to the real one."""
+    names = ("$x_T$", "$x_k$", "$x_j$", "$x_0$", r"$\hat{x}_{j|k}$", r"$\hat{x}_{0|j}$")
+    along = points[3] - points[0]
+    normal = np.array([-along[1], along[0]]) / np.linalg.norm(along)
+    sides = np.sign((points[4:] - points[2:4]) @ normal)
+    sides = np.array([-sides[0], -sides[0], *-sides, *sides])
+    for name, point, side in zip(names, points, sides):
+        offset, line = 26 * side * normal, {"arrowstyle": "-", "color": "0.5", "lw": 0.7, "shrinkA": 1, "shrinkB": 2}
+        axis.annotate(name, point, offset, textcoords="offset points", ha="center", va="center", arrowprops=line)
+
+
+def _mosaic(rows: dict[str, np.ndarray], columns: list[str], title: str, path: Path) -> None:
     """Named rows of digits (n, 1, 8, 8), pixels from -1 (white) to 1 (black), drawn as one image for speed."""
-    framed = {
-        name: np.pad(images[:, 0], ((0, 0), (1, 1), (1, 1)), constant_values=-0.7) for name, images in rows.items()
-    }
-    columns, size = len(next(iter(framed.values()))), 10
-    figure = Figure(figsize=(0.5 * columns + 1, 0.5 * len(rows) + 0.4), layout="constrained")
+    framed = [np.pad(images[:, 0], ((0, 0), (1, 1), (1, 1)), constant_values=-0.7) for images in rows.values()]
+    size = framed[0].shape[1]
+    figure = Figure(figsize=(0.62 * len(columns) + 1.6, 0.62 * len(rows) + 0.9), layout="constrained")
     axis = figure.subplots()
-    axis.imshow(np.vstack([np.hstack(list(images)) for images in framed.values()]), cmap="gray_r", vmin=-1, vmax=1)
-    axis.set_yticks(size * np.arange(len(rows)) + size / 2, list(rows))
-    axis.set_xticks(size * np.arange(len(titles)) + size / 2, titles)
+    axis.imshow(np.vstack([np.hstack(list(images)) for images in framed]), cmap="gray_r", vmin=-1, vmax=1)
+    axis.set_yticks(size * np.arange(len(rows)) + size / 2, list(rows), fontsize=13)
+    axis.set_xticks(size * np.arange(len(columns)) + size / 2, columns, fontsize=13)
     axis.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
     axis.spines[:].set_visible(False)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    figure.suptitle(title, fontsize=13)
+    figure.savefig(path, dpi=120)
 
 
-def sheet(folder: Path, columns: int = 20) -> None:
-    """samples.png: a row for each evaluation; a column has one noise and the prompt above it."""
+def sheet(folder: Path, prompts: tuple[int, ...] = (3, 7), noises: int = 2, count: int = 4) -> None:
+    """samples.png: samples of each prompt, from fixed noise, and the spread of all; a row for each evaluation.
+
+    Of many evaluations it shows some, the first and the last among them.  The spread is six times the standard
+    deviation of each pixel, which is white where all samples of the prompt are alike.
+    """
     evaluations = _evaluations(folder)
-    rows = {f"iteration {iteration}": arrays["samples"][:columns] for iteration, arrays in evaluations.items()}
-    prompts = evaluations[min(evaluations)]["prompt"][:columns]
-    _mosaic(rows, [f'"{prompt}"' for prompt in prompts], folder / "samples.png")
+    iterations = list(evaluations)
+    shown = np.linspace(0, len(iterations) - 1, min(count, len(iterations))).round().astype(int)
+    rows = {}
+    for iteration in (iterations[i] for i in shown):
+        samples, prompt = evaluations[iteration]["samples"], evaluations[iteration]["prompt"]
+        of_prompt = [samples[prompt == p] for p in prompts]
+        images = [[*x[:noises], np.minimum(6 * x.std(0) - 1, 1)] for x in of_prompt]
+        rows[f"iteration {iteration}"] = np.concatenate(images)
+    columns = [name for p in prompts for name in (*[f'"{p}"'] * noises, "spread")]
+    _mosaic(rows, columns, f"{noises} samples of a prompt, and the spread of all", folder / "samples.png")
 
 
-def leap_sheet(folder: Path, columns: int = 10) -> None:
+def leap_sheet(folder: Path, count: int = 10) -> None:
     """trajectories.png: the states that a leap trajectory joins, and its predictions between them."""
     evaluations = _evaluations(folder)
     last = evaluations[max(evaluations)]
@@ -99,6 +143,6 @@ def leap_sheet(folder: Path, columns: int = 10) -> None:
         r"leap: $\hat{x}_{0|j}$": last["x_hat_0"],
         "$x_0$": states[0],
     }
-    prompts = last["prompt"][:columns]
-    rows = {name: images[:columns] for name, images in rows.items()}
-    _mosaic(rows, [f'"{prompt}"' for prompt in prompts], folder / "trajectories.png")
+    columns = [f'"{prompt}"' for prompt in last["prompt"][:count]]
+    title = f"{_when(max(evaluations))}: a rollout for each prompt, and its leaps"
+    _mosaic({name: images[:count] for name, images in rows.items()}, columns, title, folder / "trajectories.png")

@@ -5,15 +5,16 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import sklearn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import trange
+from tqdm import tqdm, trange
 
-from leap_align import interpolate
-from runtime.processes import barrier, rank
+from leap_align import BadInput, interpolate
+from runtime.processes import run_on_rank0
 from runtime.run_dir import atomic_file
 from toy.nets import RewardNet, VelocityNet
 
@@ -64,7 +65,7 @@ def fit_reward(model: RewardNet, choices: Callable[[], tuple[Tensor, Tensor, Ten
 def fit_or_load(
     name: str, made_by: list[Any], settings: object, models: nn.ModuleDict, fit: Callable[[], None]
 ) -> None:
-    """Fills `models` from the cache; if they are not there yet, rank 0 runs fit() and stores them.
+    """Fills `models` from the cache; if they are not there yet, or damaged, rank 0 runs fit() and stores them.
 
     The file's name depends on everything that makes them: the source of the modules and functions `made_by`, the
     settings, the libraries' versions.
@@ -73,9 +74,38 @@ def fit_or_load(
     for source in made_by:
         key.update(inspect.getsource(source).encode())
     path = CACHE / f"{name}-{key.hexdigest()[:16]}.pt"
-    if rank() == 0 and not path.exists():
-        fit()
-        with atomic_file(path) as temporary:
-            torch.save(models.state_dict(), temporary)
-    barrier()
-    models.load_state_dict(torch.load(path, weights_only=True))
+
+    def fit_if_missing() -> None:
+        if not _is_intact(path, models):
+            fit()
+            with atomic_file(path) as temporary:
+                torch.save(models.state_dict(), temporary)
+
+    run_on_rank0(fit_if_missing)
+    models.load_state_dict(_read(path, models))
+
+
+def _is_intact(path: Path, models: nn.ModuleDict) -> bool:
+    """Whether the cache has the weights; a damaged file is removed."""
+    try:
+        return path.exists() and bool(_read(path, models))
+    except BadInput:
+        tqdm.write(f"{path} is damaged: it is removed, and the networks are pre-trained again")
+        path.unlink()
+        return False
+
+
+def _read(path: Path, models: nn.ModuleDict) -> dict[str, Tensor]:
+    """The weights in a file, which must be those of `models`; every byte is checked, and no code in it is run."""
+    try:
+        with ZipFile(path) as file:
+            if broken := file.testzip():  # torch.load compares no checksums
+                raise ValueError(broken)
+        weights = torch.load(path, weights_only=True)
+        if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in models.state_dict().items()}:
+            raise ValueError("other weights")
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file may raise anything
+        raise BadInput(f"{path} is damaged: delete it") from error
+    return weights

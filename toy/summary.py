@@ -1,11 +1,19 @@
 """Several runs that differ in their seed as one Markdown table: python -m toy.summary runs/a runs/b runs/c"""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from leap_align import BadInput
+from runtime.run_dir import read_json
+
+MAY_DIFFER = frozenset(
+    "seed out resume gradient_accumulation_steps evaluate_every checkpoint_every checkpoints_total_limit "
+    "max_skipped_steps".split()
+)
+"""Settings in which the runs of one table may differ: their seeds, and what never changes a result."""
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -33,8 +41,12 @@ def markdown_table(rows: list[dict[str, Any]], columns: list[str]) -> str:
 
 
 def summary(folders: list[Path]) -> str:
-    """The evaluators of several runs before and after training, mean ± standard error; a row for each."""
-    results = [json.loads((folder / "result.json").read_text()) for folder in folders]
+    """The evaluators of several runs before and after training, mean ± standard error; a row for each.
+
+    Raises BadInput for runs that differ in more than their seed, or that have the same seed.
+    """
+    results = [_result(folder) for folder in folders]
+    _check_same_settings(folders)
     rows = []
     for name in results[0]["before"]:
         row = {f"n = {len(results)}": name}
@@ -44,15 +56,38 @@ def summary(folders: list[Path]) -> str:
     return markdown_table(rows, [f"n = {len(results)}", "before", "after"])
 
 
+def _result(folder: Path) -> dict[str, dict[str, float]]:
+    """result.json of a finished run."""
+    if not (folder / "result.json").exists():
+        raise BadInput(f"{folder} holds no finished run: result.json is missing")
+    result = read_json(folder / "result.json")
+    if not {"before", "after"} <= result.keys():
+        raise BadInput(f"{folder / 'result.json'} is not that of a run: it has no `before` and `after`")
+    return result
+
+
+def _check_same_settings(folders: list[Path]) -> None:
+    """Refuses runs that are not repetitions of one run with other seeds."""
+    first, *others = (read_json(folder / "config.json") for folder in folders)
+    seeds = {first.get("seed"): folders[0]}
+    for folder, settings in zip(folders[1:], others):
+        for name in first | settings:
+            if name not in MAY_DIFFER and (old := first.get(name)) != (new := settings.get(name)):
+                values = f"{name} is {old} in {folders[0]}, {new} in {folder}"
+                raise BadInput(f"these runs differ in more than their seed: {values}; summarise them separately")
+        if (other := seeds.setdefault(settings.get("seed"), folder)) != folder:
+            raise BadInput(f"{other} and {folder} have the same seed, {settings.get('seed')}: give only one of them")
+
+
 def main() -> None:
     """Prints the table of the folders on the command line."""
     folders = [Path(argument) for argument in sys.argv[1:]]
     if not folders:
         sys.exit(__doc__)
-    for folder in folders:
-        if not (folder / "result.json").exists():
-            sys.exit(f"error: {folder} holds no finished run: result.json is missing")
-    print(summary(folders))
+    try:
+        print(summary(folders))
+    except (BadInput, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

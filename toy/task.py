@@ -17,6 +17,7 @@ from leap_align import BadInput, Velocity, interpolate, leap, leap_trajectory, r
 from runtime.run_dir import atomic_file
 from toy import nets, pretrain
 from toy.nets import RewardNet, VelocityNet
+from toy.pictures import sample_files
 
 EVALUATION_SEED = 1_000_003
 DRAWN = 64
@@ -152,6 +153,10 @@ class ToyTask(ABC):
         """The settings of the toy tasks, which have one reward each."""
         return cls.settings
 
+    def contents(self) -> dict[str, str]:
+        """Nothing: the toy tasks read no files."""
+        return {}
+
     def parallelize(self, mesh: DeviceMesh | None) -> None:
         """Shards the velocity network over several processes (FSDP2)."""
         if mesh is not None:
@@ -194,17 +199,17 @@ class ToyTask(ABC):
             reward = self.reward(samples, prompts).mean().item()
         leaps = self.leaps_to_draw(prompts[:DRAWN], [x[:DRAWN] for x in states])
         if folder is not None:
-            self.save_samples(folder / "samples", iteration, prompt=prompts, samples=samples, **leaps)
+            self.save_samples(folder, iteration, prompt=prompts, samples=samples, **leaps)
         utility = self.utility(samples).gather(1, prompts[:, None]).mean().item()
         return {"reward": reward, "utility": utility, **self.evaluate_held_out(samples, prompts)}
 
     def save_samples(self, folder: Path, iteration: int, **arrays: Any) -> None:
         """Writes samples/ITERATION.npz, and removes those of later iterations that a resumed run will repeat."""
-        folder.mkdir(exist_ok=True)
-        for path in folder.glob("*.npz"):
-            if int(path.stem) > iteration:
+        (folder / "samples").mkdir(exist_ok=True)
+        for later, path in sample_files(folder).items():
+            if later > iteration:
                 path.unlink()
-        np.savez(folder / f"{iteration:06d}.npz", **arrays)
+        np.savez(folder / "samples" / f"{iteration:06d}.npz", **arrays)
 
     def leaps_to_draw(self, prompts: Tensor, states: list[Tensor]) -> dict[str, Any]:
         """The states of some rollouts, and the leaps of one pair over each."""

@@ -23,6 +23,7 @@ class Reward(nn.Module, ABC):
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__()
+        self.name = f"the reward {type(self).__name__}"  # as error messages call it
         for name, value in attributes.items():
             setattr(self, name, value)
         self.requires_grad_(False)
@@ -36,12 +37,18 @@ class Reward(nn.Module, ABC):
         return self
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores (B,), computed in float32, or float64 if the weights are; a caller's autocast has no effect."""
+        """Scores (B,), computed in float32, or float64 if the weights are; a caller's autocast has no effect.
+
+        Raises BadInput for a wrong batch and, outside of training (which skips such a step), for a score of NaN or inf.
+        """
         _check_batch(images, prompts)
         dtypes = {parameter.dtype for parameter in self.parameters()}
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         with torch.autocast(images.device.type, enabled=False):
-            return self.score(images.to(dtype), list(prompts))
+            scores = self.score(images.to(dtype), list(prompts))
+        if not torch.is_grad_enabled() and images.isfinite().all() and not scores.isfinite().all():
+            raise BadInput(f"{self.name} gave {scores.tolist()!s:.60} for finite images: every score must be finite")
+        return scores
 
     @abstractmethod
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -108,24 +115,50 @@ def check_reward(
     """
     prompts, generator = list(prompts), torch.Generator().manual_seed(0)
     images = _test_images(len(prompts), size, generator).to(device)
-    pixels = images.clone().requires_grad_()
+    leaf = images.clone().requires_grad_()
+    pixels = leaf.clone()  # a leaf would refuse a change in place with a message of its own
     scores = reward(pixels, prompts)
-    _require(torch.equal(pixels, images), "it changes the images of its caller")
-    _check_scores(scores, len(prompts))
+    _require(reward, torch.equal(pixels, images), "it changes the images of its caller")
+    _check_scores(reward, scores, pixels)
     _check_frozen(reward, images, prompts)
-    _check_consistency(reward, images, prompts, tolerance)
-    (gradient,) = torch.autograd.grad(scores.sum(), pixels, allow_unused=True)
-    _require(gradient is not None and gradient.isfinite().all() and gradient.any(), "no finite gradient in the pixels")
+    _check_consistency(reward, images, prompts)
+    _check_independence(reward, images, prompts, tolerance)
+    (gradient,) = torch.autograd.grad(scores.sum(), leaf, allow_unused=True)
+    is_sound = gradient is not None and gradient.isfinite().all() and gradient.any()
+    _require(reward, is_sound, "no finite gradient in the pixels")
     with torch.no_grad():
         change = (reward((images * 255).round() / 255, prompts) - scores).abs()
     bound = gradient.abs().flatten(1).sum(1) / 510  # rounding moves each pixel by at most 1/510
-    _require((change <= 2 * bound + tolerance).all(), "rounding to 8 bits changes the score too much")
+    _require(reward, (change <= 2 * bound + tolerance).all(), "rounding to 8 bits changes the score too much")
     _check_gradient(reward, images, prompts, gradient, tolerance, generator)
+    _require(reward, torch.equal(pixels, images), "it changes the images of its caller")
 
 
-def _require(condition: bool | Tensor, message: str) -> None:
+def name_of(reward: Callable) -> str:
+    """What error messages call a reward."""
+    return reward.name if isinstance(reward, Reward) else "the reward"
+
+
+def describe(value: Any) -> str:
+    """What error messages call a value of the wrong type."""
+    return "None" if value is None else f"a value of type {type(value).__name__}"
+
+
+def check_type(name: str, scores: Any, images: Tensor) -> None:
+    """Raises BadInput, in one line, unless scores are a floating-point tensor (B,) on the images' device."""
+    if not torch.is_tensor(scores):
+        given = describe(scores)
+    elif scores.shape == images.shape[:1] and scores.is_floating_point() and scores.device == images.device:
+        return
+    else:
+        given = f"a tensor {tuple(scores.shape)} of {scores.dtype} on {scores.device}"
+    allowed = f"a floating-point tensor (B,) = ({len(images)},) on {images.device}"
+    raise BadInput(f"{name} gave {given} for {len(images)} images, but must give {allowed}")
+
+
+def _require(reward: Callable, condition: bool | Tensor, message: str) -> None:
     if not condition:
-        raise BadInput(f"the reward breaks the contract: {message}")
+        raise BadInput(f"{name_of(reward)} breaks the contract: {message}")
 
 
 def _test_images(n: int, size: tuple[int, int, int], generator: torch.Generator) -> Tensor:
@@ -134,30 +167,57 @@ def _test_images(n: int, size: tuple[int, int, int], generator: torch.Generator)
     return 0.2 + 0.3 * blobs + 0.3 * torch.rand(n, *size, generator=generator)
 
 
-def _check_scores(scores: Tensor, n: int) -> None:
-    _require(torch.is_tensor(scores) and scores.shape == (n,), "the score must be a tensor (B,)")
-    _require(scores.dtype == torch.float32, f"the score is {scores.dtype}, not float32")
-    _require(scores.isfinite().all(), "the score is not finite")
-    _require(scores.requires_grad, "the score has no gradient to the pixels: look for no_grad, detach, PIL or uint8")
+def _scores(reward: Callable, images: Tensor, prompts: list[str]) -> Tensor:
+    scores = reward(images, prompts)
+    check_type(name_of(reward), scores, images)
+    return scores
+
+
+def _check_scores(reward: Callable, scores: Any, images: Tensor) -> None:
+    check_type(name_of(reward), scores, images)
+    _require(reward, scores.dtype == torch.float32, f"the score is {scores.dtype}, not float32")
+    _require(reward, scores.isfinite().all(), "the score is not finite")
+    _require(
+        reward, scores.requires_grad, "the score has no gradient to the pixels: look for no_grad, detach, PIL or uint8"
+    )
 
 
 def _check_frozen(reward: Callable, images: Tensor, prompts: list[str]) -> None:
     parameters = reward.parameters() if isinstance(reward, nn.Module) else []
-    _require(not any(p.requires_grad for p in parameters), "its weights require grad: call requires_grad_(False)")
+    trainable = any(p.requires_grad for p in parameters)
+    _require(reward, not trainable, "its weights require grad: call requires_grad_(False)")
     graph = reward(images, prompts).requires_grad
-    _require(not graph, "the score requires grad although the images do not: encode the text under no_grad")
+    _require(reward, not graph, "the score requires grad although the images do not: encode the text under no_grad")
 
 
 @torch.no_grad()
-def _check_consistency(reward: Callable, images: Tensor, prompts: list[str], tolerance: float) -> None:
-    """A second call gives equal scores, a score does not depend on the batch, and any image shape is accepted."""
+def _check_consistency(reward: Callable, images: Tensor, prompts: list[str]) -> None:
+    """A second call gives equal scores, and any image shape is accepted."""
     scores = reward(images, prompts)
-    _require(torch.equal(reward(images, prompts), scores), "the same images and prompts get another score")
-    for i in range(len(prompts)):
-        difference = (reward(images[i : i + 1], prompts[i : i + 1]) - scores[i]).abs()
-        _require(difference <= tolerance * scores[i].abs().clamp(min=1), "a score depends on the rest of its batch")
+    is_same = torch.equal(reward(images, prompts), scores)
+    _require(reward, is_same, "the same images and prompts get another score")
     transposed = reward(images.transpose(2, 3), prompts)
-    _require(transposed.shape == scores.shape and transposed.isfinite().all(), "it fails on images of another shape")
+    is_good = transposed.shape == scores.shape and transposed.isfinite().all()
+    _require(reward, is_good, "it fails on images of another shape")
+
+
+def _check_independence(reward: Callable, images: Tensor, prompts: list[str], tolerance: float) -> None:
+    """An image has the same score alone, in a small batch, and at another place among very different ones.
+
+    Its gradient also stays in its own pixels, which reveals a dependence that is too weak to be seen in the scores.
+    """
+    n, message = len(prompts), "a score depends on the rest of its batch"
+    with torch.no_grad():
+        alone = torch.cat([_scores(reward, images[i : i + 1], prompts[i : i + 1]) for i in range(n)])
+        together = reward(images, prompts)
+    bright, dark = 1 - 0.2 * images, 0.2 * images[:1]
+    batch = torch.cat([bright, images.flip(0), bright, dark]).requires_grad_()
+    scores = _scores(reward, batch, [*prompts, *reversed(prompts), *["x"] * n, "a very long prompt, " * 8])
+    for others in (together, scores[n : 2 * n].flip(0)):
+        _require(reward, ((others - alone).abs() <= tolerance * alone.abs().clamp(min=1)).all(), message)
+    (gradient,) = torch.autograd.grad(scores[n], batch, materialize_grads=True)
+    largest = gradient.abs().amax((1, 2, 3))
+    _require(reward, (largest > 1e-6 * largest[n]).sum() <= 1, message)
 
 
 @torch.no_grad()
@@ -179,4 +239,4 @@ def _check_gradient(
             h = (tolerances * tolerance * scale / largest_slope).clamp(max=0.05)
             slope = (total(images + h * d) - total(images - h * d)) / (2 * h)
             errors.append((slope - (gradient * d).sum()).abs() / (100 * largest_slope + scale / h / 100))
-        _require(min(errors) <= tolerance, "the gradient disagrees with finite differences")
+        _require(reward, min(errors) <= tolerance, "the gradient disagrees with finite differences")

@@ -1,20 +1,22 @@
 """From a text such as "hpsv2.1:1,my_module:my_factory:0.5" to a reward."""
 
+import importlib
 import math
-import pkgutil
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from full_scale.rewards.contract import Reward
+from full_scale.rewards.contract import Reward, check_type, describe
 from full_scale.rewards.hpsv2 import HPSv2
 from full_scale.rewards.hpsv3 import HPSv3
 from full_scale.rewards.imagereward import ImageReward
 from full_scale.rewards.pickscore import PickScore
 from leap_align import BadInput
-from runtime.processes import one_line
+from runtime.processes import one_line, user_code
 
 REWARDS: dict[str, type[Reward]] = {
     "hpsv2.1": HPSv2,
@@ -33,33 +35,65 @@ PRESETS: dict[str, dict[str, float]] = {
 
 
 class CustomReward(Reward):
-    """A user's reward: any callable (images, prompts) -> (B,); an nn.Module is frozen and set to eval mode."""
+    """A user's reward: any callable (images, prompts) -> (B,); an nn.Module is frozen and set to eval mode.
 
-    def __init__(self, function: Callable[[Tensor, list[str]], Tensor]) -> None:
-        super().__init__(function=function)
+    name: what error messages call it.
+    """
+
+    def __init__(self, function: Callable[[Tensor, list[str]], Tensor], name: str = "your reward") -> None:
+        super().__init__(function=function, name=name)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """function(images, prompts)."""
-        return self.function(images, prompts)
+        """function(images, prompts).
+
+        Raises UserCodeError if it raises, and BadInput if it changes the images or gives anything but scores (B,).
+        """
+        before = _version(images)
+        with user_code(self.name):
+            scores = self.function(images, prompts)
+        if _version(images) != before:
+            raise BadInput(f"{self.name} changes its images in place: let it work on images.clone()")
+        check_type(self.name, scores, images)
+        return scores
+
+    def try_out(self, height: int, width: int, device: str | torch.device) -> None:
+        """Scores two images with gradient, so that a reward that cannot train is refused before a run starts."""
+        images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
+        scores = self(images.requires_grad_().clone(), ["a red cube", "two dogs on a beach"])
+        if not scores.requires_grad:
+            raise BadInput(f"{self.name} gives no gradient to its images: look for no_grad, detach, PIL or uint8 in it")
+        if not scores.isfinite().all():
+            raise BadInput(f"{self.name} gave {scores.tolist()} for finite images: every score must be finite")
+
+
+def _version(images: Tensor) -> int:
+    """A number that every change in place raises; tensors of inference mode have none."""
+    return 0 if images.is_inference() else images._version
 
 
 class WeightedSum(Reward):
     """Σᵢ wᵢ rᵢ(images, prompts), (B,)."""
 
     def __init__(self, rewards: Sequence[Reward], weights: Sequence[float]) -> None:
-        super().__init__(rewards=nn.ModuleList(rewards), weights=list(weights))
+        name = f"the sum of {' and '.join(reward.name for reward in rewards)}"
+        super().__init__(rewards=nn.ModuleList(rewards), weights=list(weights), name=name)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Every reward scores the same images."""
         return sum(weight * reward(images, prompts) for weight, reward in zip(self.weights, self.rewards))
 
 
-def load(spec: str, weights: Sequence[str | Path] = (), device: str | torch.device = "cpu") -> Reward:
+def load(
+    spec: str,
+    weights: Sequence[str | Path] = (),
+    device: str | torch.device = "cpu",
+    image_size: tuple[int, int] | None = None,
+) -> Reward:
     """The reward that a text names: "hpsv2.1", a sum "hpsv2.1:1,pickscore:0.5", or a custom "package.module:factory".
 
     A number after a term's last colon is its weight in the sum.  factory() returns a callable (images, prompts) ->
     (B,); one that is no nn.Module must compute on the images' device.  weights: empty for the hub's, or one local path
-    or hub id for each name in REWARDS, in the order of the text.
+    or hub id for each name in REWARDS, in the order of the text.  image_size: (H, W) at which to try a custom reward.
     """
     terms = [_split_weight(term.strip()) for term in spec.split(",")]
     built_in = [name for name, _ in terms if name in REWARDS]
@@ -73,6 +107,8 @@ def load(spec: str, weights: Sequence[str | Path] = (), device: str | torch.devi
             rewards.append(REWARDS[name].load(paths.pop(0), device))
         else:
             rewards.append(_load_custom(name).to(device))
+            if image_size is not None:
+                rewards[-1].try_out(*image_size, device)
     if [weight for _, weight in terms] == [None]:
         return rewards[0]
     return WeightedSum(rewards, [1.0 if weight is None else weight for _, weight in terms])
@@ -92,15 +128,31 @@ def _split_weight(term: str) -> tuple[str, float | None]:
 
 def _load_custom(name: str) -> CustomReward:
     """The reward that a factory "package.module:factory" returns."""
-    if ":" not in name:
+    if not all(name.partition(":")):
         choices = f"choose from {', '.join(REWARDS)}, or give your own as package.module:factory"
         raise BadInput(f"unknown reward {name!r}: {choices}")
-    try:
-        factory = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        remedy = "give it as package.module:factory"
-        raise BadInput(f"cannot import the reward {name!r} ({one_line(error)}): {remedy}") from error
-    function = factory() if callable(factory) else None
+    factory = _import(name)
+    if not callable(factory):
+        raise BadInput(f"{name} is {describe(factory)}, not a callable that takes no arguments and returns the reward")
+    with user_code(f"your factory {name}, called without arguments,"):
+        function = factory()
     if not callable(function):
-        raise BadInput(f"{name}() must return a callable (images, prompts) -> (B,), not {function!r:.60}")
-    return CustomReward(function)
+        raise BadInput(f"{name}() must return a callable (images, prompts) -> (B,), not {describe(function)}")
+    return CustomReward(function, f"your reward {name}")
+
+
+def _import(name: str) -> Any:
+    """What "package.module:attribute" names."""
+    module_name, _, attribute = name.partition(":")
+    remedy = "give package.module:factory, with the module beside train_leap_align.py or its folder in PYTHONPATH"
+    with user_code(f"your module {module_name}"):
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if not f"{module_name}.".startswith(f"{error.name}."):  # the module exists, and imports one that does not
+                raise
+            raise BadInput(f"cannot import the reward {name!r} ({one_line(error)}): {remedy}") from error
+    try:
+        return attrgetter(attribute)(module)
+    except AttributeError as error:
+        raise BadInput(f"cannot import the reward {name!r} ({one_line(error)}): {remedy}") from error

@@ -25,7 +25,7 @@ import tyro
 from tqdm import tqdm
 
 from leap_align import BadInput
-from runtime.run_dir import write_csv
+from runtime.run_dir import claimed_output_folder, write_csv
 from toy.benchmark.main_job import measure_main_job
 from toy.benchmark.memory import measure_memory
 from toy.benchmark.operations import measure_operations
@@ -87,15 +87,15 @@ def measure(options: Options, names: list[str], folder: Path) -> dict[str, list[
 def main(options: Options) -> None:
     """Measures, writes the tables and the figure, prints the tables."""
     names = check(options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with claimed_output_folder(options.out, "toy.benchmark", {}), tempfile.TemporaryDirectory() as folder:
         make_tiny_pipelines([name for name in names if name in TINY_PIPELINES], Path(folder))
         tables = measure(options, names, Path(folder))
+        if tables:
+            plot(tables, options.out)
     for name, rows in tables.items():
         columns = dict.fromkeys(column for row in rows for column in row if not column.endswith("_error"))
         print(f"\n{name}\n\n{markdown_table(rows, list(columns))}")
     if tables:
-        plot(tables, options.out)
         print(f"\ntables and figure are in {options.out}")
 
 

@@ -58,7 +58,7 @@ def representative_seeds(method: Callable[..., Endpoints], times: Tensor, hyper:
             return [seed]
         if endpoints.log["i_min"] == middle:
             seeds.setdefault(endpoints.log.get("s"), seed)
-    return list(seeds.values())
+    return list(seeds.values()) or [0]  # an early stop that is drawn in another way
 
 
 def mean_flop_counts(trainer: Trainer, condition: Any, x_T: Tensor) -> tuple[float, float]:

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from toy.benchmark.main_job import PHASES
 from toy.benchmark.step_time import SHARES
 from toy.benchmark.tasks import Row
-from toy.pictures import PALETTE
 
 MARKERS = "os^D"
 
@@ -74,7 +74,7 @@ def by_task(rows: list[Row]) -> dict[str, list[Row]]:
 def stacked_bars(axis: Axes, names: list[str], rows: list[Row], columns: tuple[str, ...]) -> None:
     """A horizontal bar for each row, made of its columns."""
     left = [0.0] * len(rows)
-    for column, color in zip(columns, PALETTE):
+    for column, color in zip(columns, colormaps["tab10"].colors):
         axis.barh(names, [row[column] for row in rows], left=left, color=color, label=column)
         left = [end + row[column] for end, row in zip(left, rows)]
     axis.invert_yaxis()

@@ -21,6 +21,7 @@ from typing import Annotated, Literal
 import tyro
 
 from leap_align import BadInput
+from runtime.run_dir import claimed_output_folder
 from toy.laboratory import ablations, compare, fidelity, memory, pairs
 from toy.laboratory.laboratory import SMOKE, Laboratory, Scale
 from toy.laboratory.result_cache import ResultCache
@@ -46,14 +47,15 @@ def main(
         name: The experiment, or all of them.
         out: Folder of the tables, the figures and, in cache/, the results that they are made of.
         workers: Processes that compute, one core each.
-        smoke: Check within a minute that everything runs.  Its results mean nothing, so give it another --out.
+        smoke: Check within a minute that everything runs.  Its results mean nothing: it needs an --out of its own.
     """
     if workers < 1:
         sys.exit(f"error: workers={workers} must be at least 1")
     lab = Laboratory(out, ResultCache(out / "cache", workers), SMOKE if smoke else Scale())
     try:
-        for experiment in EXPERIMENTS if name == "all" else [name]:
-            EXPERIMENTS[experiment](lab)
+        with claimed_output_folder(out, "toy.laboratory", {"scale": "smoke" if smoke else "full"}):
+            for experiment in EXPERIMENTS if name == "all" else [name]:
+                EXPERIMENTS[experiment](lab)
     except KeyboardInterrupt:
         sys.exit("interrupted: finished results are kept, and the same command continues from them")
     except (BadInput, OSError) as error:

@@ -17,10 +17,18 @@ class Ablation:
 
     options: dict[str, tuple[str, dict[str, Any]]]
     """Name -> method or variant, and changed hyperparameters."""
-    expected: tuple[tuple[str, str, str], ...]
-    """(metric, option with the greater value, option with the lesser value), as the paper reports."""
-    source: str
+    expected: tuple[tuple[str, str, str], ...] = ()
+    """(metric, option with the greater value, option with the lesser value), as the paper reports.
+
+    The first greater option is the paper's choice.
+    """
+    source: str = ""
     ema_decay: float = 0.99
+
+    @property
+    def reference(self) -> str:
+        """The paper's choice, or the first option if the paper has none."""
+        return self.expected[0][1] if self.expected else next(iter(self.options))
 
 
 LEAP_ALIGN = ("leap_align", {})
@@ -88,7 +96,8 @@ def run(lab: Laboratory) -> None:
         for iteration in scale.ablation_iterations
     ]
     lab.publish("ablations", rows, tables(rows, scale), directions(runs, scale))
-    plots.ablations(lab.out / "ablations.png", rows, scale.ablation_iterations)
+    references = {name: ablation.reference for name, ablation in ABLATIONS.items()}
+    plots.ablations(lab.out / "ablations.png", rows, references)
 
 
 def training_runs(lab: Laboratory) -> Runs:
@@ -113,7 +122,9 @@ def tables(rows: list[dict], scale: Scale) -> str:
     blocks = []
     for name, ablation in ABLATIONS.items():
         expected = "; ".join(f"{metric} at {greater} above {lesser}" for metric, greater, lesser in ablation.expected)
-        blocks.append(f"### {name}\n\nExpected from the paper ({ablation.source}): {expected}.")
+        blocks.append(f"### {name}")
+        if expected:
+            blocks.append(f"Expected from the paper ({ablation.source}): {expected}.")
         for task in scale.tasks:
             table_rows = [row for row in rows if (row["task"], row["ablation"]) == (task, name)]
             blocks.append(f"{task}, n = {table_rows[0]['n']}:")

@@ -1,11 +1,14 @@
 """compare: every method at its best learning rate, at equal samples and at equal compute."""
 
 from leap_align import METHODS
+from runtime.run_dir import write_csv
 from toy.laboratory import plots
 from toy.laboratory.laboratory import EVALUATORS, HINGES, Laboratory, RunMetrics, Scale
 from toy.laboratory.tables import Direction, summarize
 from toy.summary import markdown_table
 
+SHOWN = {"toy": ("log_density", "spread"), "digits": ("utility", "diversity")}
+"""Held-out evaluators in the figure; on `toy` the utility of every method is nearly the same function of the reward."""
 CURVE_FRACTIONS = (0.03, 0.07, 0.13, 0.2, 0.3, 0.43, 0.65)
 """Fractions of a budget after which a run is evaluated for the figure."""
 PAPER_ORDER = (
@@ -38,7 +41,9 @@ def run(lab: Laboratory) -> None:
     rows = table_rows(runs, learning_rates, iterations, evaluations, seconds)
     text = "\n\n".join(table(rows, key) for key in dict.fromkeys(table_key(row) for row in rows))
     lab.publish("compare", rows, text, directions(runs, lab.scale))
-    plots.compare(lab.out / "compare.png", runs, EVALUATORS)
+    curves = curve_rows(runs)
+    write_csv(lab.out / "compare-curves.csv", curves)
+    plots.compare(lab.out / "compare.png", curves, SHOWN)
 
 
 def training_runs(
@@ -82,6 +87,17 @@ def table_rows(
             row = key | {"method": method, "lr": learning_rates[task, hinge, method, budget]} | cost
             rows.append(row | summarize([run[iteration] for run in seed_runs]))
     return rows
+
+
+def curve_rows(runs: Runs) -> list[dict]:
+    """The metrics along the large budget: a row for each training curve and evaluated iteration."""
+    return [
+        {"task": task, "hinge": hinge, "method": method, "iteration": iteration}
+        | summarize([run[iteration] for run in seed_runs])
+        for (task, hinge, method, budget), seed_runs in runs.items()
+        if budget == "large"
+        for iteration in sorted(seed_runs[0])
+    ]
 
 
 def table_key(row: dict) -> tuple[str, str, str, str]:

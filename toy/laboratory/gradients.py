@@ -98,37 +98,45 @@ class Moments:
 
 
 def compare_gradients(
-    task: str, T: int, iterations: int, lr: float, max_draws: int, batch_size: int, smoke: bool = False
+    task: str,
+    T: int,
+    iterations: int,
+    lr: float,
+    max_draws: int,
+    batch_size: int,
+    methods: list[str],
+    smoke: bool = False,
 ) -> dict:
-    """Each method's gradient compared with the true one, after that many iterations of LeapAlign.
+    """The gradients of some methods and of LeapAlign compared with the true one, after some iterations of LeapAlign.
 
     Returns {"norm": of the true gradient, "methods": {name: Moments.values()}, "pairs": [[i_k, i_j, mean w_sim]]}.
     A method's column `every` is True if the mean is over all draws that exist.
     """
     sampler = GradientSampler(task, T, iterations, lr, batch_size, smoke)
     true = sampler.gradient("full_backprop", 0)
-    methods = {}
-    for name in ("drtune", "refl", "draft_lv"):
+    compared = {}
+    for name in methods:
         seeds, every = distinct_draws(name, T, max_draws)
         moments = Moments(true)
         for seed in seeds:
             moments.add(sampler.gradient(name, seed))
-        methods[name] = moments.values() | {"every": every}
+        compared[name] = moments.values() | {"every": every}
     pairs, by_alpha = [], {alpha: Moments(true) for alpha in ALPHAS}
     for i_k, i_j, weight, gradient_0, gradient_1 in sampler.pair_gradients():
         pairs.append([i_k, i_j, weight])
         for alpha, moments in by_alpha.items():
             moments.add(gradient_0 + alpha * (gradient_1 - gradient_0))  # affine in alpha (Eq. S18)
-    methods |= {f"leap_align {alpha:g}": moments.values() | {"every": True} for alpha, moments in by_alpha.items()}
-    return {"norm": true.norm().item(), "methods": methods, "pairs": pairs}
+    compared |= {f"leap_align {alpha:g}": moments.values() | {"every": True} for alpha, moments in by_alpha.items()}
+    return {"norm": true.norm().item(), "methods": compared, "pairs": pairs}
 
 
 def gradient_comparisons(lab: Laboratory, cases: list[Case]) -> dict[Case, dict]:
-    """compare_gradients for every case."""
-    scale = lab.scale
+    """compare_gradients for every case and every method."""
+    scale, methods = lab.scale, [name for name in METHODS if name not in ("leap_align", "full_backprop")]
     for task in scale.tasks:
         fresh_task(task, smoke=scale.smoke)  # pre-trains it here, because otherwise every worker would
     shared = {"lr": TRAINING_LR, "max_draws": scale.max_draws, "batch_size": scale.batch_size, "smoke": scale.smoke}
+    shared |= {"methods": methods}
     # The largest T, which take longest, come first, so that no worker runs alone at the end.
     cases = sorted(cases, key=lambda case: -case[1])
     settings = [shared | dict(zip(("task", "T", "iterations"), case)) for case in cases]

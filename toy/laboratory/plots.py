@@ -7,20 +7,22 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from leap_align import METHODS
 from runtime.run_dir import atomic_file
-from toy.summary import mean_and_error
 
-COLORS = {"leap_align": "C3", "drtune": "C0", "refl": "C1", "draft_lv": "C2", "full_backprop": "k"}
-GRADIENT_STYLES = {
-    "leap_align 1": ("C3", "-"),
-    "leap_align 0.3": ("C3", "--"),
-    "leap_align 0": ("C3", ":"),
-    "drtune": ("C0", "-"),
-    "refl": ("C1", "-"),
-    "draft_lv": ("C2", "-"),
-}
-"""Color and line of each method and alpha in figures of gradients."""
+COLORS = ("#D55E00", "#56B4E9", "#009E73", "#0072B2", "#000000", "#E69F00", "#CC79A7", "#999999")
+"""Okabe and Ito's colors, which colour-blind readers can tell apart; one for each method, in the table's order."""
+MARKERS = "o^Ds*vPX"
+LINES = {"leap_align 1": "-", "leap_align 0.3": "--", "leap_align 0": ":"}
+"""The values of alpha in figures of gradients."""
 Rows = list[dict[str, Any]]
+
+
+def _style(name: str) -> dict[str, str]:
+    """Color, marker and line of a method, by its place in the table, or of LeapAlign with some alpha."""
+    method = "leap_align" if name in LINES else name
+    index = list(dict.fromkeys([*METHODS, method])).index(method) % len(COLORS)
+    return {"color": COLORS[index], "marker": MARKERS[index], "linestyle": LINES.get(name, "-")}
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -38,42 +40,35 @@ def _unique(rows: Rows, column: str) -> list:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def compare(path: Path, runs: dict[tuple, list[dict]], evaluators: dict[str, tuple[str, ...]]) -> None:
-    """The large budget: the reward over training, and held-out evaluators against the reward.
+def compare(path: Path, rows: Rows, shown: dict[str, tuple[str, str]]) -> None:
+    """The large budget: the reward over training, and two held-out evaluators of each task against the reward.
 
     A row for each task and hinge.  Bands and crosses are standard errors.
     """
-    panels = list(dict.fromkeys((task, hinge) for task, hinge, _, _ in runs))
+    panels = list(dict.fromkeys((row["task"], row["hinge"]) for row in rows))
     figure = Figure(figsize=(12, 3.1 * len(panels)), layout="constrained")
     grid = figure.subplots(len(panels), 3, squeeze=False)
     for (task, hinge), axes in zip(panels, grid):
-        for (run_task, run_hinge, method, budget), seed_runs in runs.items():
-            if (run_task, run_hinge, budget) == (task, hinge, "large"):
-                _training_curves(axes, method, seed_runs, ("utility", evaluators[task][-1]))
+        panel_rows = [row for row in rows if (row["task"], row["hinge"]) == (task, hinge)]
+        for method in _unique(panel_rows, "method"):
+            _training_curves(axes, method, [row for row in panel_rows if row["method"] == method], shown[task])
         axes[0].set(xlabel="iteration", ylabel="reward (trained on)", title=f"{task}, {hinge}")
         for axis in axes:
             axis.grid(alpha=0.3)
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
     _save(figure, path)
 
 
-def _training_curves(axes: list[Axes], method: str, seed_runs: list[dict], held_out: tuple[str, str]) -> None:
+def _training_curves(axes: list[Axes], method: str, rows: Rows, held_out: tuple[str, str]) -> None:
     """Draws one method: the reward over iterations, then each held-out evaluator over the reward."""
-    color, iterations = COLORS[method], sorted(seed_runs[0])
-    reward, error = _mean_curve(seed_runs, iterations, "reward")
-    axes[0].plot(iterations, reward, ".-", color=color, label=method, ms=4)
-    axes[0].fill_between(iterations, reward - error, reward + error, color=color, alpha=0.25, lw=0)
+    style, iterations = _style(method), [row["iteration"] for row in rows]
+    reward, error = (np.array([row[column] for row in rows]) for column in ("reward", "reward_error"))
+    axes[0].plot(iterations, reward, label=method, ms=4, **style)
+    axes[0].fill_between(iterations, reward - error, reward + error, color=style["color"], alpha=0.25, lw=0)
     for axis, name in zip(axes[1:], held_out):
-        value, value_error = _mean_curve(seed_runs, iterations, name)
-        axis.errorbar(reward, value, value_error, error, ".-", color=color, ms=4, lw=1)
+        values, errors = ([row[column] for row in rows] for column in (name, f"{name}_error"))
+        axis.errorbar(reward, values, errors, error, ms=4, lw=1, **style)
         axis.set(xlabel="reward (trained on)", ylabel=f"{name} (held out)")
-
-
-def _mean_curve(seed_runs: list[dict], iterations: list[int], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard error of a metric over several runs, at each of the iterations."""
-    points = [mean_and_error([run[iteration][metric] for run in seed_runs]) for iteration in iterations]
-    means, errors = np.array(points).T
-    return means, errors
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,27 +76,40 @@ def _mean_curve(seed_runs: list[dict], iterations: list[int], metric: str) -> tu
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def ablations(path: Path, rows: Rows, iterations: tuple[int, int]) -> None:
-    """The reward of every option, with its standard error; a row for each ablation, two columns for each task."""
+def ablations(path: Path, rows: Rows, references: dict[str, str]) -> None:
+    """The reward of every option minus that of the reference, the paper's choice; a panel for each ablation and task.
+
+    Bars are standard errors of the option's own reward.
+    """
     names, tasks = _unique(rows, "ablation"), _unique(rows, "task")
-    columns = [(task, iteration) for task in tasks for iteration in iterations]
-    figure = Figure(figsize=(12, 2.2 * len(names)), layout="constrained")
-    for name, axes in zip(names, figure.subplots(len(names), len(columns), squeeze=False)):
-        for (task, iteration), axis in zip(columns, axes):
-            options = [r for r in rows if (r["ablation"], r["task"], r["iterations"]) == (name, task, iteration)]
-            _option_rewards(axis, options)
-            axis.set_title(f"{name}: {task}, {iteration} iterations", fontsize=8)
-    figure.supylabel("reward")
+    lines = -(-len(names) // 2)
+    figure = Figure(figsize=(12, 2.3 * lines), layout="constrained")
+    grid = figure.subplots(lines, 2 * len(tasks), squeeze=False)
+    panels = [(name, task) for name in names for task in tasks]
+    for (name, task), axis in zip(panels, grid.flat):
+        panel_rows = [row for row in rows if (row["ablation"], row["task"]) == (name, task)]
+        _option_rewards(axis, panel_rows, references[name])
+        axis.set_title(f"{name}: {task}", fontsize=10)
+    for axis in grid.flat[len(panels) :]:
+        axis.axis("off")
+    figure.supylabel("reward minus that of the paper's choice")
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     _save(figure, path)
 
 
-def _option_rewards(axis: Axes, rows: Rows) -> None:
-    """Draws a point for each option."""
-    x, rewards, errors = range(len(rows)), [r["reward"] for r in rows], [r["reward_error"] for r in rows]
-    axis.errorbar(x, rewards, errors, fmt="o", color="C3", ms=4, capsize=3)
-    axis.set_xticks(x, [r["option"] for r in rows], fontsize=8)
-    axis.set_xlim(-0.5, len(rows) - 0.5)
-    axis.tick_params(axis="y", labelsize=8)
+def _option_rewards(axis: Axes, rows: Rows, reference: str) -> None:
+    """Draws a point for each option and number of iterations."""
+    options, stages = _unique(rows, "option"), _unique(rows, "iterations")
+    axis.axhline(0, color="0.6", lw=0.8)
+    axis.axvspan(*(options.index(reference) + np.array([-0.4, 0.4])), color="0.88", lw=0, label="the paper's choice")
+    for n, stage in enumerate(stages):
+        stage_rows = [row for row in rows if row["iterations"] == stage]
+        zero = next(row["reward"] for row in stage_rows if row["option"] == reference)
+        x, errors = np.arange(len(stage_rows)) + 0.24 * n - 0.12, [row["reward_error"] for row in stage_rows]
+        rewards, label = [row["reward"] - zero for row in stage_rows], f"after {stage} iterations"
+        axis.errorbar(x, rewards, errors, fmt="o^"[n % 2], color=COLORS[(3, 0)[n % 2]], ms=5, capsize=3, label=label)
+    axis.set_xticks(range(len(options)), options)
+    axis.set_xlim(-0.5, len(options) - 0.5)
     axis.grid(alpha=0.3)
 
 
@@ -136,20 +144,21 @@ def fidelity(path: Path, rows: Rows, weights: Rows, T: int) -> None:
 
 def _gradient_lines(axis: Axes, rows: Rows, x: str, y: str) -> None:
     """Draws a line for each method."""
-    for name, (color, style) in GRADIENT_STYLES.items():
+    others = [name for name in _unique(rows, "method") if not name.startswith("leap_align ")]
+    for name in (*LINES, *others):
         line = [row for row in rows if row["method"] == name]
-        axis.plot([r[x] for r in line], [r[y] for r in line], style, color=color, marker=".", label=name)
+        axis.plot([row[x] for row in line], [row[y] for row in line], ms=4, label=name, **_style(name))
     axis.grid(alpha=0.3)
 
 
 def _timestep_weights(axis: Axes, weights: Rows) -> None:
     """Draws the weight of each timestep for each method, scaled to the sum 1, which is the sum of the true weights."""
-    index = [row["i"] for row in weights]
+    index, lines = [row["i"] for row in weights], iter(("--", ":"))
     for name in (column for column in weights[0] if column != "i"):
         values = np.array([row[name] for row in weights])
         method, *with_similarity = name.split(" x ")
-        style = "--" if "toy" in name else ":" if with_similarity else "-"
-        axis.plot(index, values / values.sum(), style, color=COLORS[method], marker=".", ms=3, label=name)
+        style = _style(method) | ({"linestyle": next(lines)} if with_similarity else {})
+        axis.plot(index, values / values.sum(), ms=3, label=name, **style)
     axis.set(xlabel="timestep i (1 is the last step, next to the image)", ylabel="share of dv(x_i)/dθ")
     axis.set(title="effective weight of each timestep, as a share; full_backprop is the true one")
     axis.set_yscale("symlog", linthresh=0.01)
@@ -164,17 +173,17 @@ def _timestep_weights(axis: Axes, weights: Rows) -> None:
 
 def pairs(path: Path, rows: Rows, redrawn: tuple[str, ...]) -> None:
     """A row for each task: the variance of the gradient, and the reward at equal compute."""
-    tasks = _unique(rows, "task")
+    tasks, colors = _unique(rows, "task"), (COLORS[0], COLORS[3])
     figure = Figure(figsize=(10, 2.8 * len(tasks)), layout="constrained")
     for task, (left, right) in zip(tasks, figure.subplots(len(tasks), 2, squeeze=False)):
         task_rows = [row for row in rows if row["task"] == task]
         for n, kind in enumerate(_unique(task_rows, "pairs")):
             kind_rows = [row for row in task_rows if row["pairs"] == kind]
             variances = [kind_rows[0][f"variance, {inputs}"] for inputs in redrawn]
-            left.bar(np.arange(len(redrawn)) + 0.4 * n - 0.2, variances, 0.38, color=f"C{n}")
+            left.bar(np.arange(len(redrawn)) + 0.4 * n - 0.2, variances, 0.38, color=colors[n])
             x, errors = np.arange(len(kind_rows)) + 0.1 * n - 0.05, [row["reward_error"] for row in kind_rows]
             label, rewards = f"a pair a {kind}", [row["reward"] for row in kind_rows]
-            right.errorbar(x, rewards, errors, fmt="o", color=f"C{n}", capsize=3, label=label)
+            right.errorbar(x, rewards, errors, fmt="o^"[n], color=colors[n], capsize=3, label=label)
         budgets = _unique(task_rows, "budget")
         left.set_xticks(range(len(redrawn)), [f"over {inputs}" for inputs in redrawn])
         left.set(title=f"{task}: variance of a step's gradient / mean²")
@@ -200,12 +209,11 @@ def memory(path: Path, rows: Rows) -> None:
         T = [row["T"] for row in task_rows]
         for name in ("leap_align", "full_backprop"):
             mebibytes = [row[f"bytes, {name}"] / 2**20 for row in task_rows]
-            left.plot(T, mebibytes, ".-", color=COLORS[name], label=name)
+            left.plot(T, mebibytes, ms=4, label=name, **_style(name))
         for column in (column for column in task_rows[0] if column.startswith("norm, ")):
             name = column.removeprefix("norm, ")
-            color, style = GRADIENT_STYLES.get(name, ("k", "-"))
             growth = [row[column] / task_rows[0][column] for row in task_rows]
-            right.plot(T, growth, style, color=color, marker=".", label=name)
+            right.plot(T, growth, ms=4, label=name, **_style(name))
         left.set(title=f"{task}: MiB kept for backward", xlabel="T", ylim=(0, None))
         right.set(title=f"{task}: gradient's norm over that at T = {T[0]}", xlabel="T", ylim=(0, None))
         for axis in (left, right):

@@ -14,7 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from runtime.run_dir import digest, write_json
+from leap_align import BadInput
+from runtime.run_dir import digest, read_json, write_json
 
 Function = Callable[..., dict]
 """Its keyword arguments and its result are JSON; worker processes must be able to import it."""
@@ -32,6 +33,20 @@ def compute(path: Path, function: Function, settings: dict[str, Any]) -> None:
     write_json(path, {"function": function.__name__, "settings": settings, "result": result})
 
 
+def is_intact(path: Path) -> bool:
+    """Whether a result is stored; a damaged file is removed."""
+    if not path.exists():
+        return False
+    try:
+        intact = "result" in read_json(path)
+    except BadInput:
+        intact = False
+    if not intact:
+        tqdm.write(f"{path} is damaged: it is removed, and its result is computed again")
+        path.unlink()
+    return intact
+
+
 @dataclass(frozen=True)
 class ResultCache:
     """The folder of the results, and the number of processes that compute missing ones."""
@@ -43,11 +58,11 @@ class ResultCache:
         """function(**s) for each s of the settings, in their order; the title is that of the progress bar."""
         self.folder.mkdir(parents=True, exist_ok=True)
         paths = [cache_path(self.folder, function, s) for s in settings]
-        missing = {path: s for path, s in zip(paths, settings) if not path.exists()}
+        missing = {path: s for path, s in zip(paths, settings) if not is_intact(path)}
         with tqdm(total=len(missing), desc=title, unit="result", mininterval=1, disable=not missing) as bar:
             for _ in self._compute_each(function, missing):
                 bar.update()
-        return [json.loads(path.read_text())["result"] for path in paths]
+        return [read_json(path)["result"] for path in paths]
 
     def _compute_each(self, function: Function, missing: dict[Path, dict]) -> Iterator[None]:
         """Computes the missing results, and yields after each."""

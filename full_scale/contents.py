@@ -1,0 +1,70 @@
+"""Short digests of what runs and tools read: the same content under another path has the same digest."""
+
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from full_scale.pipeline import TEXT_SUBFOLDERS
+from full_scale.rewards import REWARDS
+from runtime.run_dir import digest, digest_folder
+
+
+def _short(whole_digest: str) -> str:
+    """A digest as settings.json and error messages show it."""
+    return f"content {whole_digest[:12]}"
+
+
+def prompts_content(prompts: Sequence[str]) -> str:
+    """The digest of a list of texts."""
+    return _short(digest("\n".join(prompts).encode()))
+
+
+def weights_content(path: Path) -> str:
+    """The digest of a weights file, or of a folder with weights."""
+    return _files_content(path, "*") if path.is_dir() else _short(digest(path))
+
+
+def pipeline_content(folder: Path, *subfolders: str) -> str:
+    """The digest of some of a pipeline's subfolders, which may be patterns of names."""
+    return _files_content(folder, *(f"{name}/*" for name in subfolders))
+
+
+def _files_content(folder: Path, *patterns: str) -> str:
+    """The digest of the files that diffusers and transformers read; others may lie beside them."""
+    suffixes = ".json", ".txt", ".model", ".safetensors"
+    digests = [digest_folder(folder, name + suffix, "*.fp16.*") for name in patterns for suffix in suffixes]
+    return _short(digest("".join(digests).encode()))
+
+
+def text_content(folder: Path) -> str:
+    """The digest of a pipeline's text encoders and tokenizers."""
+    return pipeline_content(folder, *TEXT_SUBFOLDERS)
+
+
+def images_content(images: Path, prompts: Mapping[str, str]) -> str:
+    """The digest of the images in a folder and of their prompts, by file."""
+    return _short(digest("".join(f"{name} {digest(images / name)} {prompts[name]}\n" for name in prompts).encode()))
+
+
+def tensors_content(tensors: Mapping[str, Tensor]) -> str:
+    """The digest of named tensors, on whatever device they are."""
+    total = hashlib.blake2b()
+    for name, value in tensors.items():
+        total.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        total.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return _short(total.hexdigest())
+
+
+def reward_content(reward: str, model: nn.Module) -> str:
+    """The digest of a reward's weights, and of the source file of each custom reward in it.
+
+    reward: the text that `rewards.load` made the model of.
+    """
+    names = [term.strip().split(":")[0] for term in reward.split(",")]
+    sources = [getattr(sys.modules.get(name), "__file__", None) for name in names if name not in REWARDS]
+    tensors = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
+    return _short(digest(" ".join([tensors_content(tensors), *(digest(Path(file)) for file in sources if file)]).encode()))
