@@ -12,7 +12,7 @@ and after training), figures, checkpoint/ and the trained weights' average (mode
 
 import signal
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a script's background job ignores it
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends without a traceback
 
 import argparse
@@ -191,7 +191,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=decay, fused=True)
         self.ema = EMA(self.parameters, config.ema_decay)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.progress = Progress()
+        self.progress, self.zero_is_reported = Progress(), False
 
     def microbatches(self) -> list[slice]:
         """The rows of the batch that this rank works on, one slice per accumulation step."""
@@ -218,7 +218,8 @@ class Trainer:
         row = processes.mean_over_ranks(mean(metrics), task.device)
         row["grad_norm"] = self.optimizer_step(row["loss"])
         self.progress.iteration += 1
-        if row["grad_norm"] == 0 and row["hinge_active"] > 0 and rank() == 0:
+        if row["grad_norm"] == 0 and row["hinge_active"] > 0 and rank() == 0 and not self.zero_is_reported:
+            self.zero_is_reported = True
             reason = "the reward does not depend on the image, or the image not on the trained parameters"
             tqdm.write(f"iteration {self.progress.iteration}: the gradient is exactly zero: {reason}")
         row |= {"seconds": time.perf_counter() - start, "skipped": float(self.progress.consecutive_skips > 0)}

@@ -1,8 +1,11 @@
 """Everything around a run with a diffusers model.  `python -m full_scale` lists the tools.
 
+components.py       check and load one component of a pipeline
+contents.py         digests of weights, prompts, images and rewards
 pipeline.py         open a pipeline, and what differs between FLUX.1-dev and SD3.5-M outside of training
 transformer.py      build, shard, load and export the transformer, all of it or LoRA adapters
 prompts.py          read prompts, embed them, find embeddings
+sheet.py            images with their prompts on a sheet
 sample.py           images from a base or trained model
 score.py            a reward of every image
 check_reward.py     whether a reward keeps the contract

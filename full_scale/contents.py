@@ -67,4 +67,5 @@ def reward_content(reward: str, model: nn.Module) -> str:
     names = [term.strip().split(":")[0] for term in reward.split(",")]
     sources = [getattr(sys.modules.get(name), "__file__", None) for name in names if name not in REWARDS]
     tensors = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
-    return _short(digest(" ".join([tensors_content(tensors), *(digest(Path(file)) for file in sources if file)]).encode()))
+    digests = [tensors_content(tensors), *(digest(Path(file)) for file in sources if file)]
+    return _short(digest(" ".join(digests).encode()))

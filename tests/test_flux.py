@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,7 +11,9 @@ from safetensors.torch import load_file
 pytest.importorskip("diffusers")
 
 import train_leap_align as trainer
+from full_scale import __main__ as tools
 from full_scale import transformer
+from full_scale.sheet import draw_sheet
 from leap_align import METHODS, BatchGenerator, Hyper, rollout
 from runtime.processes import full_value
 from tests.tiny_pipelines import (
@@ -22,6 +25,7 @@ from tests.tiny_pipelines import (
     every_task,
     flags,
     pipeline_of,
+    refusal,
     seeded,
     start_torchrun,
     task_of,
@@ -246,7 +250,9 @@ def test_two_processes_equal_one(models, tmp_path, name, more, nodes):
 
 REFUSING_REWARD = """
 import os, sys
+from full_scale import __main__ as tools
 from full_scale import transformer
+from full_scale.sheet import draw_sheet
 from leap_align import BadInput
 
 def refuse(*_):
@@ -357,3 +363,78 @@ def test_diffusers_draws_from_the_export_what_the_trained_model_draws(models, tm
         pipeline = pipeline_of(models, name, transformer=kind.from_pretrained(tmp_path / "transformer"))
     torch.testing.assert_close(draw(pipeline, x_T, PROMPTS[:1], 4), trained, rtol=0, atol=1e-4)
     assert (trained - untrained).abs().max() > 1e-2
+
+
+# Flags
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ("--guidance nan", "guidance=nan must be at least 0, and finite"),
+        ("--guidance inf", "guidance=inf must be at least 0, and finite"),
+        ("--guidance -1", "guidance=-1.0 must be at least 0, and finite"),
+        ("--lora-alpha 2", "lora_alpha=2.0 scales adapters, but there are none: give --lora-rank, too"),
+        ("--lora-rank 2 --lora-alpha 0", "lora_alpha=0.0 must be positive and finite"),
+        ("--lora-rank 2 --lora-alpha nan", "lora_alpha=nan must be positive and finite"),
+        ("--lora-rank 2 --lora-alpha inf", "lora_alpha=inf must be positive and finite"),
+        ("--lora-rank -1", "lora_rank=-1 must be at least 0"),
+        ("--lora-rank 33", "lora_rank=33 must be at most 32, the width of the narrowest target layer"),
+        ("--lora-rank 2 --lora-targets to_q nothing", "no linear layer of FluxTransformer2DModel is called 'nothing'"),
+        ("--lora-rank 2 --lora-targets", "lora_targets is empty"),
+    ],
+)
+def test_a_flag_that_cannot_work_is_named(models, tmp_path, arguments, expected):
+    assert expected in refusal([*flags(models, "flux"), "--out", tmp_path / "run", *arguments.split()])
+    sampling = ["sample", "--model", models / "flux", "--prompts", models / "prompts.txt", "--out", tmp_path / "i"]
+    if "guidance" in arguments:
+        assert expected in refusal([*sampling, *arguments.split()], tools.main)
+        assert not (tmp_path / "i").exists()
+
+
+def test_the_settings_of_sd3_are_those_of_supplement_a2():
+    sd3 = trainer.parse(["--task", "sd3"])
+    flux = trainer.parse(["--task", "flux"])
+    assert (sd3.task.height, sd3.task.width, sd3.run.iterations) == (512, 512, 200)
+    assert sd3.method == flux.method
+    assert (sd3.run.lr, sd3.run.batch_size, sd3.run.T) == (flux.run.lr, flux.run.batch_size, flux.run.T)
+    hpsv3 = trainer.parse(["--task", "sd3", "--reward", "hpsv3"])
+    assert (hpsv3.method.lam, hpsv3.run.lr, hpsv3.run.iterations) == (13.5, 8e-6, 200)
+
+
+def test_a_lora_run_prints_no_warning_about_other_models(models, tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("diffusers.models.modeling_utils.logger.warning", warnings.append)
+    train(tmp_path / "run", flags(models, "flux", "--iterations", "1", "--lora-rank", "2"))
+    assert warnings == []
+
+
+# Sheets
+
+
+def test_a_sheet_shows_every_image_unchanged_and_its_prompt_below():
+    images = torch.randint(256, (6, 3, 32, 48), dtype=torch.uint8, generator=seeded())
+    sheets = [draw_sheet(images, ["a red cube", text, "a"], columns=2) for text in ("", "two dogs", "x " * 500)]
+    pixels = [torch.from_numpy(np.array(sheet)).permute(2, 0, 1) for sheet in sheets]
+    height, width = pixels[0].shape[1] // 2, pixels[0].shape[2] // 2
+    for i in range(6):
+        row, column, place = i // 4, i // 2 % 2, i % 2
+        top, left = row * height + 4, column * width + 4 + place * 52
+        assert all(torch.equal(sheet[:, top : top + 32, left : left + 48], images[i]) for sheet in pixels)
+    captions = [sheet[:, 40:height, width:] for sheet in pixels]
+    assert (captions[0] == 255).all() and (captions[1] < 128).any() and (captions[2] < 128).any()
+    others = [sheet[:, 40:height, :width] for sheet in pixels]
+    assert torch.equal(others[0], others[2]) and (others[0] < 128).any()  # a long prompt stays in its own cell
+
+
+def test_a_runs_sheets_carry_its_prompts(models, tmp_path, monkeypatch):
+    seen = []
+
+    def recorded(images, prompts):
+        seen.append(prompts)
+        return draw_sheet(images, prompts)
+
+    monkeypatch.setattr("flux_adapter.draw_sheet", recorded)
+    more = ["--iterations", "1", "--evaluation-images", "4"]
+    train(tmp_path / "run", [*flags(models, "flux"), *more])
+    assert seen == [PROMPTS[:2]] * 2

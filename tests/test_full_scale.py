@@ -1,16 +1,23 @@
 """The tools around a run: embed, sample, score, GenEval's prompts, and what they and the trainer refuse."""
 
+import io
 import json
 import os
 import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 pytest.importorskip("diffusers")
 
@@ -19,7 +26,10 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 import train_leap_align as trainer
 from full_scale import __main__ as tools
 from full_scale import geneval_prompts, pipeline, rewards, transformer
+from full_scale.prompts import read_prompts
 from leap_align import BadInput, Hyper
+from runtime.processes import UserCodeError, exit_process
+from runtime.run_dir import atomic_file, atomic_folder, write_errors_named
 from tests.tiny_pipelines import (
     PROMPTS,
     ROOT,
@@ -377,3 +387,105 @@ def test_a_folder_that_was_filled_with_other_settings_is_refused(models, tmp_pat
     line = refusal(["score", "--images", tmp_path, "--out", tmp_path / "s"], tools.main)
     assert "lacks 1 of 15 images" in line
     assert "prompts.json" in refusal(["score", "--images", models, "--out", tmp_path / "s"], tools.main)
+
+
+# What a tool says at its end
+
+
+def test_embed_and_sample_say_where_their_files_are(models, tmp_path, capsys):
+    files = ["--model", models / "flux", "--prompts", models / "prompts.txt"]
+    tool("embed", *files, "--out", tmp_path / "e")
+    assert (
+        capsys.readouterr().out
+        == f"the embeddings of 5 prompts are in {tmp_path}/e: train with --prompts {tmp_path}/e\n"
+    )
+    tool("sample", *files, *SAMPLING, "--out", tmp_path / "i")
+    command = f"python -m full_scale score --images {tmp_path}/i --out SCORES"
+    assert capsys.readouterr().out == f"15 images are in {tmp_path}/i: score them with {command}\n"
+
+
+def test_the_mark_that_some_editors_put_first_is_not_part_of_a_prompt(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa red cube\r\na cat\r\n")
+    assert read_prompts(tmp_path / "prompts.txt") == ["a red cube", "a cat"]
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "lower the --batch-size of sample"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "--batch-size"),
+        (OSError(28, "No space left on device", "x.png"), "x.png: No space left on device; then the same command"),
+        (UserCodeError("your reward a:b"), "your reward a:b raised ValueError: mine"),
+    ],
+)
+def test_a_tool_advises_only_what_it_has(monkeypatch, tmp_path, error, expected):
+    error.__cause__ = ValueError("mine")
+
+    def sample(out: str) -> None:
+        raise error
+
+    monkeypatch.setattr("full_scale.sample.sample", sample)
+    with pytest.raises(SystemExit) as stop:
+        tools.main(["sample", "--out", str(tmp_path)])
+    assert expected in stop.value.code and "--resume" not in stop.value.code
+
+
+def test_a_full_disk_names_the_file(models, tmp_path, monkeypatch):
+    write, count = Path.write_bytes, []
+
+    def write_bytes(path, content):
+        count.append(path)
+        if len(count) > 1:  # the first is settings.json
+            raise OSError(28, "No space left on device")
+        return write(path, content)
+
+    files = ["--model", models / "flux", "--prompts", models / "prompts.txt", "--out", tmp_path / "e"]
+    tool("embed", *files)
+    removed = next((tmp_path / "e").glob("*.safetensors"))
+    removed.unlink()
+    monkeypatch.setattr("pathlib.Path.write_bytes", write_bytes)
+    line = refusal(["embed", *files], tools.main)
+    assert line == f"error: {removed}: No space left on device; then the same command continues from here"
+
+
+def test_a_full_disk_in_a_library_written_in_rust_names_the_folder(tmp_path):
+    with pytest.raises(OSError, match=r"No space left on device") as full, write_errors_named(tmp_path / "lora"):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert full.value.filename == str(tmp_path / "lora") and full.value.errno == 28
+    with pytest.raises(OSError) as full, atomic_file(tmp_path / "x.png"):
+        raise OSError(28, "No space left on device")
+    assert full.value.filename == str(tmp_path / "x.png")
+    with pytest.raises(OSError), atomic_folder(tmp_path / "f"):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_during_the_imports_ends_without_a_traceback():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "full_scale", "--help"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT and "Traceback" not in errors
+
+
+def test_too_little_main_memory_is_refused_without_a_gpu(models, monkeypatch):
+    task = TASKS["flux"](options_of(models, "flux"), 4)
+    needed = 20 * sum(p.numel() for p in task.model.parameters())
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=needed))
+    transformer.check_memory(task.model, task.frozen_modules(), torch.device("cpu"), 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(BadInput, match="for each process on the CPU"):
+        transformer.check_memory(task.model, task.frozen_modules(), torch.device("cpu"), 1)
+    transformer.check_memory(task.model, task.frozen_modules(), torch.device("cpu"), 2)
+
+
+def test_an_error_does_not_follow_a_progress_bar_on_its_line():
+    output = io.StringIO()
+    bar = tqdm(range(3), file=output, leave=False)
+    rounds = iter(bar)
+    next(rounds)  # as in a loop that an error leaves
+    with pytest.raises(SystemExit, match="error: mine"):
+        exit_process(BadInput("mine"), "", "")
+    assert bar.disable and output.getvalue().endswith("\r")
