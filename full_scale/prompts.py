@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -60,12 +61,13 @@ def embed(model: str, prompts: Path, out: Path, precision: Precision = "bfloat16
     """
     texts = run_on_all_ranks(lambda: read_prompts(prompts))
     folder = run_on_all_ranks(lambda: pipeline_folder(model, TEXT_SUBFOLDERS))
-    family = run_on_all_ranks(lambda: family_of(folder))
+    family, dtype = run_on_all_ranks(lambda: family_of(folder)), getattr(torch, precision)
+    pipeline = run_on_all_ranks(lambda: open_pipeline(family, folder, dtype, transformer=None, vae=None))
     content = run_on_all_ranks(lambda: text_content(folder) if rank() == 0 else None)
     settings = {"model": content, "prompts": prompts_content(texts), "precision": precision}
     with claimed_output_folder(out, EMBED, settings):
         # SD3.5's guidance also needs the empty prompt.
-        store_embeddings(family, folder, list(dict.fromkeys(["", *texts])), out, getattr(torch, precision))
+        store_embeddings(family, pipeline, list(dict.fromkeys(["", *texts])), out)
         # The list comes last, so that a training run that finds it also finds every embedding.
         barrier()
         run_on_rank0(lambda: write_text(out / "prompts.txt", "\n".join(texts) + "\n"))
@@ -74,10 +76,10 @@ def embed(model: str, prompts: Path, out: Path, precision: Precision = "bfloat16
 
 
 @torch.no_grad()
-def store_embeddings(family: Family, folder: Path, texts: Sequence[str], out: Path, dtype: torch.dtype) -> None:
+def store_embeddings(family: Family, pipeline: Any, texts: Sequence[str], out: Path) -> None:
     """Stores the embeddings of this rank's part of the texts, apart from whole ones that are there already."""
     device = gpu_or_cpu()
-    pipeline = run_on_all_ranks(lambda: open_pipeline(family, folder, dtype, transformer=None, vae=None)).to(device)
+    pipeline.to(device)
     for text in tqdm(texts[rank() :: world_size()], "embed", mininterval=1, disable=rank() > 0):
         if not is_whole(path := embedding_file(out, text)):
             rows = family.encode_text(pipeline, [text], device)

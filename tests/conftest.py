@@ -1,6 +1,7 @@
 """What every test may use."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import torch.distributed as dist
 
 def pytest_configure(config):
     """Slow tests run only when they are asked for: -m slow, or any other -m."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # both are ignored where pytest runs in the background,
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and a run leaves ignored signals alone
     config.addinivalue_line("markers", "slow: takes minutes; left out unless -m is given")
     if not config.option.markexpr:
         config.option.markexpr = "not slow"

@@ -45,6 +45,8 @@ def start(out: Path, before=lambda: None) -> int:
     pid = os.fork()
     if pid:
         return pid
+    for number in (signal.SIGINT, signal.SIGHUP):  # both are ignored where this program runs in the background
+        signal.signal(number, signal.SIG_DFL)
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
