@@ -460,14 +460,15 @@ def test_a_full_disk_in_a_library_written_in_rust_names_the_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_during_the_imports_ends_without_a_traceback():
-    process = subprocess.Popen(
-        [sys.executable, "-m", "full_scale", "--help"], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+@pytest.mark.parametrize("handler, status", [(signal.SIG_DFL, -signal.SIGINT), (signal.SIG_IGN, 0)])
+def test_ctrl_c_during_the_imports_ends_without_a_traceback_unless_it_is_ignored(handler, status):
+    command, options = [sys.executable, "-m", "full_scale", "--help"], {"cwd": ROOT, "text": True}
+    options |= {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, handler), **options)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGINT and "Traceback" not in errors
+    assert process.returncode == status and "Traceback" not in errors
 
 
 def test_too_little_main_memory_is_refused_without_a_gpu(models, monkeypatch):
