@@ -154,7 +154,7 @@ def check(config: Config, hyper: Hyper, world_size: int) -> None:
     """Refuses values that cannot work, before anything expensive is built."""
     method = choose("method", config.method, METHODS)
     counts = ("batch_size", "gradient_accumulation_steps", "evaluate_every", "checkpoint_every")
-    ranges = {name: (1, 2**31) for name in (*counts, "checkpoints_total_limit", "max_skipped_steps")}
+    ranges = {name: (1, 2**20) for name in (*counts, "checkpoints_total_limit", "max_skipped_steps")}
     ranges |= {"T": (2, 10_000), "iterations": (0, 2**31), "seed": (0, 2**63 - 1)}
     ranges |= {"lr": (1e-30, 1e6), "weight_decay": (0, 1e6), "max_grad_norm": (1e-30, math.inf)}
     for name, (least, most) in ranges.items():
@@ -251,7 +251,11 @@ class Trainer:
             (loss / self.config.gradient_accumulation_steps).backward()
         active = 1.0 if lam is None else (reward < lam).float().mean().item()
         metrics = {"loss": loss.item(), "reward": reward.mean().item(), "weight": weight.mean().item()}
-        return metrics | {"hinge_active": active} | self.task.step_metrics(sample)
+        own = self.task.step_metrics(sample)
+        if own.keys() != set(self.task.step_metric_names):
+            names = self.task.step_metric_names
+            raise BadInput(f"task {name}: step_metrics gave {list(own)}, but step_metric_names are {list(names)}")
+        return metrics | {"hinge_active": active} | own
 
     def optimizer_step(self, loss: float) -> float:
         """Clips the gradient and updates weights and average; returns the norm before clipping.

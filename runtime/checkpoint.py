@@ -113,7 +113,8 @@ def _publish(folder: Path, part: Path, iteration: int, state: dict[str, Any], li
     shutil.rmtree(path, ignore_errors=True)  # exists only if it was damaged and the run resumed from an earlier one
     os.replace(part, path)
     fsync(part.parent)
-    for old in checkpoints(folder)[:-limit]:
+    # A later number is that of a damaged checkpoint, which the run went back behind; it must not count.
+    for old in [path for path in checkpoints(folder) if int(path.name) <= iteration][:-limit]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -196,7 +197,10 @@ def _read_state(path: Path) -> dict[str, Any]:
     expected, text = (path / "state.json").read_text().split("\n", 1)
     if digest(text.encode()) != expected:
         raise ValueError("state.json is not what was written")
-    return json.loads(text)
+    state = json.loads(text)
+    if state["iteration"] != int(path.name):
+        raise ValueError(f"it is that of iteration {state['iteration']}")
+    return state
 
 
 def _reason(error: Exception) -> str:

@@ -200,7 +200,7 @@ def user_code(what: str) -> Iterator[None]:
         yield
     except (BadInput, UserCodeError, StoppedBySignal, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserCodeError(what) from error.with_traceback(error.__traceback__.tb_next)  # without this frame
 
 

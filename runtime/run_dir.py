@@ -198,10 +198,15 @@ def locked_folder(folder: Path, settings_file: str, tool: str) -> Iterator[None]
 def _check_own(folder: Path, settings_file: Path, tool: str) -> None:
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder} is a file: choose another --out")
-    if not folder.exists() or all(file.name == LOCK or file.suffix == ".part" for file in folder.iterdir()):
+    if not folder.exists() or all(_is_own_trace(file.name) for file in folder.iterdir()):
         return
     if not settings_file.is_file() or read_json(settings_file).get("tool") != tool:
         raise BadInput(f"{folder} is not empty, and {tool} did not fill it: choose another --out")
+
+
+def _is_own_trace(name: str) -> bool:
+    """Whether a process that died before it wrote its settings may have left this file."""
+    return name == LOCK or re.fullmatch(r"(config|settings)\.json\.\d+\.part", name) is not None
 
 
 def _acquire(lock: FileLock, folder: Path) -> None:
@@ -217,7 +222,8 @@ def _acquire(lock: FileLock, folder: Path) -> None:
 def checkpoints(folder: Path) -> list[Path]:
     """A run's checkpoints, the newest last.  Other names in the folder do not count."""
     paths = (folder / "checkpoint").glob("*")
-    return sorted((path for path in paths if re.fullmatch(r"\d{6,}", path.name)), key=lambda path: int(path.name))
+    folders = [path for path in paths if re.fullmatch(r"\d{6,}", path.name) and path.is_dir()]
+    return sorted(folders, key=lambda path: int(path.name))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -254,7 +260,10 @@ class CsvLog:
     def __init__(self, path: Path, columns: tuple[str, ...], iteration: int) -> None:
         self.path = path
         rows = read_csv(path, ("iteration", *columns)) if path.exists() else []
-        rows = [row for row in rows if int(row["iteration"]) <= iteration]
+        try:
+            rows = [row for row in rows if int(row["iteration"]) <= iteration]
+        except (ValueError, TypeError) as error:
+            raise BadInput(f"{path} has a damaged row ({error}): move it away, or choose another --out") from error
         self.file = path.open("w", newline="")
         self.writer = csv.DictWriter(self.file, ("iteration", *columns), restval="", extrasaction="ignore")
         self.writer.writeheader()

@@ -180,6 +180,18 @@ def breaking_step(iteration, step=trainer.Trainer.step):
     return stepped
 
 
+def test_later_damaged_checkpoints_and_strays_cost_no_good_one(reference, tmp_path):
+    """They would otherwise count towards the limit, and the checkpoint just written would be deleted."""
+    run(tmp_path, "--checkpoint-every", "1", "--iterations", "3", "--checkpoints-total-limit", "3")
+    for name in ("000002", "000003"):
+        (tmp_path / "checkpoint" / name / "state.json").write_text("")
+    shutil.copytree(tmp_path / "checkpoint" / "000001", tmp_path / "checkpoint" / "20260715")
+    (tmp_path / "checkpoint" / "000300").touch()
+    run(tmp_path, "--resume", "--checkpoint-every", "1", "--iterations", "2", "--checkpoints-total-limit", "1")
+    assert checkpoints(tmp_path) == ["000002", "000003", "000300", "20260715"]
+    assert run(tmp_path, "--resume") == metrics(reference)
+
+
 def test_a_refused_resume_changes_nothing(reference, tmp_path):
     shutil.copytree(reference, tmp_path / "copy")
     before = {path: path.read_bytes() for path in (tmp_path / "copy").rglob("*") if path.is_file()}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from full_scale import __main__ as tools
-from full_scale.rewards import PRESETS, REWARDS, WeightedSum, check_reward, contract, load, tiny
+from full_scale.rewards import PRESETS, REWARDS, CustomReward, WeightedSum, check_reward, contract, load, tiny
 from full_scale.rewards.tiny import TINY
 from leap_align import BadInput
 from runtime.processes import UserCodeError
@@ -284,6 +284,15 @@ def test_a_custom_reward_that_changes_its_images_is_refused(spec, training):
     with torch.set_grad_enabled(training), pytest.raises(BadInput) as error:
         load(spec)((images * 1).requires_grad_(training), PROMPTS)
     assert f"your reward {HERE}:in_place_factory changes its images in place" in message(error)
+
+
+def test_a_change_that_torch_does_not_record_is_found_when_a_run_loads_the_reward():
+    def through_data(images, prompts):
+        images.data.mul_(0.5)
+        return images.mean((1, 2, 3))
+
+    with pytest.raises(BadInput, match="changes its images in place"):
+        CustomReward(through_data).try_out(32, 48, "cpu")
 
 
 def test_rewards_also_work_in_inference_mode():

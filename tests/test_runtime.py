@@ -80,7 +80,7 @@ def test_a_tool_refuses_a_folder_with_other_settings(tmp_path):
     assert json.loads((tmp_path / "settings.json").read_text())["steps"] == 2
 
 
-@pytest.mark.parametrize("name", ["model_index.json", "settings.json", "transformer/config.json"])
+@pytest.mark.parametrize("name", ["model_index.json", "settings.json", "transformer/config.json", "thesis.part"])
 def test_a_folder_that_somebody_else_filled_is_refused_and_left_alone(tmp_path, name):
     file = tmp_path / "folder" / name
     file.parent.mkdir(parents=True)
@@ -142,10 +142,10 @@ def test_damaged_json_is_refused_by_name(tmp_path, content):
         read_json(tmp_path / "config.json")
 
 
-@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"\xff\xfe\x00", b""])
+@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"\xff\xfe\x00", b"", b"iteration,reward\nxx,1\n"])
 def test_a_foreign_log_is_refused_by_name(tmp_path, content):
     (tmp_path / "metrics.csv").write_bytes(content)
-    with pytest.raises(BadInput, match=r"metrics\.csv (has other columns|is not a CSV file)"):
+    with pytest.raises(BadInput, match=r"metrics\.csv (has other columns|is not a CSV file|has a damaged row)"):
         CsvLog(tmp_path / "metrics.csv", ("reward",), 0)
     assert (tmp_path / "metrics.csv").read_bytes() == content
 

@@ -350,8 +350,9 @@ def test_summary_refuses_runs_that_differ_in_more_than_their_seed(settings, tmp_
 
 def test_summary_refuses_a_run_that_is_given_twice(tmp_path):
     folders = [finished_run(tmp_path / "a", seed=4), finished_run(tmp_path / "b", seed=4)]
-    with pytest.raises(BadInput, match="have the same seed, 4"):
-        summary(folders)
+    for twice in (folders, [folders[0], folders[0]]):
+        with pytest.raises(BadInput, match="have the same seed, 4"):
+            summary(twice)
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [

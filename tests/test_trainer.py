@@ -385,6 +385,11 @@ def test_a_gradient_of_exactly_zero_is_reported_once(tmp_path, monkeypatch, caps
     assert "iteration 1: the gradient is exactly zero" in printed and printed.count("exactly zero") == 1
 
 
+def test_a_step_metric_with_another_name_than_declared_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Modes, "step_metrics", lambda self, sample: {"radius": 1.0})
+    assert "step_metrics gave ['radius'], but step_metric_names are []" in error_line("--out", str(tmp_path))
+
+
 def test_an_error_does_not_share_a_line_with_the_progress_bar(tmp_path, monkeypatch, capsys):
     def fail(self):
         raise BadInput("failed")

@@ -75,8 +75,9 @@ def _check_same_settings(folders: list[Path]) -> None:
             if name not in MAY_DIFFER and (old := first.get(name)) != (new := settings.get(name)):
                 values = f"{name} is {old} in {folders[0]}, {new} in {folder}"
                 raise BadInput(f"these runs differ in more than their seed: {values}; summarise them separately")
-        if (other := seeds.setdefault(settings.get("seed"), folder)) != folder:
-            raise BadInput(f"{other} and {folder} have the same seed, {settings.get('seed')}: give only one of them")
+        if (seed := settings.get("seed")) in seeds:
+            raise BadInput(f"{seeds[seed]} and {folder} have the same seed, {seed}: give only one of them")
+        seeds[seed] = folder
 
 
 def main() -> None:

@@ -59,7 +59,10 @@ class CustomReward(Reward):
     def try_out(self, height: int, width: int, device: str | torch.device) -> None:
         """Scores two images with gradient, so that a reward that cannot train is refused before a run starts."""
         images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
-        scores = self(images.requires_grad_().clone(), ["a red cube", "two dogs on a beach"])
+        pixels = images.requires_grad_().clone()
+        scores = self(pixels, ["a red cube", "two dogs on a beach"])
+        if not torch.equal(pixels, images):  # also a change that torch does not record, through .data or numpy
+            raise BadInput(f"{self.name} changes its images in place: let it work on images.clone()")
         if not scores.requires_grad:
             raise BadInput(f"{self.name} gives no gradient to its images: look for no_grad, detach, PIL or uint8 in it")
         if not scores.isfinite().all():
