@@ -358,6 +358,53 @@ def objective(reward: Tensor, weight: Tensor, lam: float | None) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# One evaluation's backward at a time
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cut(x: Tensor) -> Tensor:
+    """The value of x as a leaf: a backward that reaches it ends there and leaves its gradient in .grad."""
+    return stop_gradient(x).requires_grad_()
+
+
+class CutVelocity:
+    """v_theta with the graph cut before and after every evaluation, for models that are sharded (FSDP2).
+
+    In one backward through two leaps, such a model holds the unsharded gradients of both evaluations at once.  Here
+    x_0 depends on theta through leaves, and `backward` passes through one evaluation after the other, from x_0 to x_k.
+    The sum is the same gradient, whatever method made x_0.
+    """
+
+    def __init__(self, velocity: Velocity) -> None:
+        self.velocity, self.evaluations = velocity, []
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        x_in = cut(x) if x.requires_grad else x
+        v = self.velocity(x_in, t)
+        if not v.requires_grad:
+            return v
+        v_out = cut(v)
+        self.evaluations.append((x, x_in, v, v_out))
+        return v_out
+
+    def backward(self, x_0: Tensor, gradient: Tensor, before_last: Callable[[], None] | None = None) -> None:
+        """Adds the gradient of theta, given the loss's gradient in x_0 (B, *S); then forgets the evaluations.
+
+        before_last() is called ahead of the last pass through the model.
+        """
+        ends, gradients = [x_0], [gradient]
+        while self.evaluations:
+            x, x_in, v, v_out = self.evaluations.pop()
+            # Only leaps lie between v_out and the ends.
+            (dv,) = torch.autograd.grad(ends, v_out, gradients, retain_graph=True, materialize_grads=True)
+            if before_last and not self.evaluations:
+                before_last()
+            v.backward(dv)
+            if x.requires_grad:
+                ends, gradients = [*ends, x], [*gradients, x_in.grad]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Random draws
 # ---------------------------------------------------------------------------------------------------------------------
 

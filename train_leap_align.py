@@ -32,7 +32,18 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 from tqdm import tqdm
 
-from leap_align import METHODS, BadInput, BatchGenerator, Endpoints, Hyper, differentiable, objective, uniform_times
+from leap_align import (
+    METHODS,
+    BadInput,
+    BatchGenerator,
+    CutVelocity,
+    Endpoints,
+    Hyper,
+    cut,
+    differentiable,
+    objective,
+    uniform_times,
+)
 from runtime import processes, report
 from runtime.checkpoint import Progress, load_checkpoint, save_checkpoint
 from runtime.ema import EMA
@@ -208,12 +219,11 @@ class Trainer:
             x_T = task.noise(batch_size, self.generator)
         state, metrics, microbatches = self.generator.get_state(), [], self.microbatches()
         for rows in microbatches:
-            if isinstance(task.model, FSDPModule):
-                task.model.set_requires_all_reduce(rows == microbatches[-1])  # between nodes once an iteration
             # Every microbatch starts from the same state, so that all of them draw the same timesteps.
             generator = BatchGenerator(batch_size, rows)
             generator.set_state(state)
-            metrics.append(self.backward(condition[rows], x_T[rows].to(task.device), generator))
+            arguments = condition[rows], x_T[rows].to(task.device), generator
+            metrics.append(self.backward(*arguments, is_last=rows == microbatches[-1]))
         self.generator.set_state(generator.get_state())
         row = processes.mean_over_ranks(mean(metrics), task.device)
         row["grad_norm"] = self.optimizer_step(row["loss"])
@@ -226,22 +236,32 @@ class Trainer:
         self.progress.seconds += row["seconds"]
         return row
 
-    def backward(self, condition: Any, x_T: Tensor, generator: torch.Generator) -> dict[str, float]:
+    def backward(self, condition: Any, x_T: Tensor, generator: torch.Generator, is_last: bool = True) -> dict:
         """Adds the gradient of one microbatch; returns its metrics.
 
         The loss is the sum over the method's endpoints, as in Algorithm 1; other metrics are means over them.
+        is_last: of the microbatches of an iteration; in it, nodes add up their gradients (HSDP).
         """
         with record_function("text"):
-            velocity = self.task.velocity(condition)
-        endpoints = self.method(velocity, x_T, self.task.times, self.hyper, generator)
-        metrics = [self.backward_endpoint(x_0, weight, condition) for x_0, weight in endpoints]
+            velocity = CutVelocity(self.task.velocity(condition))
+        endpoints, metrics = self.method(velocity, x_T, self.task.times, self.hyper, generator), []
+        for x_0, weight in endpoints:
+            image = cut(check_gradient(self.config.task, "velocity", x_0))
+            metrics.append(self.backward_endpoint(image, weight, condition))
+            self.set_all_reduce(False)
+            with record_function("backward"):
+                velocity.backward(x_0, image.grad, before_last=lambda: self.set_all_reduce(is_last))
         log = endpoints.log | {"loss": sum(row["loss"] for row in metrics)}
         return mean(metrics) | {name: torch.as_tensor(value).float().mean().item() for name, value in log.items()}
 
+    def set_all_reduce(self, enabled: bool) -> None:
+        """Whether backwards from now on add up gradients between nodes; until then each node keeps its sum."""
+        if isinstance(self.task.model, FSDPModule):
+            self.task.model.set_requires_all_reduce(enabled)
+
     def backward_endpoint(self, x_0: Tensor, weight: Tensor, condition: Any) -> dict[str, float]:
-        """Adds the gradient of one endpoint of the method; returns its metrics."""
+        """Leaves the loss's gradient in x_0.grad, for an endpoint x_0 that is a leaf; returns its metrics."""
         name, lam = self.config.task, self.hyper.lam
-        check_gradient(name, "velocity", x_0)
         with record_function("decode"):
             sample = check_gradient(name, "decode", self.task.decode(x_0))
         with record_function("reward"):

@@ -1,4 +1,4 @@
-"""The proof of the gradient, in four parts.
+"""The proof of the gradient, in four parts, and of its backward cut at the model's outputs.
 
 1. The autograd Jacobian of the leap trajectory equals Eq. S16 and S18, assembled from Jacobians of the velocity.
 2. The frozen leap, in which every sg(.) is a number, passes gradcheck and has the leap trajectory's gradient.
@@ -12,9 +12,9 @@ from torch.autograd import gradcheck
 from torch.autograd.functional import jacobian
 from torch.func import jacrev
 
-from leap_align import Hyper, leap_rollout, leap_trajectory, objective
+from leap_align import METHODS, CutVelocity, Hyper, cut, leap_rollout, leap_trajectory, objective
 from tests.algorithm1 import algorithm1
-from tests.problems import SHIFTS, Net, bumpy, euler, grid, randn, run, seeded
+from tests.problems import SHIFTS, Net, Recorder, bumpy, euler, grid, randn, run, seeded
 from toy.laboratory.variants import nested_trajectory
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -247,6 +247,44 @@ def test_full_backprop_is_the_gradient_of_the_euler_run(shape, shift):
     found, _ = gradient("full_backprop", net, x_T, times, HYPER, 0)
     expected = jacrev(lambda theta: -bumpy(euler(net.velocity(theta), x_T, times)[0]).mean())(net.theta)
     assert error(found, expected) < TOLERANCE
+
+
+# The backward cut at every output of the model
+
+
+CASES = [(name, "batch") for name in METHODS] + [("leap_align", "sample")]
+
+
+@pytest.mark.parametrize(("name", "pairs"), CASES, ids=str)
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("lam", [None, 1.0])
+def test_the_cut_backward_has_the_gradient_of_the_joint_one(name, pairs, alpha, lam):
+    net, x_T, times, _ = problem((3,), 2.2243)
+    hyper = Hyper(lam=lam, m=4, alpha=alpha, pairs=pairs)
+    expected, _ = gradient(name, net, x_T, times, hyper, 0)
+    theta = net.leaf()
+    velocity = CutVelocity(net.velocity(theta))
+    for x_0, weight in METHODS[name](velocity, x_T, times, hyper, seeded(0)):
+        image = cut(x_0)
+        objective(bumpy(image), weight, lam).backward()
+        velocity.backward(x_0, image.grad)
+    assert expected.abs().max() > 1e-3
+    assert error(theta.grad, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "pairs"), CASES, ids=str)
+def test_the_cut_backward_ends_one_evaluation_before_the_next_begins(name, pairs):
+    """A joint backward adds to the weights once, with the gradients of all evaluations held until then."""
+    net, x_T, times, _ = problem((3,), 2.2243)
+    theta, order = net.leaf(), []
+    theta.register_post_accumulate_grad_hook(lambda _: order.append("gradient"))
+    recorder = Recorder(net.velocity(theta))
+    velocity = CutVelocity(recorder)
+    for x_0, _ in METHODS[name](velocity, x_T, times, Hyper(m=4, pairs=pairs), seeded(0)):
+        assert x_0.requires_grad
+        velocity.backward(x_0, torch.ones_like(x_0), before_last=lambda: order.append("last"))
+        assert order[-2:] == ["last", "gradient"]
+    assert order.count("gradient") == len(recorder.graph_times())
 
 
 # Part 4: gradcheck of the leap trajectory
