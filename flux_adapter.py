@@ -117,15 +117,23 @@ class DiffusersTask:
         sources = [(options.prompts, self.prompts), (evaluation_source, self.evaluation_prompts)]
         self.embedding_folders = embedding_folders(sources, self.folder)
         needs_text = len(self.embedding_folders) < len(sources)
-        image_size = options.height, options.width
-        self.reward_model = rewards.load(options.reward, options.reward_weights, self.device, image_size)
-        self.pipeline = pipeline.open_pipeline(self.family, self.folder, self.dtype, text=needs_text, transformer=None)
+        self.reward_model = self.load_reward()
+        self.pipeline = self.open_pipeline(needs_text)
         self.pipeline.vae.enable_gradient_checkpointing()
         for module in self.frozen_modules():
             module.requires_grad_(False)
         self.model = self.build_transformer()
         times = self.grid(T) if options.shift is None else shifted_times(T, options.shift)
         self.times = times.to(self.device)
+
+    def load_reward(self) -> nn.Module:
+        """The reward, with its weights."""
+        options = self.options
+        return rewards.load(options.reward, options.reward_weights, self.device, (options.height, options.width))
+
+    def open_pipeline(self, text: bool) -> Any:
+        """The pipeline without its transformer; without its text encoders unless text."""
+        return pipeline.open_pipeline(self.family, self.folder, self.dtype, text=text, transformer=None)
 
     def frozen_modules(self) -> list[nn.Module]:
         """Reward, VAE, and the text encoders unless every prompt has an embedding."""
@@ -159,8 +167,13 @@ class DiffusersTask:
         return model
 
     def load_pretrained(self) -> None:
-        """Loads the pipeline's own weights into the transformer."""
+        """Loads the pipeline's own weights into the transformer; adapters are new."""
         transformer.load_weights(self.model, self.folder / "transformer")
+        transformer.reset_lora(self.model)
+
+    def check_memory(self, shards: int) -> None:
+        """Refuses a device on which not even weights and optimizer fit."""
+        transformer.check_memory(self.model, self.frozen_modules(), self.device, shards)
 
     def parallelize(self, mesh: DeviceMesh | None) -> None:
         """Moves everything to the device, shards the transformer over the mesh and loads its weights.
@@ -168,16 +181,14 @@ class DiffusersTask:
         Without a mesh this process gets a mesh of one, so that a laptop, one GPU and 16 take the same path.
         """
         mesh = transformer.mesh_of_one(self.device) if mesh is None else mesh
-        frozen, shards = self.frozen_modules(), mesh.size(-1)
-        run_on_all_ranks(lambda: transformer.check_memory(self.model, frozen, self.device, shards))
-        for module in frozen:
+        run_on_all_ranks(lambda: self.check_memory(mesh.size(-1)))
+        for module in self.frozen_modules():
             module.to(self.device)
         if self.options.compile:
             self.model.compile_repeated_blocks()
         transformer.shard(self.model, mesh, self.dtype)
         self.model.to_empty(device=self.device)
         self.load_pretrained()
-        transformer.reset_lora(self.model)
 
     def save(self, folder: Path) -> None:
         """Writes `transformer/` or `lora/` into the folder, as diffusers reads them."""

@@ -143,7 +143,7 @@ def task_class(name: str) -> type[Task]:
     return kind
 
 
-def parse(arguments: list[str] | None) -> Flags:
+def parse(arguments: list[str] | None, flags_class: type[Flags] = Flags, description: str | None = __doc__) -> Flags:
     """The command line.  Task and reward are read first, because they decide about flags and defaults."""
     first_pass = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first_pass.add_argument("--task", default=Config.task)
@@ -154,10 +154,10 @@ def parse(arguments: list[str] | None) -> Flags:
     run = {name: value for name, value in defaults.items() if name in Config.__dataclass_fields__}
     method = {name: value for name, value in defaults.items() if name in Hyper.__dataclass_fields__}
     return tyro.cli(
-        Annotated[Flags[kind.Options], tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff],
+        Annotated[flags_class[kind.Options], tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff],
         args=arguments,
-        default=Flags(Config(task=chosen.task, **run), Hyper(**method), kind.Options()),
-        description=__doc__,
+        default=flags_class(Config(task=chosen.task, **run), Hyper(**method), kind.Options()),
+        description=description,
     )
 
 

@@ -31,6 +31,7 @@ TOOLS = {
     "score": "full_scale.score:score",
     "check-reward": "full_scale.check_reward:check_reward",
     "geneval-prompts": "full_scale.geneval_prompts:geneval_prompts",
+    "plan": "full_scale.plan:plan",
     "benchmark": "full_scale.benchmark:benchmark",
 }
 """Where each tool's function is; only the chosen one is imported."""
@@ -40,6 +41,8 @@ def run(arguments: list[str]) -> None:
     """Runs the tool that the first argument names; --help imports all tools and lists them."""
     names = arguments[:1] if arguments and arguments[0] in TOOLS else list(TOOLS)
     tools = {name: pkgutil.resolve_name(TOOLS[name]) for name in names}
+    if names == ["plan"]:  # its flags are the trainer's
+        return tools["plan"](arguments[1:])
     init_process_group("gloo")
     with stop_on_signals():
         tyro.extras.subcommand_cli_from_dict(tools, args=arguments, prog="python -m full_scale", description=__doc__)

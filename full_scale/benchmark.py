@@ -21,18 +21,13 @@ from tqdm import tqdm
 
 from flux_adapter import Flux
 from full_scale import rewards
+from full_scale.architectures import ARCHITECTURES
 from full_scale.tiny import tiny_flux
 from full_scale.transformer import repeated_blocks
 from leap_align import BadInput, Hyper
 from runtime.run_dir import claimed_output_folder, write_csv
 from train_leap_align import Config, Trainer
 
-FLUX_DEV: dict[str, Any] = {
-    "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
-    "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True,
-    "axes_dims_rope": (16, 56, 56),
-}  # fmt: skip
-"""FLUX.1-dev's transformer/config.json."""
 TEXT_TOKENS = 512
 """Tokens of a prompt."""
 FORWARD_FLOP = 37.6e12
@@ -52,12 +47,12 @@ ASSUMED_FLOPS, PEAK_FLOPS = 400e12, 989e12
 class RandomFlux(Flux):
     """The task `flux` with a transformer of any size and random weights; prompt embeddings are random numbers."""
 
-    transformer_config: ClassVar[dict[str, Any]] = FLUX_DEV
+    transformer_config: ClassVar[dict[str, Any]] = ARCHITECTURES["flux"]["transformer"]
 
     def empty_transformer(self) -> nn.Module:
         """The architecture, on the meta device."""
         with torch.device("meta"):
-            return diffusers.FluxTransformer2DModel(**self.transformer_config).eval()
+            return diffusers.FluxTransformer2DModel.from_config(self.transformer_config).eval()
 
     @torch.no_grad()
     def load_pretrained(self) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,22 +27,28 @@ class HPSv2(TextCachingReward):
     @classmethod
     def load(cls, weights: str | Path | None = None, device: str | torch.device = "cpu") -> "HPSv2":
         """weights: HPS_v2.1_compressed.pt, the same as safetensors, a hub id, or a folder in open_clip's layout."""
-        import open_clip
-
         path = local_path(weights) or download(str(weights or REPOSITORY), CHECKPOINT) / CHECKPOINT
-        config = open_clip.get_model_config("ViT-H-14")
+        config = None
         if path.is_dir():
             config = read_json(path / "open_clip_config.json")["model_cfg"]
             path = path / "open_clip_model.safetensors"
-        state = read_state_dict(path)
-        with torch.device("meta"):
-            model = open_clip.CLIP(**config)
+        state, reward = read_state_dict(path), cls.empty(config)
+        model = reward.model
         check_keys(model, state, path)
         model.load_state_dict(state, assign=True)
         # No checkpoint holds the causal mask, so it is still on the meta device.
         length = model.context_length
         model.register_buffer("attn_mask", torch.full((length, length), -math.inf).triu(1), persistent=False)
-        return cls(model.to(device, torch.float32), open_clip.SimpleTokenizer(context_length=length))
+        return reward.to(device, torch.float32)
+
+    @classmethod
+    def empty(cls, config: dict[str, Any] | None = None) -> "HPSv2":
+        """The architecture without weights, on the meta device.  config: open_clip's, ViT-H-14 if not given."""
+        import open_clip
+
+        with torch.device("meta"):
+            model = open_clip.CLIP(**(config or open_clip.get_model_config("ViT-H-14")))
+        return cls(model, open_clip.SimpleTokenizer(context_length=model.context_length))
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """cos(image, text), in [-1, 1]."""

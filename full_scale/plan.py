@@ -1,0 +1,302 @@
+"""What a full-size run needs, from executing its own code on tensors without values: memory, operations, traffic, time.
+
+    python -m full_scale plan                                        FLUX.1-dev, every weight, eight GPUs of 80 GB
+    python -m full_scale plan --gpus 1 --lora-rank 64 --lr 1e-4      LoRA on one GPU
+    python -m full_scale plan --nodes 2 --json plan.json             two nodes of eight GPUs
+
+All flags of the training are flags here, with the same meaning.  No weights, network or GPU are needed.
+"""
+
+import math
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from full_scale.architectures import ARCHITECTURES
+from full_scale.simulation import Simulation, simulated, simulated_cluster
+from leap_align import BadInput
+from runtime import processes
+from runtime.cost_counter import BETWEEN, FLOP, WITHIN
+from runtime.run_dir import write_json
+from train_leap_align import Flags, TaskOptions, Trainer, check, parse, task_class
+
+GIB = 2**30
+RESERVED_GIB = 3.0
+"""What a GPU needs beside tensors: CUDA's context, NCCL's and cuBLAS's buffers, fragmentation.  An assumption."""
+KINDS = ("weights", "gathered weights", "gradients", "moments", "average", "activations", "frozen models")
+PHASES = ("text", "rollout", "leaps", "decode", "reward", "backward", "optimizer", "EMA", "evaluation")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machine to plan for."""
+
+    gpus: int = 8
+    """GPUs of a node."""
+    nodes: int = 1
+    """Nodes."""
+    gpu_memory: float = 80.0
+    """Memory of a GPU in GiB."""
+    tflops: float = 400.0
+    """Operations that a GPU really does, in TFLOP/s: about 40 % of the bfloat16 peak of an H100."""
+    bandwidth: tuple[float, float] = (400.0, 40.0)
+    """GB/s at which a GPU receives from its own node, and from other nodes."""
+    stored_embeddings: bool = False
+    """Plan for prompts from `python -m full_scale embed`: no text encoders."""
+    json: Path | None = None
+    """File for the plan's numbers."""
+
+
+def check_machine(machine: Machine) -> None:
+    """Refuses a machine that does not exist."""
+    values = {"gpus": machine.gpus, "nodes": machine.nodes, "gpu_memory": machine.gpu_memory}
+    values |= {"tflops": machine.tflops, "bandwidth": min(machine.bandwidth)}
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise BadInput(f"{name}={value:g} must be positive and finite")
+
+
+@dataclass(frozen=True)
+class PlanFlags(Flags[TaskOptions]):
+    """The training's flags and the machine."""
+
+    machine: Machine = Machine()
+
+
+@dataclass
+class Costs:
+    """Per GPU: bytes alive at each phase's peak, by kind; counts of one optimizer step, by phase."""
+
+    peaks: dict[str, dict[str, int]]
+    counts: dict[str, Counter[str]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Execute
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def simulate(flags: PlanFlags) -> Costs:
+    """Executes one optimizer step and the evaluation of one image, as rank 0 of the machine."""
+    machine = flags.machine
+    simulation = Simulation(PHASES, machine.gpus)
+    with tempfile.TemporaryDirectory() as folder, simulated_cluster(machine.nodes, machine.gpus):
+        trainer = start_trainer(flags, simulation, Path(folder))
+        label(simulation, trainer)
+        with simulation:
+            warm_up(trainer)
+            simulation.label("moments", optimizer_tensors(trainer))
+            simulation.phases.clear()
+            counts = step_counts(simulation, trainer)
+            simulate_evaluation(trainer)
+        peaks = {name: simulation.phases[name].peak for name in PHASES}
+        return Costs(peaks, {name: counts[name] for name in PHASES if name in counts})
+
+
+def start_trainer(flags: PlanFlags, simulation: Simulation, folder: Path) -> Trainer:
+    """The trainer of the run, whose networks have no values."""
+    (folder / "model_index.json").write_text("{}")
+    (folder / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(10_000)))
+    files = {"model": str(folder), "prompts": folder / "prompts.txt", "evaluation_prompts": None}
+    name = flags.run.task
+    kind = simulated(task_class(name), name, flags.task.model, simulation, flags.machine.stored_embeddings)
+    task = kind(replace(flags.task, **files), flags.run.T)
+    with simulation:
+        task.parallelize(processes.device_mesh("cpu"))
+    return Trainer(flags.run, flags.method, task)
+
+
+def label(simulation: Simulation, trainer: Trainer) -> None:
+    """Says what the storages that exist before the step are."""
+    model = trainer.task.model
+    simulation.label("weights", [*model.parameters(), *model.buffers()])
+    simulation.label("average", trainer.ema.average)
+    for module in trainer.task.frozen_modules():
+        simulation.label("frozen models", [*module.parameters(), *module.buffers()])
+    shapes = [(p.shape, p.to_local().shape if hasattr(p, "to_local") else p.shape) for p in trainer.parameters]
+    simulation.gradient_shapes = {shape for pair in shapes for shape in pair}
+
+
+def warm_up(trainer: Trainer) -> None:
+    """What only a first step does: the moments, from zero gradients, and what a task keeps of its prompts."""
+    trainer.task.velocity(["a red cube"])
+    for parameter in trainer.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+
+
+def optimizer_tensors(trainer: Trainer) -> list[Tensor]:
+    """The moments of AdamW."""
+    return [value for state in trainer.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+
+
+def step_counts(simulation: Simulation, trainer: Trainer) -> dict[str, Counter[str]]:
+    """Counts of one step by phase.  At most two microbatches are executed, for all but the last one cost the same.
+
+    The second one shows the peak, because the first one has left its gradient.
+    """
+    run, microbatches = trainer.config, []
+    steps, executed = run.gradient_accumulation_steps, min(run.gradient_accumulation_steps, 2)
+    trainer.config = replace(run, gradient_accumulation_steps=executed, batch_size=run.batch_size // steps * executed)
+    backward = trainer.backward
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        before = counts_by_phase(simulation)
+        result = backward(*arguments, **keywords)
+        after = counts_by_phase(simulation)
+        microbatches.append({name: after[name] - before.get(name, Counter()) for name in after})
+        return result
+
+    trainer.backward = counted
+    trainer.step()
+    counts = counts_by_phase(simulation)
+    for name, repeated in microbatches[0].items():
+        for key, value in repeated.items():
+            counts[name][key] += (steps - executed) * value
+    return counts
+
+
+def counts_by_phase(simulation: Simulation) -> dict[str, Counter[str]]:
+    """What each phase has counted until now."""
+    return {name: Counter(cost.counts) for name, cost in simulation.phases.items()}
+
+
+def simulate_evaluation(trainer: Trainer) -> None:
+    """The evaluation of one image with the averaged weights."""
+    task = trainer.task
+    with trainer.ema.swapped(), torch.no_grad(), record_function("evaluation"):
+        task.evaluate_image("a red cube", task.noise(1, torch.Generator()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judge
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def total(peak: dict[str, int]) -> float:
+    """GiB alive."""
+    return sum(peak.values()) / GIB
+
+
+def peak_gib(costs: Costs) -> float:
+    """The largest peak of all phases."""
+    return max(map(total, costs.peaks.values()))
+
+
+def training_gib(costs: Costs) -> float:
+    """The largest peak without text encoders, VAE and reward: weights, gradients, optimizer, average, activations."""
+    return max(total(peak | {"frozen models": 0}) for peak in costs.peaks.values())
+
+
+def fits(costs: Costs, machine: Machine) -> bool:
+    """Whether the peak leaves RESERVED_GIB of a GPU free."""
+    return peak_gib(costs) + RESERVED_GIB <= machine.gpu_memory
+
+
+def seconds(counts: Counter[str], machine: Machine) -> float:
+    """Time of a phase: computing overlaps with the traffic within the node, not with that between nodes."""
+    within, between = machine.bandwidth
+    overlapped = max(counts[FLOP] / machine.tflops / 1e12, counts[WITHIN] / within / 1e9)
+    return overlapped + counts[BETWEEN] / between / 1e9
+
+
+def remedies(flags: PlanFlags) -> Iterator[tuple[str, PlanFlags]]:
+    """Changes of flags that save memory, each with the ones before it: cheap ones first."""
+    machine, run = flags.machine, flags.run
+    changes, most = [], run.batch_size // (machine.gpus * machine.nodes)
+    if run.gradient_accumulation_steps < most:
+        flags = replace(flags, run=replace(run, gradient_accumulation_steps=most))
+        changes.append(f"--gradient-accumulation-steps {most}")
+        yield " ".join(changes), flags
+    if not machine.stored_embeddings:
+        flags = replace(flags, machine=replace(machine, stored_embeddings=True))
+        changes.append("--stored-embeddings")
+        yield " ".join(changes), flags
+    if not flags.task.lora_rank:
+        changes.append("--lora-rank 64 --lr 1e-4")
+        yield " ".join(changes), replace(flags, task=replace(flags.task, lora_rank=64))
+
+
+def find_remedy(flags: PlanFlags) -> str:
+    """The first remedy with which the run fits."""
+    for change, changed in remedies(flags):
+        if fits(simulate(changed), flags.machine):
+            return f"it fits with {change}"
+    return "no flag makes it fit: use more GPUs, GPUs with more memory, or a smaller --height and --width"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def plan(arguments: list[str]) -> None:
+    """Compute memory, time and traffic of a full-size run by executing its code on tensors without values."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the simulated GPUs are tensors of the CPU
+    diffusers.utils.logging.set_verbosity_error()
+    if not any(argument.startswith("--task") for argument in arguments):
+        arguments = ["--task", "flux", *arguments]
+    flags = parse(arguments, PlanFlags, __doc__)
+    machine = flags.machine
+    check_machine(machine)
+    if flags.run.task not in ARCHITECTURES:
+        raise BadInput(f"task={flags.run.task}: plan knows {', '.join(ARCHITECTURES)}")
+    check(flags.run, flags.method, machine.gpus * machine.nodes)
+    costs = simulate(flags)
+    print_memory(costs)
+    print_time(costs, machine)
+    verdict = "fits" if fits(costs, machine) else find_remedy(flags)
+    print(f"{peak_gib(costs):.1f} GiB and {RESERVED_GIB:.0f} reserved, of {machine.gpu_memory:.0f} GiB: {verdict}")
+    if machine.json:
+        write_json(machine.json, numbers(costs, flags))
+
+
+def print_memory(costs: Costs) -> None:
+    """A row per phase, a column per kind, in GiB."""
+    print(f"\n{'GiB per GPU':12}" + "".join(f"{kind:>18}" for kind in (*KINDS, "sum")))
+    for phase, peak in costs.peaks.items():
+        values = [peak.get(kind, 0) / GIB for kind in KINDS]
+        print(f"{phase:12}" + "".join(f"{value:18.2f}" for value in (*values, total(peak))))
+
+
+def print_time(costs: Costs, machine: Machine) -> None:
+    """A row per phase of an optimizer step."""
+    print(f"\n{'per GPU':12}{'TFLOP':>12}{'GB in node':>12}{'GB between':>12}{'seconds':>12}")
+    rows = {}
+    for phase, counts in costs.counts.items():
+        values = [counts[FLOP] / 1e12, counts[WITHIN] / 1e9, counts[BETWEEN] / 1e9, seconds(counts, machine)]
+        if any(values):
+            rows[phase] = values
+    rows["step"] = [sum(column) for column in zip(*rows.values())]
+    for phase, values in rows.items():
+        print(f"{phase:12}" + "".join(f"{value:12.1f}" for value in values))
+    print()
+
+
+def numbers(costs: Costs, flags: PlanFlags) -> dict[str, Any]:
+    """The plan as JSON."""
+    machine, step = flags.machine, sum(costs.counts.values(), Counter())
+    phases = {}
+    for name, peak in costs.peaks.items():
+        counts = costs.counts.get(name, Counter())
+        phases[name] = {"gib": {kind: peak.get(kind, 0) / GIB for kind in KINDS}, "peak_gib": total(peak)}
+        phases[name] |= {"tflop": counts[FLOP] / 1e12, "seconds": seconds(counts, machine)}
+        phases[name] |= {"gb_within": counts[WITHIN] / 1e9, "gb_between": counts[BETWEEN] / 1e9}
+    return {
+        "peak_gib": peak_gib(costs),
+        "training_gib": training_gib(costs),
+        "fits": fits(costs, machine),
+        "tflop_per_step": step[FLOP] / 1e12 * machine.gpus * machine.nodes,
+        "seconds_per_step": sum(seconds(counts, machine) for counts in costs.counts.values()),
+        "phases": phases,
+    }

@@ -1,0 +1,209 @@
+"""A full-size run without weights, memory or GPUs: the run's own code on tensors that have only shapes.
+
+Fake tensors (torch.FakeTensor) know their shape, dtype and storage's size, and compute nothing.  A fake process group
+answers at once for all ranks.  So the real adapter, trainer and reward execute every operation of one rank.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import diffusers
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.profiler import record_function
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_leaves
+
+from full_scale.architectures import ARCHITECTURES
+from full_scale.pipeline import FAMILIES
+from full_scale.rewards.hpsv2 import HPSv2
+from full_scale.tiny import tiny_text
+from leap_align import BadInput, Velocity
+from runtime.cost_counter import CostCounter
+from runtime.run_dir import read_json
+
+aten = torch.ops.aten
+FACTORIES = {
+    aten.empty.memory_format, aten.empty_strided.default, aten.zeros.default, aten.ones.default, aten.full.default,
+    aten.rand.default, aten.randn.default, aten.randn.generator,
+}  # fmt: skip
+SIMULATED_REWARDS = {"hpsv2.1": HPSv2}
+TEXT_TOKENS = {"flux": 512, "sd3": 77 + 256}
+"""Of a prompt, by task."""
+STAND_IN = 0.5
+"""The value of every number that the code reads from a fake tensor."""
+
+
+class Simulation(CostCounter):
+    """Counts costs, and executes every operation with a fake tensor or a new one without computing it."""
+
+    def __init__(self, phases: Collection[str] = (), ranks_per_node: int = 1) -> None:
+        super().__init__(phases, ranks_per_node)
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def execute(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Runs the operation, on shapes alone where it must."""
+        is_fake = any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs)))
+        if func is aten._local_scalar_dense.default and is_fake:
+            return STAND_IN if args[0].is_floating_point() else 1
+        # New tensors of integers are real: the code reads indices and messages between ranks.
+        is_new = func in FACTORIES and (kwargs.get("dtype") or torch.float32).is_floating_point
+        is_new |= func is aten.empty_like.default and args[0].is_meta
+        if is_fake or is_new:
+            with self.fake:
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def empty(self, network: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """A network from the meta device with fake weights of this dtype."""
+        with self:
+            network.to(dtype).to_empty(device="cpu").eval()
+        network._apply = lambda *_: network  # torch cannot move fake weights, and they are everywhere
+        return network
+
+
+@contextmanager
+def simulated_cluster(nodes: int, gpus: int) -> Iterator[None]:
+    """A process group of nodes x gpus ranks, of which this process is rank 0."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(gpus)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=nodes * gpus)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks without weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_configs(task: str, model: str) -> dict[str, dict[str, Any]]:
+    """The config of each component, from a local pipeline's folder, else the published one of the task."""
+    if not (Path(model) / "model_index.json").is_file():
+        return ARCHITECTURES[task]
+    names = {"scheduler": "scheduler_config.json"}
+    return {name: read_json(Path(model) / name / names.get(name, "config.json")) for name in ARCHITECTURES[task]}
+
+
+def network_from_config(config: dict[str, Any]) -> nn.Module:
+    """The network of a config.json, on the meta device."""
+    with torch.device("meta"):
+        if "_class_name" in config:
+            return getattr(diffusers, config["_class_name"]).from_config(config)
+        kind = getattr(transformers, config["architectures"][0])
+        return kind(kind.config_class(**config))
+
+
+def pipeline_without_weights(
+    task: str, configs: dict[str, dict[str, Any]], simulation: Simulation, dtype: torch.dtype, text: bool
+) -> Any:
+    """A pipeline without its transformer; its tokenizers know few words."""
+    kind = FAMILIES[task].pipeline_class
+    components: dict[str, Any] = dict.fromkeys(kind.__init__.__annotations__)
+    components["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler.from_config(configs["scheduler"])
+    names = [name for name in configs if name == "vae" or (text and name.startswith("text_encoder"))]
+    components |= {name: simulation.empty(network_from_config(configs[name]), dtype) for name in names}
+    if text:
+        tokenizers = tiny_text(32)
+        for name in [name for name in components if name.startswith("tokenizer")]:
+            encoder = components[name.replace("tokenizer", "text_encoder")]
+            is_t5 = encoder.config.model_type == "t5"
+            components[name] = tokenizers["t5_tokenizer" if is_t5 else "clip_tokenizer"]
+    return kind(**components)
+
+
+def reward_without_weights(name: str, simulation: Simulation) -> nn.Module:
+    """A reward by its name."""
+    if name not in SIMULATED_REWARDS:
+        raise BadInput(f"reward={name}: only {', '.join(SIMULATED_REWARDS)} can be simulated; take it instead")
+    return simulation.empty(SIMULATED_REWARDS[name].empty(), torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A task without weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class WithoutWeights:
+    """What a simulated task does instead of reading files; `simulated` puts it in front of the task's own class."""
+
+    task: ClassVar[str]
+    configs: ClassVar[dict[str, dict[str, Any]]]
+    simulation: ClassVar[Simulation]
+    stored_embeddings: ClassVar[bool]
+
+    def load_reward(self) -> nn.Module:
+        """The reward, with the shapes of its weights."""
+        return reward_without_weights(self.options.reward, self.simulation)
+
+    def open_pipeline(self, text: bool) -> Any:
+        """The pipeline; without text encoders if embeddings are stored."""
+        text = not self.stored_embeddings
+        return pipeline_without_weights(self.task, self.configs, self.simulation, self.dtype, text)
+
+    def empty_transformer(self) -> nn.Module:
+        """The architecture, on the meta device."""
+        return network_from_config(self.configs["transformer"]).eval()
+
+    def check_memory(self, shards: int) -> None:
+        """Nothing: a simulated weight takes no memory."""
+
+    def load_pretrained(self) -> None:
+        """Nothing: a simulated weight has no value."""
+
+    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        """The text inputs, computed or as if read from files."""
+        if not self.stored_embeddings:
+            return super().encode(prompts)
+        config, n = self.configs["transformer"], len(prompts)
+        with self.simulation.fake:
+            tokens = torch.empty(n, TEXT_TOKENS[self.task], config["joint_attention_dim"], dtype=self.dtype)
+            pooled = torch.empty(n, config["pooled_projection_dim"], dtype=self.dtype)
+        return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
+
+    def velocity(self, condition: list[str]) -> Velocity:
+        """The task's own, each kind of evaluation without gradient executed once."""
+        return Repeated(super().velocity(condition), self.simulation)
+
+
+class Repeated:
+    """A velocity that executes two evaluations without gradient, and counts the second's cost for each further one.
+
+    The first may differ: on a single GPU it casts the weights.
+    """
+
+    def __init__(self, velocity: Velocity, simulation: Simulation) -> None:
+        self.velocity, self.simulation, self.calls, self.cost = velocity, simulation, 0, Counter()
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            with record_function("leaps"):
+                return self.velocity(x, t)
+        with record_function("rollout"):
+            return self.without_gradient(x, t)
+
+    def without_gradient(self, x: Tensor, t: Tensor) -> Tensor:
+        """An evaluation without gradient, executed or counted."""
+        self.calls += 1
+        counts = self.simulation.phases[self.simulation.phase].counts
+        if self.calls > 2:
+            counts.update(self.cost)
+            return torch.empty_like(x)
+        before = Counter(counts)
+        v = self.velocity(x, t)
+        self.cost = counts - before
+        return v
+
+
+def simulated(kind: type, task: str, model: str, simulation: Simulation, stored_embeddings: bool) -> type:
+    """The class of a task whose networks have shapes alone; it reads no file but its prompts, and a model's configs."""
+    members = {"task": task, "configs": read_configs(task, model), "simulation": simulation}
+    return type(kind.__name__, (WithoutWeights, kind), members | {"stored_embeddings": stored_embeddings})

@@ -1,0 +1,214 @@
+"""full_scale/plan.py: its counter against the allocator, its simulation against a real step, its judgement."""
+
+import json
+import shutil
+from copy import deepcopy
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from tests.tiny_pipelines import options_of, refusal, task_of, tool  # first: skips without the libraries
+
+# isort: split
+
+from full_scale import __main__ as tools
+from full_scale import plan, simulation
+from full_scale.rewards.hpsv2 import HPSv2
+from full_scale.simulation import network_from_config
+from leap_align import Hyper
+from runtime.cost_counter import BETWEEN, FLOP, WITHIN, CostCounter
+from runtime.counters import flop_count
+from train_leap_align import Config, Trainer
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+CASES = [("flux", {"precision": "bfloat16"}), ("flux", {"precision": "bfloat16", "lora_rank": 4}), ("sd3", {})]
+all_cases = pytest.mark.parametrize(("name", "changes"), CASES, ids=str)
+
+
+def trainer_of(models, name, changes):
+    """A real trainer after its first step, which creates the optimizer's moments."""
+    (models / "many.txt").write_text("".join(f"prompt {i}\n" for i in range(10_000)))  # none is drawn twice
+    task = task_of(models, name, prompts=models / "many.txt", **changes)
+    trainer = Trainer(Config(task=name, batch_size=2, T=4), Hyper(lam=None), task)
+    trainer.step()
+    return trainer
+
+
+def count_step(trainer):
+    """The cost of a real step, and the bytes that were alive before it."""
+    counter = CostCounter(plan.PHASES)
+    plan.label(counter, trainer)
+    counter.label("moments", plan.optimizer_tensors(trainer))
+    before = sum(counter.alive.values())
+    with counter:
+        trainer.step()
+    return counter, before
+
+
+def peak_of(counter):
+    return max(sum(cost.peak.values()) for cost in counter.phases.values())
+
+
+def flags_of(models, name, changes, monkeypatch, **machine):
+    """Flags of a plan for the tiny pipeline and the tiny reward."""
+    folder = models / name / "reward"
+    tiny = HPSv2.empty(json.loads((folder / "open_clip_config.json").read_text())["model_cfg"])
+    monkeypatch.setattr(simulation, "SIMULATED_REWARDS", {"hpsv2.1": SimpleNamespace(empty=lambda: deepcopy(tiny))})
+    run = Config(task=name, batch_size=2, T=4)
+    machine = plan.Machine(**{"gpus": 1} | machine)
+    return plan.PlanFlags(run, Hyper(lam=None), options_of(models, name, **changes), machine)
+
+
+# The counter
+
+
+@all_cases
+def test_the_counter_agrees_with_the_allocator_within_3_percent(models, name, changes):
+    trainer = trainer_of(models, name, changes)
+    counter, before = count_step(trainer)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer.step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    assert peak > 1e6
+    assert peak_of(counter) - before == pytest.approx(peak, rel=0.03)
+
+
+def test_the_counter_sees_storages_come_and_go():
+    counter = CostCounter(["a", "b"])
+    with counter:
+        with torch.profiler.record_function("a"):
+            kept = torch.zeros(1000)
+            gone = torch.zeros(5000)
+            view = gone[:10]
+            del gone, view
+        with torch.profiler.record_function("b"):
+            kept += 1
+    assert counter.phases["a"].peak == {"activations": 24_000}
+    assert counter.phases["b"].peak["activations"] == 4_000
+    counter.label("weights", [kept])
+    assert counter.alive == {"activations": 0, "weights": 4_000}
+    del kept
+    assert sum(counter.alive.values()) == 0
+
+
+# The simulation
+
+
+@all_cases
+def test_a_simulated_step_costs_what_a_real_one_costs(models, name, changes, monkeypatch):
+    trainer = trainer_of(models, name, changes)
+    counter, _ = count_step(trainer)
+    operations = flop_count(trainer.step)
+    torch.distributed.destroy_process_group()
+    costs = plan.simulate(flags_of(models, name, changes, monkeypatch))
+    assert sum(counts[FLOP] for counts in costs.counts.values()) == operations
+    assert plan.peak_gib(costs) * plan.GIB == pytest.approx(peak_of(counter), rel=0.03)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_two_nodes_exchange_their_gradients_once_an_iteration(models, monkeypatch, steps):
+    flags = flags_of(models, "flux", {}, monkeypatch, nodes=2, gpus=2)
+    run = replace(flags.run, batch_size=4 * steps, gradient_accumulation_steps=steps)
+    costs = plan.simulate(replace(flags, run=run))
+    parameters = sum(p.nbytes for p in task_of(models).model.parameters())
+    # Each GPU holds half of the float32 gradients; a ring of two moves them twice, half at a time.
+    between = sum(counts[BETWEEN] for counts in costs.counts.values())
+    assert between == pytest.approx(parameters / 2, rel=0.02)
+    assert costs.counts["rollout"][WITHIN] == pytest.approx(2 * steps * parameters / 2, rel=0.02)
+
+
+def test_a_joint_backward_needs_the_unsharded_gradients_of_both_leaps(models, monkeypatch, tmp_path):
+    """On a transformer of FLUX.1-dev's width, so that its weights outweigh the tiny VAE's activations."""
+    shutil.copytree(models / "flux", tmp_path / "flux")
+    wide = {
+        "num_single_layers": 6,
+        "num_attention_heads": 24,
+        "attention_head_dim": 128,
+        "axes_dims_rope": [16, 56, 56],
+    }
+    path = tmp_path / "flux" / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | wide))
+    flags = flags_of(models, "flux", {"precision": "bfloat16", "model": str(tmp_path / "flux")}, monkeypatch, gpus=8)
+    flags = replace(flags, run=replace(flags.run, batch_size=8))
+    cut = plan.simulate(flags)
+
+    class Joint:
+        def __init__(self, velocity):
+            self.velocity = velocity
+
+        def __call__(self, x, t):
+            return self.velocity(x, t)
+
+        def backward(self, x_0, gradient, before_last):
+            before_last()
+            x_0.backward(gradient)
+
+    monkeypatch.setattr("train_leap_align.CutVelocity", Joint)
+    joint = plan.simulate(flags)
+    assert joint.counts["backward"][FLOP] == cut.counts["backward"][FLOP]
+    weights = sum(p.numel() for p in network_from_config(json.loads(path.read_text())).parameters())
+    held_longer = plan.peak_gib(joint) - plan.peak_gib(cut)
+    assert held_longer * plan.GIB > 0.3 * 2 * weights  # bfloat16
+
+
+# The judgement
+
+
+def test_time_is_computing_or_traffic_in_the_node_and_then_traffic_between_nodes():
+    counts = plan.Counter({FLOP: 8e12, WITHIN: 3e9, BETWEEN: 5e9})
+    assert plan.seconds(counts, plan.Machine(tflops=4, bandwidth=(1, 10))) == 3.5
+    assert plan.seconds(counts, plan.Machine(tflops=2, bandwidth=(1, 10))) == 4.5
+
+
+def test_a_run_that_does_not_fit_is_told_the_cheapest_change_that_helps(models, monkeypatch):
+    flags = plan.PlanFlags(
+        Config(task="flux", batch_size=16), Hyper(), options_of(models, "flux"), plan.Machine(gpus=2)
+    )
+
+    def simulate(flags):
+        gib = 60 - flags.run.gradient_accumulation_steps - 10 * flags.machine.stored_embeddings
+        gib -= 10 if flags.task.lora_rank else 0
+        return plan.Costs({"backward": {"weights": gib * plan.GIB}}, {})
+
+    monkeypatch.setattr(plan, "simulate", simulate)
+
+    def remedy(gib):
+        return plan.find_remedy(replace(flags, machine=replace(flags.machine, gpu_memory=gib + plan.RESERVED_GIB)))
+
+    assert remedy(53) == "it fits with --gradient-accumulation-steps 8"
+    assert remedy(43) == "it fits with --gradient-accumulation-steps 8 --stored-embeddings"
+    assert remedy(33) == "it fits with --gradient-accumulation-steps 8 --stored-embeddings --lora-rank 64 --lr 1e-4"
+    assert "use more GPUs" in remedy(31)
+
+
+def test_the_plan_is_printed_and_written(models, monkeypatch, tmp_path, capsys):
+    flags_of(models, "flux", {}, monkeypatch)
+    arguments = ["--model", models / "flux", "--gpus", 1, "--height", 64, "--width", 64, "--T", 3, "--batch-size", 2]
+    tool("plan", *arguments, "--json", tmp_path / "plan.json")
+    printed = capsys.readouterr().out
+    assert all(phase in printed for phase in plan.PHASES) and "fits" in printed
+    numbers = json.loads((tmp_path / "plan.json").read_text())
+    assert numbers["fits"] and 0 < numbers["training_gib"] < numbers["peak_gib"] < 1
+    assert numbers["tflop_per_step"] > 0 and set(numbers["phases"]) == set(plan.PHASES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--task", "toy"], "plan knows flux, sd3"),
+        (["--reward", "pickscore"], "reward=pickscore"),
+        (["--gpus", "0"], "gpus=0"),
+        (["--batch-size", "7"], "batch_size=7"),
+        (["--tflops", "0"], "tflops=0"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(arguments, expected):
+    assert expected in refusal(["plan", *arguments], tools.main)
