@@ -181,6 +181,7 @@ class DiffusersTask:
         frozen, shards = self.frozen_modules(), mesh.size(-1)
         run_on_all_ranks(lambda: transformer.check_memory(self.model, frozen, self.device, shards))
         self.encode_few_prompts()
+        torch.cuda.empty_cache()  # NCCL allocates outside of torch's cache
         for module in frozen:
             module.to(self.device)
         if self.options.compile:
@@ -214,7 +215,6 @@ class DiffusersTask:
             encoder.to(self.device)
         self.encoded_once = {text: encode(self.pipeline, [text], self.device) for text in self.prompts_to_encode_once}
         self.pipeline.register_modules(**dict.fromkeys(encoders))
-        torch.cuda.empty_cache()
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """The tools around a run: embed, sample, score, GenEval's prompts, and what they and the trainer refuse."""
 
+import gc
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -137,7 +139,11 @@ def test_stored_embeddings_are_those_computed_on_the_fly(models, name, tmp_path,
 
 @every_task
 def test_few_prompts_are_encoded_once_and_free_the_text_encoders(models, name, monkeypatch):
-    few = task_of(models, name)
+    few = TASKS[name](options_of(models, name), 4)
+    encoders = [weakref.ref(encoder) for encoder in few.text_encoders().values()]
+    few.parallelize(None)
+    gc.collect()
+    assert encoders and not any(encoder() for encoder in encoders)
     monkeypatch.setattr(flux_adapter, "FEW_PROMPTS", len(PROMPTS))  # one too few: the empty prompt counts
     many = task_of(models, name)
     assert few.text_encoders() == {} and len(few.frozen_modules()) == 2 < len(many.frozen_modules())
