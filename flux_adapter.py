@@ -27,6 +27,8 @@ from runtime.run_dir import atomic_file
 EVALUATION_SEED = 1_000_003
 IMAGES_PER_PROMPT = 2
 """In an evaluation; the difference between them is the diversity."""
+FEW_PROMPTS = 200
+"""Up to so many distinct prompts are encoded once, before training (4.2 MB each for FLUX.1-dev); text encoders go."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,9 @@ class DiffusersTask:
         sources = [(options.prompts, self.prompts), (evaluation_source, self.evaluation_prompts)]
         self.embedding_folders = embedding_folders(sources, self.folder)
         needs_text = len(self.embedding_folders) < len(sources)
+        distinct = list(dict.fromkeys(["", *self.prompts, *self.evaluation_prompts]))  # SD3.5 needs the empty one
+        self.prompts_to_encode_once = distinct if needs_text and len(distinct) <= FEW_PROMPTS else []
+        self.encoded_once: dict[str, dict[str, Tensor]] = {}
         self.reward_model = self.load_reward()
         self.pipeline = self.open_pipeline(needs_text)
         self.pipeline.vae.enable_gradient_checkpointing()
@@ -136,9 +141,14 @@ class DiffusersTask:
         return pipeline.open_pipeline(self.family, self.folder, self.dtype, text=text, transformer=None)
 
     def frozen_modules(self) -> list[nn.Module]:
-        """Reward, VAE, and the text encoders unless every prompt has an embedding."""
-        components = self.pipeline.components.values()
-        return [self.reward_model, *(module for module in components if isinstance(module, nn.Module))]
+        """What training keeps besides the transformer: reward, VAE, and text encoders if they are needed all along."""
+        text_encoders = [] if self.prompts_to_encode_once else self.text_encoders().values()
+        return [self.reward_model, self.pipeline.vae, *text_encoders]
+
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """The pipeline's text encoders by name; none if every prompt has an embedding."""
+        components = self.pipeline.components.items()
+        return {name: part for name, part in components if name.startswith("text_encoder") and part is not None}
 
     def contents(self) -> dict[str, str]:
         """Digests of the files that this task reads; stored embeddings stand for their prompts and text encoders."""
@@ -182,6 +192,8 @@ class DiffusersTask:
         """
         mesh = transformer.mesh_of_one(self.device) if mesh is None else mesh
         run_on_all_ranks(lambda: self.check_memory(mesh.size(-1)))
+        self.encode_few_prompts()
+        torch.cuda.empty_cache()  # NCCL allocates outside of torch's cache
         for module in self.frozen_modules():
             module.to(self.device)
         if self.options.compile:
@@ -205,11 +217,25 @@ class DiffusersTask:
         return [self.prompts[i] for i in torch.randint(len(self.prompts), (n,), generator=generator).tolist()]
 
     @torch.no_grad()
+    def encode_few_prompts(self) -> None:
+        """Encodes the prompts of a run that has few of them and frees the text encoders."""
+        if not self.prompts_to_encode_once:
+            return
+        encoders, encode = self.text_encoders(), self.family.encode_text
+        for encoder in encoders.values():
+            encoder.to(self.device)
+        self.encoded_once = {text: encode(self.pipeline, [text], self.device) for text in self.prompts_to_encode_once}
+        self.pipeline.register_modules(**dict.fromkeys(encoders))
+
+    @torch.no_grad()
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
-        """The transformer's text inputs for these prompts, from embedding files if all of them have one."""
+        """The transformer's text inputs for these prompts: from embedding files if all have one, or encoded before."""
         paths = [find_embedding(prompt, self.embedding_folders) for prompt in prompts]
         if all(paths):
             return load_embeddings(paths, self.device, self.dtype)
+        if self.encoded_once:
+            rows = [self.encoded_once[prompt] for prompt in prompts]
+            return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         return self.family.encode_text(self.pipeline, prompts, self.device)
 
     def latent_size(self) -> tuple[int, int, int]:

@@ -4,14 +4,17 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -21,8 +24,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from full_scale.components import LOADING_ERRORS, REMEDY, weight_shapes
 from full_scale.pipeline import Family
 from leap_align import BadInput
-from runtime.processes import one_line, rank, run_on_all_ranks
-from runtime.run_dir import atomic_folder, read_json
+from runtime.processes import full_value, one_line, rank, run_on_all_ranks, run_on_rank0
+from runtime.run_dir import atomic_folder, read_json, write_errors_named, write_json
+
+EXPORT_FILE_BYTES = 2 * 10**9
+"""The most in a file of an export, unless a single weight is larger; the first process holds one file at a time."""
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Build
@@ -166,16 +172,12 @@ def save(model: nn.Module, folder: Path, family: Family, empty: nn.Module, dtype
     empty: the same transformer on the meta device.  dtype: that of the computation, because rounding the weights now
     or at every use gives the same images.
     """
-    state_options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    trained = get_model_state_dict(model, options=state_options)  # on the CPU of rank 0, empty on the others
-    if rank() > 0:
-        return
-    if has_lora(model):
-        with atomic_folder(folder / "lora") as temporary:
-            export_lora(model, trained, family, temporary)
-    else:
-        with atomic_folder(folder / "transformer") as temporary:
-            export_transformer(model, trained, empty, dtype, temporary)
+    path = folder / ("lora" if has_lora(model) else "transformer")
+    with atomic_folder(path) if rank() == 0 else nullcontext(path) as temporary:
+        if has_lora(model):
+            export_lora(model, family, temporary)
+        else:
+            export_transformer(model, empty, dtype, temporary)
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -242,22 +244,60 @@ def _set_lora(model: nn.Module, state: dict[str, Tensor]) -> None:
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
 
 
-def export_lora(model: nn.Module, trained: dict[str, Tensor], family: Family, folder: Path) -> None:
-    """Writes adapters as the pipeline's load_lora_weights reads them."""
+def export_lora(model: nn.Module, family: Family, folder: Path) -> None:
+    """Writes adapters as the pipeline's load_lora_weights reads them; every rank calls it, rank 0 writes."""
     from peft import get_peft_model_state_dict
 
-    layers = get_peft_model_state_dict(model, state_dict=trained)
-    metadata = model.peft_config["default"].to_dict()
-    family.pipeline_class.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
+    state_options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    trained = get_model_state_dict(model, options=state_options)  # on the CPU of rank 0, empty on the others
+    if rank() == 0:
+        layers = get_peft_model_state_dict(model, state_dict=trained)
+        metadata = model.peft_config["default"].to_dict()
+        family.pipeline_class.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
 
 
-def export_transformer(
-    model: nn.Module, trained: dict[str, Tensor], empty: nn.Module, dtype: torch.dtype, folder: Path
-) -> None:
-    """Writes a transformer as its class's from_pretrained reads it.  Changes `trained`, to save memory."""
-    # Frozen buffers, such as SD3's position table, are not among the parameters.
-    trained |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in empty.state_dict()}
-    for name in trained:
-        trained[name] = trained[name].to(dtype)  # one after the other: two copies of FLUX would need 71 GB
-    empty.load_state_dict(trained, assign=True)
-    empty.save_pretrained(folder)
+def export_transformer(model: nn.Module, empty: nn.Module, dtype: torch.dtype, folder: Path) -> None:
+    """Writes a transformer as its class's from_pretrained reads it; every rank calls it, rank 0 writes.
+
+    One full weight at a time is on the device, one file's weights on rank 0's host.
+    """
+    files, state = export_files(empty, dtype), model.state_dict()
+    run_on_rank0(lambda: _write_config(empty, files, folder))
+    for file, names in files.filename_to_tensors.items():
+        _write_weights({name: state[name] for name in names}, dtype, folder / file)
+
+
+def _write_config(empty: nn.Module, files: StateDictSplit, folder: Path) -> None:
+    empty.save_config(folder)
+    if files.is_sharded:
+        index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
+        write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
+
+
+def _write_weights(state: dict[str, Tensor], dtype: torch.dtype, path: Path) -> None:
+    """Gathers some sharded weights, one after the other, into a file."""
+    weights = {}
+    for name, value in state.items():
+        weight = full_value(value.to(dtype))
+        if rank() == 0:
+            weights[name] = weight.cpu()
+
+    def write() -> None:
+        try:
+            with write_errors_named(path):
+                save_file(weights, path, metadata={"format": "pt"})
+        except OSError as error:
+            remedy = "free some space, then continue with --resume"
+            raise BadInput(f"cannot write {path} ({one_line(error)}): {remedy}") from error
+
+    run_on_rank0(write)
+
+
+def export_files(empty: nn.Module, dtype: torch.dtype) -> StateDictSplit:
+    """Which weights an export of this transformer writes into which file; metadata["total_size"]: their bytes.
+
+    empty: on the meta device.
+    """
+    weights = {name: value.to(dtype) for name, value in empty.state_dict().items()}
+    pattern = SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors")
+    return split_torch_state_dict_into_shards(weights, max_shard_size=EXPORT_FILE_BYTES, filename_pattern=pattern)

@@ -2,13 +2,15 @@
 
 checkpoint/ITERATION is written beside the others, synced to the disk and renamed into place.  state.json holds a digest
 of every file, so that a damaged checkpoint is recognised; loading then uses the one before it.  Every rank calls these
-functions: each writes its own shards, and any number of ranks can read them.
+functions: each writes its own shards, file by file, and any number of ranks can read them.
 """
 
 import json
+import math
 import os
 import shutil
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from leap_align import BadInput
@@ -27,6 +30,10 @@ from runtime.run_dir import check_not_removed, checkpoints, digest, write_text
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # a single process saves as well
 LOGS = ("metrics.csv", "evaluations.csv")
+FILE_BYTES = 2**29
+"""The most that a rank writes into one file, unless a single tensor is larger."""
+HOST_BYTES = 3 * FILE_BYTES
+"""Host memory of a rank during a checkpoint: a file's tensors, and the file twice while safetensors makes it."""
 
 
 class DamagedCheckpoint(Exception):
@@ -57,6 +64,11 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EM
     return tensors | {f"optimizer.{name}": value for name, value in state.items() if torch.is_tensor(value)}
 
 
+def checkpoint_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes of a checkpoint on the disk, all ranks together: each trained weight, two moments and the average."""
+    return 4 * sum(p.numel() * p.itemsize for p in parameters if p.requires_grad)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Save
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,8 +90,9 @@ def save_checkpoint(
     part = folder / "checkpoint" / "part"
     try:
         run_on_rank0(lambda: _prepare(folder, part))
-        writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
-        dcp.save(training_tensors(model, optimizer, ema), storage_writer=writer)
+        tensors = training_tensors(model, optimizer, ema)
+        writer = HuggingFaceStorageWriter(str(part), _file_numbers(tensors, FILE_BYTES), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer)
         files = sorted(part.glob("*.safetensors"))[rank() :: world_size()]
         digests = {}
         for rank_digests in all_gather(run_on_all_ranks(lambda: _sync_and_digest(files))):
@@ -90,6 +103,30 @@ def save_checkpoint(
         shutil.rmtree(part, ignore_errors=True)
         remedy = "the last checkpoint is good: free some space, then continue with --resume"
         raise BadInput(f"cannot write {part} ({_reason(error)}): {remedy}") from error
+
+
+def _file_numbers(tensors: dict[str, Tensor], limit: int) -> dict[str, int]:
+    """The number of each tensor's file, from 1 and equal on every rank: no rank's part of a file exceeds `limit` bytes.
+
+    A tensor with a larger shard gets a file of its own.
+    """
+    numbers, number, size = {}, 1, 0
+    for name, tensor in tensors.items():
+        shard = _largest_shard(tensor)
+        if size and size + shard > limit:
+            number, size = number + 1, 0
+        numbers[name], size = number, size + shard
+    return numbers
+
+
+def _largest_shard(tensor: Tensor) -> int:
+    """Bytes of the largest shard of a tensor on any rank."""
+    shape = list(tensor.shape)
+    if isinstance(tensor, DTensor):
+        for ranks, placement in zip(tensor.device_mesh.shape, tensor.placements):
+            if placement.is_shard():
+                shape[placement.dim] = -(-shape[placement.dim] // ranks)
+    return math.prod(shape) * tensor.itemsize
 
 
 def _prepare(folder: Path, part: Path) -> None:

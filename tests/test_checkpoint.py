@@ -1,5 +1,6 @@
 """Runs that are stopped, damaged and resumed; `python -m tests.faults` does much more of it."""
 
+import json
 import math
 import os
 import shutil
@@ -8,11 +9,12 @@ import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file
 
 import train_leap_align as trainer
 from runtime import checkpoint
 from runtime.processes import stop_on_signals
-from tests.toy_runs import ROOT, checkpoints, error_line, metrics, result, run, without_figures
+from tests.toy_runs import ROOT, TORCHRUN, checkpoints, error_line, metrics, result, run, without_figures
 from toy.modes import Modes
 
 
@@ -65,6 +67,42 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_loaded(reference
     assert run(tmp_path, "--checkpoint-every", "1", "--resume") == metrics(reference)
     assert "000003 is damaged" in capsys.readouterr().out
     assert result(tmp_path)["after"] == result(reference)["after"]
+
+
+def test_a_checkpoint_of_many_files(reference, tmp_path, monkeypatch, capsys):
+    """No file exceeds the limit, unless it holds one tensor; one damaged file is found; resuming needs no limit."""
+    limit = 1027  # of the 512 + 512 + 4 bytes that AdamW keeps of a bias, any two fit
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "FILE_BYTES", limit)
+        run(tmp_path, "--iterations", "2", "--checkpoint-every", "1")
+    files = sorted((tmp_path / "checkpoint" / "000002").glob("*.safetensors"))
+    contents = [load_file(file) for file in files]
+    assert all(sum(t.nbytes for t in tensors.values()) <= limit or len(tensors) == 1 for tensors in contents)
+    assert max(len(tensors) for tensors in contents) > 1 and len(files) > 3
+    (whole,) = (reference / "checkpoint" / "000004").glob("*.safetensors")
+    assert sorted(name for tensors in contents for name in tensors) == sorted(load_file(whole))
+    files[1].write_bytes(files[1].read_bytes()[:-1] + b"x")
+    assert run(tmp_path, "--resume", "--checkpoint-every", "1") == metrics(reference)
+    assert "000002 is damaged" in capsys.readouterr().out
+    assert result(tmp_path)["after"] == result(reference)["after"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_host_memory_is_that_of_a_file_whatever_the_models_size(tmp_path):
+    pytest.importorskip("diffusers")
+    limit = 2**26
+    command = [*TORCHRUN[:-1], "-m", "tests.host_memory", str(tmp_path), "--blocks", "1", "--file-bytes", str(limit)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    measured = json.loads(done.stdout)
+    sizes = [size for name, size in measured["files"].items() if name.startswith("checkpoint")]
+    assert max(sizes) < 1.01 * limit < sum(sizes) / 10
+    assert sum(sizes) == pytest.approx(measured["checkpoint"], rel=1e-3)
+    assert measured["save"] < 3 * limit < sum(sizes) / 10
+    assert measured["load"] < 2 * limit
+    assert measured["export"] < 3 * limit < measured["weights"] / 2  # a file, and a weight that is gathered
+    assert measured["text_encoder_private"] < measured["text_encoder"] / 10  # the rest is mapped from the file
 
 
 def test_a_run_without_an_undamaged_checkpoint_is_refused(tmp_path):

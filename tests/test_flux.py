@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 pytest.importorskip("diffusers")
@@ -34,6 +35,7 @@ from tests.tiny_pipelines import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_process")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 # The forward pass
@@ -363,6 +365,42 @@ def test_diffusers_draws_from_the_export_what_the_trained_model_draws(models, tm
         pipeline = pipeline_of(models, name, transformer=kind.from_pretrained(tmp_path / "transformer"))
     torch.testing.assert_close(draw(pipeline, x_T, PROMPTS[:1], 4), trained, rtol=0, atol=1e-4)
     assert (trained - untrained).abs().max() > 1e-2
+
+
+@every_task
+@pytest.mark.parametrize("limit", [10**9, 10**5], ids=["one file", "many files"])
+def test_the_export_has_the_files_of_diffusers_own(models, tmp_path, monkeypatch, name, limit):
+    monkeypatch.setattr(transformer, "EXPORT_FILE_BYTES", limit)
+    task_of(models, name, precision="bfloat16").save(tmp_path)
+    plain = pipeline_of(models, name, dtype=torch.bfloat16).transformer
+    plain.save_pretrained(tmp_path / "expected", max_shard_size=limit)
+    expected, found = (
+        {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir() if path.name != "config.json"}
+        for folder in ("expected", "transformer")
+    )
+    if (index := f"{WEIGHTS}.index.json") in expected:
+        assert json.loads(expected.pop(index)) == json.loads(found.pop(index))
+    assert found == expected and (len(found) > 1) == (limit == 10**5)
+    task = task_of(models, name, precision="bfloat16")
+    with torch.no_grad():
+        [p.zero_() for p in task.model.parameters()]
+    task.load(tmp_path)
+    loaded = {name: full_value(value).bfloat16() for name, value in task.model.state_dict().items()}
+    assert_close(loaded, plain.state_dict(), 0, 0)
+
+
+def test_an_export_onto_a_full_disk_continues_with_resume(models, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    arguments = flags(models, "flux", "--iterations", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(transformer, "save_file", fail)
+        line = refusal([*arguments, "--out", tmp_path])
+    assert f"{WEIGHTS} (No space left on device): free some space, then continue with --resume" in line
+    assert not list(tmp_path.glob("transformer*"))
+    train(tmp_path, [*arguments, "--resume"])
+    assert (tmp_path / "transformer" / WEIGHTS).exists()
 
 
 # Flags

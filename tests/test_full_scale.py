@@ -1,5 +1,6 @@
 """The tools around a run: embed, sample, score, GenEval's prompts, and what they and the trainer refuse."""
 
+import gc
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +25,7 @@ pytest.importorskip("diffusers")
 
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+import flux_adapter
 import train_leap_align as trainer
 from full_scale import __main__ as tools
 from full_scale import geneval_prompts, pipeline, rewards, transformer
@@ -120,7 +123,8 @@ def brightness():
 
 
 @every_task
-def test_stored_embeddings_are_those_computed_on_the_fly(models, name, tmp_path):
+def test_stored_embeddings_are_those_computed_on_the_fly(models, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(flux_adapter, "FEW_PROMPTS", 0)
     files = ["--model", models / name, "--prompts", models / "prompts.txt"]
     tool("embed", *files, "--out", tmp_path, "--precision", "float32")
     stored, live = task_of(models, name, prompts=tmp_path), task_of(models, name)
@@ -131,6 +135,32 @@ def test_stored_embeddings_are_those_computed_on_the_fly(models, name, tmp_path)
     x_T = live.noise(2, seeded())
     a, b = (task.velocity(PROMPTS[:2])(x_T, task.times[2]) for task in (stored, live))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@every_task
+def test_few_prompts_are_encoded_once_and_free_the_text_encoders(models, name, monkeypatch):
+    few = TASKS[name](options_of(models, name), 4)
+    encoders = [weakref.ref(encoder) for encoder in few.text_encoders().values()]
+    few.parallelize(None)
+    gc.collect()
+    assert encoders and not any(encoder() for encoder in encoders)
+    monkeypatch.setattr(flux_adapter, "FEW_PROMPTS", len(PROMPTS))  # one too few: the empty prompt counts
+    many = task_of(models, name)
+    assert few.text_encoders() == {} and len(few.frozen_modules()) == 2 < len(many.frozen_modules())
+    for prompt in PROMPTS:
+        assert_close(few.encode([prompt]), many.encode([prompt]), 0, 0)
+    # The processor may round differently in a batch, as it does for SD3.5's pooled text.
+    assert_close(few.encode(PROMPTS), many.encode(PROMPTS), 0, 1e-6)
+    assert few.contents() == many.contents()
+
+
+def test_a_run_may_encode_its_prompts_once_or_in_every_step(models, tmp_path, monkeypatch):
+    arguments = flags(models, "flux", "--iterations", "2")
+    once = train(tmp_path / "once", arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(flux_adapter, "FEW_PROMPTS", 0)
+        train(tmp_path / "both", [*arguments, "--iterations", "1"])
+    assert train(tmp_path / "both", [*arguments, "--resume"]) == once
 
 
 def test_embed_continues_where_it_stopped(models, tmp_path):
