@@ -59,8 +59,8 @@ class Options:
     """LoRA's scale times its rank; the rank itself if not given."""
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Linear layers that get an adapter, by the end of their names."""
-    gradient_checkpointing: bool = True
-    """Recompute the transformer's blocks in the backward pass: 7 % more compute for 1/24 of the activations."""
+    gradient_checkpointing: transformer.Checkpointing = "on"
+    """Which of the transformer's blocks the backward recomputes: all (on), every second one (selective), or none."""
     compile: bool = False
     """Compile the transformer's repeated blocks; the first step takes minutes."""
     evaluation_prompts: Path | None = None
@@ -169,8 +169,7 @@ class DiffusersTask:
     def build_transformer(self) -> nn.Module:
         """The transformer as it will be trained, still on the meta device: trained weights float32."""
         options, model = self.options, self.empty_transformer()
-        if options.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
+        transformer.set_checkpointing(model, options.gradient_checkpointing)
         if options.lora_rank:
             alpha = options.lora_rank if options.lora_alpha is None else options.lora_alpha
             transformer.add_lora(model, options.lora_rank, alpha, options.lora_targets, self.dtype)

@@ -23,7 +23,6 @@ from flux_adapter import Flux
 from full_scale import rewards
 from full_scale.architectures import ARCHITECTURES
 from full_scale.tiny import tiny_flux
-from full_scale.transformer import repeated_blocks
 from leap_align import BadInput, Hyper
 from runtime.run_dir import claimed_output_folder, write_csv
 from train_leap_align import Config, Trainer
@@ -162,20 +161,8 @@ def start_trainer(case: Case, folder: Path) -> Trainer:
     options = case.task_class.Options(
         model=str(folder), prompts=folder / "prompts.txt", reward_weights=(str(folder / "reward"),),
         height=case.pixels, width=case.pixels, lora_rank=64, compile=case.compiled,
-        gradient_checkpointing=case.checkpointing != "off",
+        gradient_checkpointing=case.checkpointing,
     )  # fmt: skip
     task = case.task_class(options, case.T)
     task.parallelize(None)
-    if case.checkpointing == "selective":
-        checkpoint_every_second_block(task.model)
     return Trainer(Config(task="flux", batch_size=case.batch_size, T=case.T), Hyper(lam=None), task)
-
-
-def checkpoint_every_second_block(model: nn.Module) -> None:
-    """Selective checkpointing, for a model with gradient checkpointing: every other block keeps its activations."""
-    checkpoint, checkpointed = model._gradient_checkpointing_func, set(repeated_blocks(model)[::2])
-
-    def selective(block: nn.Module, *inputs: Any) -> Any:
-        return checkpoint(block, *inputs) if block in checkpointed else block(*inputs)
-
-    model._gradient_checkpointing_func = selective

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -94,6 +95,23 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     """The transformer's blocks, which diffusers lists as worth compiling; FSDP2's subclasses of them count."""
     names = set(model._repeated_blocks)
     return [module for module in model.modules() if names & {kind.__name__ for kind in type(module).__mro__}]
+
+
+Checkpointing = Literal["on", "selective", "off"]
+
+
+def set_checkpointing(model: nn.Module, mode: Checkpointing) -> None:
+    """Which blocks the backward recomputes instead of keeping their activations: all, every second one, or none."""
+    if mode == "off":
+        return
+    model.enable_gradient_checkpointing()
+    checkpoint, kept = model._gradient_checkpointing_func, set(repeated_blocks(model)[1::2])
+
+    def selective(block: nn.Module, *inputs: Any) -> Any:
+        return block(*inputs) if block in kept else checkpoint(block, *inputs)
+
+    if mode == "selective":
+        model._gradient_checkpointing_func = selective
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -180,8 +180,11 @@ def gradients(task, method="leap_align", prompts=PROMPTS[:2]):
 
 @every_task
 def test_gradient_checkpointing_does_not_change_the_gradient(models, name):
-    on, off = (gradients(task_of(models, name, gradient_checkpointing=flag)) for flag in (True, False))
+    on, selective, off = (
+        gradients(task_of(models, name, gradient_checkpointing=mode)) for mode in ("on", "selective", "off")
+    )
     assert_close(on, off, 1e-5, 1e-9)
+    assert_close(selective, off, 1e-5, 1e-9)
 
 
 @every_task
@@ -305,7 +308,7 @@ def test_the_export_is_the_average_of_the_weights(models, tmp_path, monkeypatch)
 def test_accumulation_and_checkpointing_may_change_on_resume_and_change_no_result(models, tmp_path):
     uninterrupted = train(tmp_path / "uninterrupted", [*flags(models, "flux"), "--iterations", "2"])
     train(tmp_path / "resumed", [*flags(models, "flux"), "--iterations", "1"])
-    more = "--iterations 2 --resume --gradient-accumulation-steps 2 --no-gradient-checkpointing".split()
+    more = "--iterations 2 --resume --gradient-accumulation-steps 2 --gradient-checkpointing off".split()
     resumed = train(tmp_path / "resumed", [*flags(models, "flux"), *more])
     for a, b in zip(resumed, uninterrupted, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from full_scale.transformer import set_checkpointing
 from leap_align import BadInput
 from runtime.counters import flop_count
 from runtime.run_dir import read_csv
@@ -16,13 +17,14 @@ for library in ("diffusers", "peft", "open_clip"):
     pytest.importorskip(library)
 
 from full_scale import benchmark
-from full_scale.benchmark import FLUX_DEV, RECOMPUTED_FORWARDS, Case, RandomFlux
+from full_scale.architectures import ARCHITECTURES
+from full_scale.benchmark import RECOMPUTED_FORWARDS, Case, RandomFlux
 
 
 class SmallRandomFlux(RandomFlux):
     """Two blocks of each kind."""
 
-    transformer_config = FLUX_DEV | {
+    transformer_config = ARCHITECTURES["flux"]["transformer"] | {
         "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 4,
         "joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": (4, 4, 8),
     }  # fmt: skip
@@ -102,7 +104,7 @@ def test_the_predictions_of_the_full_size_are_counted(monkeypatch):
     from peft import LoraConfig
 
     with torch.device("meta"):
-        model = FluxTransformer2DModel(**FLUX_DEV).requires_grad_(False)
+        model = FluxTransformer2DModel.from_config(ARCHITECTURES["flux"]["transformer"]).requires_grad_(False)
         model.add_adapter(LoraConfig(r=64, target_modules=[*RandomFlux.Options.lora_targets]))
         model.to(torch.bfloat16)
         side = 720 // 16
@@ -123,10 +125,7 @@ def test_the_predictions_of_the_full_size_are_counted(monkeypatch):
 
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", fused_attention)
     for mode in ("off", "on", "selective"):
-        if mode != "off":
-            model.enable_gradient_checkpointing()
-        if mode == "selective":
-            benchmark.checkpoint_every_second_block(model)
+        set_checkpointing(model, mode)
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             model(**inputs)

@@ -23,7 +23,7 @@ def network_saved_bytes(trainer: Trainer, method: str, condition: Any, x_T: Tens
 
 def measure_memory(name: str, folder: Path) -> list[Row]:
     """A row for each T: MiB of a batch, without gradient checkpointing, for LeapAlign and for full backpropagation."""
-    flags = ("--no-gradient-checkpointing", "--batch-size", "1") if name in TINY_PIPELINES else ()
+    flags = ("--gradient-checkpointing", "off", "--batch-size", "1") if name in TINY_PIPELINES else ()
     rows = []
     for T in tqdm(T_VALUES, f"{name}: memory", leave=False, mininterval=1):
         trainer = start_trainer(name, folder, "--T", str(T), *flags)

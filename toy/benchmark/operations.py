@@ -75,7 +75,7 @@ def mean_flop_counts(trainer: Trainer, condition: Any, x_T: Tensor) -> tuple[flo
 def measure_operations(name: str, folder: Path) -> list[Row]:
     """A row for each method; for the tiny pipelines one more, LeapAlign with gradient checkpointing."""
     flags = ("--batch-size", "1") if name in TINY_PIPELINES else ()
-    no_checkpoints = ("--no-gradient-checkpointing",) if name in TINY_PIPELINES else ()
+    no_checkpoints = ("--gradient-checkpointing", "off") if name in TINY_PIPELINES else ()
     trainer = start_trainer(name, folder, *flags, *no_checkpoints)
     condition, x_T = draw_batch(trainer)
     # The first step also computes what a run computes once, such as SD3.5's empty prompt: that is not counted.

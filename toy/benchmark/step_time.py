@@ -57,7 +57,7 @@ def transformer_without_fsdp(task: Any) -> nn.Module:
     model_class = getattr(diffusers, json.loads((folder / "config.json").read_text())["_class_name"])
     dtype = getattr(torch, task.options.precision)
     model = model_class.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
-    if task.options.gradient_checkpointing:
+    if task.options.gradient_checkpointing == "on":
         model.enable_gradient_checkpointing()
     return model.to(task.device)
 
