@@ -23,8 +23,10 @@ from torch.profiler import record_function
 
 from full_scale.architectures import ARCHITECTURES
 from full_scale.simulation import Simulation, simulated, simulated_cluster
+from full_scale.transformer import EXPORT_FILE_BYTES, export_files
 from leap_align import BadInput
 from runtime import processes
+from runtime.checkpoint import HOST_BYTES, checkpoint_bytes
 from runtime.cost_counter import BETWEEN, FLOP, WITHIN
 from runtime.run_dir import write_json
 from train_leap_align import Flags, TaskOptions, Trainer, check, parse, task_class
@@ -51,7 +53,7 @@ class Machine:
     bandwidth: tuple[float, float] = (400.0, 40.0)
     """GB/s at which a GPU receives from its own node, and from other nodes."""
     stored_embeddings: bool = False
-    """Plan for prompts from `python -m full_scale embed`: no text encoders."""
+    """Plan for prompts from `python -m full_scale embed`, or for at most 200 prompts: no text encoders."""
     json: Path | None = None
     """File for the plan's numbers."""
 
@@ -74,10 +76,16 @@ class PlanFlags(Flags[TaskOptions]):
 
 @dataclass
 class Costs:
-    """Per GPU: bytes alive at each phase's peak, by kind; counts of one optimizer step, by phase."""
+    """What a run needs."""
 
     peaks: dict[str, dict[str, int]]
+    """Bytes alive on a GPU at each phase's peak, by kind."""
     counts: dict[str, Counter[str]]
+    """Of one optimizer step on one GPU, by phase."""
+    host: dict[str, int]
+    """Bytes of a node's main memory while a run loads, writes a checkpoint, exports."""
+    disk: dict[str, int]
+    """Bytes of a checkpoint, of all that exist at the same time, and of the export."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,7 +107,8 @@ def simulate(flags: PlanFlags) -> Costs:
             counts = step_counts(simulation, trainer)
             simulate_evaluation(trainer)
         peaks = {name: simulation.phases[name].peak for name in PHASES}
-        return Costs(peaks, {name: counts[name] for name in PHASES if name in counts})
+        counts = {name: counts[name] for name in PHASES if name in counts}
+        return Costs(peaks, counts, host_bytes(trainer, machine), disk_bytes(trainer))
 
 
 def start_trainer(flags: PlanFlags, simulation: Simulation, folder: Path) -> Trainer:
@@ -176,6 +185,23 @@ def simulate_evaluation(trainer: Trainer) -> None:
     task = trainer.task
     with trainer.ema.swapped(), torch.no_grad(), record_function("evaluation"):
         task.evaluate_image("a red cube", task.noise(1, torch.Generator()))
+
+
+def host_bytes(trainer: Trainer, machine: Machine) -> dict[str, int]:
+    """Of a node.  Its processes map the same files of weights, and each writes a checkpoint file by file."""
+    loading = sum(p.nbytes for module in trainer.task.frozen_modules() for p in module.parameters())
+    return {"loading": loading, "checkpoint": machine.gpus * HOST_BYTES, "export": EXPORT_FILE_BYTES}
+
+
+def disk_bytes(trainer: Trainer) -> dict[str, int]:
+    """Of the run's folder."""
+    task, checkpoint = trainer.task, checkpoint_bytes(trainer.parameters)
+    if task.options.lora_rank:
+        export = checkpoint // 4  # the adapters' average
+    else:
+        export = export_files(task.empty_transformer(), task.dtype).metadata["total_size"]
+    most = (trainer.config.checkpoints_total_limit + 1) * checkpoint
+    return {"checkpoint": checkpoint, "checkpoints at most": most, "export": export}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,6 +281,8 @@ def plan(arguments: list[str]) -> None:
     costs = simulate(flags)
     print_memory(costs)
     print_time(costs, machine)
+    for title, values in {"host memory of a node": costs.host, "disk": costs.disk}.items():
+        print(f"{title}: " + ", ".join(f"{name} {value / 1e9:.1f} GB" for name, value in values.items()))
     verdict = "fits" if fits(costs, machine) else find_remedy(flags)
     print(f"{peak_gib(costs):.1f} GiB and {RESERVED_GIB:.0f} reserved, of {machine.gpu_memory:.0f} GiB: {verdict}")
     if machine.json:
@@ -298,5 +326,7 @@ def numbers(costs: Costs, flags: PlanFlags) -> dict[str, Any]:
         "fits": fits(costs, machine),
         "tflop_per_step": step[FLOP] / 1e12 * machine.gpus * machine.nodes,
         "seconds_per_step": sum(seconds(counts, machine) for counts in costs.counts.values()),
+        "host_gb": {name: value / 1e9 for name, value in costs.host.items()},
+        "disk_gb": {name: value / 1e9 for name, value in costs.disk.items()},
         "phases": phases,
     }

@@ -176,7 +176,7 @@ def test_a_run_that_does_not_fit_is_told_the_cheapest_change_that_helps(models, 
     def simulate(flags):
         gib = 60 - flags.run.gradient_accumulation_steps - 10 * flags.machine.stored_embeddings
         gib -= 10 if flags.task.lora_rank else 0
-        return plan.Costs({"backward": {"weights": gib * plan.GIB}}, {})
+        return plan.Costs({"backward": {"weights": gib * plan.GIB}}, {}, {}, {})
 
     monkeypatch.setattr(plan, "simulate", simulate)
 
@@ -197,6 +197,7 @@ def test_the_plan_is_printed_and_written(models, monkeypatch, tmp_path, capsys):
     assert all(phase in printed for phase in plan.PHASES) and "fits" in printed
     numbers = json.loads((tmp_path / "plan.json").read_text())
     assert numbers["fits"] and 0 < numbers["training_gib"] < numbers["peak_gib"] < 1
+    assert numbers["host_gb"]["checkpoint"] > numbers["disk_gb"]["checkpoint"] > numbers["disk_gb"]["export"] > 0
     assert numbers["tflop_per_step"] > 0 and set(numbers["phases"]) == set(plan.PHASES)
 
 
