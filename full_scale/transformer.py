@@ -85,9 +85,15 @@ def has_lora(model: nn.Module) -> bool:
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer's blocks, which diffusers lists as worth compiling; FSDP2's subclasses of them count."""
-    names = set(model._repeated_blocks)
+    """The transformer's blocks, which diffusers never splits over devices; FSDP2's subclasses of them count."""
+    names = set(model._no_split_modules)  # `_repeated_blocks` is empty for SD3
     return [module for module in model.modules() if names & {kind.__name__ for kind in type(module).__mro__}]
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compiles every block, before `shard`: blocks of one class share the compiled code."""
+    for block in repeated_blocks(model):
+        block.compile()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
