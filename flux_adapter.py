@@ -196,7 +196,7 @@ class DiffusersTask:
         for module in self.frozen_modules():
             module.to(self.device)
         if self.options.compile:
-            self.model.compile_repeated_blocks()
+            transformer.compile_blocks(self.model)
         transformer.shard(self.model, mesh, self.dtype)
         self.model.to_empty(device=self.device)
         self.load_pretrained()

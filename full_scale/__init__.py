@@ -1,5 +1,6 @@
 """Everything around a run with a diffusers model.  `python -m full_scale` lists the tools.
 
+architectures.py    the numbers of the published networks, without their weights
 components.py       check and load one component of a pipeline
 contents.py         digests of weights, prompts, images and rewards
 pipeline.py         open a pipeline, and what differs between FLUX.1-dev and SD3.5-M outside of training

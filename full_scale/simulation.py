@@ -112,7 +112,7 @@ def pipeline_without_weights(
     names = [name for name in configs if name == "vae" or (text and name.startswith("text_encoder"))]
     components |= {name: simulation.empty(network_from_config(configs[name]), dtype) for name in names}
     if text:
-        tokenizers = tiny_text(32)
+        tokenizers = tiny_text(32, (32,))
         for name in [name for name in components if name.startswith("tokenizer")]:
             encoder = components[name.replace("tokenizer", "text_encoder")]
             is_t5 = encoder.config.model_type == "t5"

@@ -92,8 +92,8 @@ def has_lora(model: nn.Module) -> bool:
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer's blocks, which diffusers lists as worth compiling; FSDP2's subclasses of them count."""
-    names = set(model._repeated_blocks)
+    """The transformer's blocks, which diffusers never splits over devices; FSDP2's subclasses of them count."""
+    names = set(model._no_split_modules)  # `_repeated_blocks` is empty for SD3
     return [module for module in model.modules() if names & {kind.__name__ for kind in type(module).__mro__}]
 
 
@@ -112,6 +112,12 @@ def set_checkpointing(model: nn.Module, mode: Checkpointing) -> None:
 
     if mode == "selective":
         model._gradient_checkpointing_func = selective
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compiles every block, before `shard`: blocks of one class share the compiled code."""
+    for block in repeated_blocks(model):
+        block.compile()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

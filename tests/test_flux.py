@@ -8,6 +8,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.utils import counters
+from torch.distributed.fsdp import FSDPModule
 
 pytest.importorskip("diffusers")
 
@@ -206,6 +209,28 @@ def test_the_sharded_gradient_is_the_plain_models(models):
     assert_close(sharded, gradients(task), 1e-5, 1e-9)
 
 
+@every_task
+def test_every_block_is_sharded_by_itself(models, name):
+    """Otherwise a forward would gather the whole transformer at once."""
+    model = task_of(models, name).model
+    blocks = [block for kind, blocks in model.named_children() if kind.endswith("blocks") for block in blocks]
+    assert len(blocks) == {"flux": 3, "sd3": 2}[name] and all(isinstance(block, FSDPModule) for block in blocks)
+
+
+@pytest.mark.slow
+@every_task
+@pytest.mark.parametrize("lora_rank, gradient_checkpointing", [(2, True), (0, False)])
+def test_compilation_does_not_change_the_gradient(models, name, lora_rank, gradient_checkpointing):
+    options = {"lora_rank": lora_rank, "gradient_checkpointing": gradient_checkpointing}
+    eager = gradients(task_of(models, name, **options))
+    torch.compiler.reset()
+    counters.clear()
+    with dynamo_config.patch(fail_on_recompile_limit_hit=True):  # beyond its limit, torch would run eager code
+        compiled = gradients(task_of(models, name, compile=True, **options))
+    assert counters["stats"]["unique_graphs"] >= 2 and not counters["unimplemented"]
+    assert_close(compiled, eager, 1e-4, 1e-7)
+
+
 def test_lora_trains_only_the_adapters(models):
     task = task_of(models, lora_rank=2)
     by_name = gradients(task)
@@ -251,6 +276,20 @@ def test_two_processes_equal_one(models, tmp_path, name, more, nodes):
     train(tmp_path / "one", flags(models, name, *more))
     torchrun("train_leap_align.py", *flags(models, name, *more), "--out", tmp_path / "two", nodes=nodes)
     assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, more", [("flux", ["--lora-rank", "2"]), ("sd3", [])])
+def test_a_compiled_run_equals_an_eager_one_on_one_process_and_on_two(models, tmp_path, name, more):
+    """In an empty cache, whose files show that the run compiled; the second run may find the code of the first."""
+    arguments, cache = flags(models, name, *more), tmp_path / "cache"
+    train(tmp_path / "eager", arguments)
+    for processes in 2, 1:
+        out = tmp_path / f"{processes}"
+        program = ["train_leap_align.py", *arguments, "--compile", "--out", out]
+        torchrun(*program, processes=processes, environment={"TORCHINDUCTOR_CACHE_DIR": str(cache)})
+        assert_same_run(tmp_path / "eager", out)
+        assert list(cache.rglob("*.so"))
 
 
 REFUSING_REWARD = """

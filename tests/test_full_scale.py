@@ -3,8 +3,10 @@
 import gc
 import io
 import json
+import math
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -15,6 +17,7 @@ import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -28,7 +31,8 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 import flux_adapter
 import train_leap_align as trainer
 from full_scale import __main__ as tools
-from full_scale import geneval_prompts, pipeline, rewards, transformer
+from full_scale import geneval_prompts, pipeline, rewards, tiny, transformer
+from full_scale.components import weight_shapes
 from full_scale.prompts import read_prompts
 from leap_align import BadInput, Hyper
 from runtime.processes import UserCodeError, exit_process
@@ -43,6 +47,7 @@ from tests.tiny_pipelines import (
     every_task,
     flags,
     options_of,
+    read_metrics,
     refusal,
     seeded,
     task_of,
@@ -87,6 +92,73 @@ def test_the_whole_path_on_two_processes_and_on_one(tmp_path):
     log, log_of_two = (json.loads(path.read_text()) for path in logs)
     assert log == log_of_two and [row["image"] for row in log["images"]] == sorted(images)
     assert log["mean"] == pytest.approx(sum(row["reward"] for row in log["images"]) / len(images))
+
+
+SMALL = {
+    "flux": {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "axes_dims_rope": [4, 4, 8]},
+    "sd3": {"num_layers": 2, "dual_attention_layers": [0], "attention_head_dim": 16, "caption_projection_dim": 32},
+}
+"""What is left of the real architectures, which keep the widths of their inputs, with two heads."""
+
+
+@every_task
+def test_a_pipeline_of_the_real_size_trains_and_samples(tmp_path, monkeypatch, name):
+    """The path of `tiny --full-size`, with fewer and narrower blocks in place of the real ones."""
+    networks = tiny.ARCHITECTURES[name]
+    monkeypatch.setitem(networks, "transformer", networks["transformer"] | SMALL[name] | {"num_attention_heads": 2})
+    monkeypatch.setitem(networks, "vae", networks["vae"] | {"block_out_channels": [32] * 4, "layers_per_block": 1})
+    model, prompts = tmp_path / "model", tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS[:2]))
+    command = ["tiny", model, "--full-size", *(["--sd3"] if name == "sd3" else [])]
+    tool(*command)
+    first = [load_file(file) for folder in ("transformer", "vae") for file in (model / folder).glob("*.safetensors")]
+    assert {tensor.dtype for tensors in first for tensor in tensors.values()} == {torch.bfloat16}
+    tool(*command)
+    again = [load_file(file) for folder in ("transformer", "vae") for file in (model / folder).glob("*.safetensors")]
+    for tensors, same in zip(first, again, strict=True):
+        assert_close(tensors, same, 0, 0)
+    (row,) = train(tmp_path / "run", real_step(name, model, prompts, 32, "--iterations", 1))
+    assert 0 < row["grad_norm"] < math.inf and row["saturated"] < 0.5
+    tool(*real_sample(model, prompts, tmp_path / "run", 32, tmp_path / "images"))
+    assert len(list((tmp_path / "images").glob("*.png"))) == 2
+
+
+def real_step(name, model, prompts, pixels, *more):
+    """The README's command for a step of the real size."""
+    files = ["--task", name, "--model", model, "--prompts", prompts, "--reward-weights", model / "reward"]
+    sizes = ["--height", pixels, "--width", pixels, *"--lora-rank 4 --lr 1e-4 --batch-size 1 --T 4".split()]
+    return [str(word) for word in (*files, *sizes, "--evaluation-images", 2, *more)]
+
+
+def real_sample(model, prompts, run, pixels, out):
+    """The README's command that draws with the adapters of such a run."""
+    files = ["sample", "--model", model, "--lora", run / "lora", "--prompts", prompts, "--out", out]
+    return [*files, "--height", pixels, "--width", pixels, *"--steps 4 --images-per-prompt 1".split()]
+
+
+@pytest.mark.slow
+def test_a_real_step_at_the_real_size_of_sd3(tmp_path):
+    """SD3.5-M: 2.5 billion weights, its VAE, 64 pixels; train, resume, export, sample in less than 22 GB each."""
+    if psutil.virtual_memory().available < 16 * 2**30:
+        pytest.skip("needs 16 GiB of free memory")
+    model, prompts, run, images = (tmp_path / name for name in ("model", "prompts.txt", "run", "images"))
+    prompts.write_text("\n".join(PROMPTS[:2]))
+
+    def start(*command):
+        subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
+
+    start("-m", "full_scale", "tiny", model, "--sd3", "--full-size")
+    shapes = weight_shapes(model / "transformer").values()
+    assert sum(map(math.prod, shapes)) == pytest.approx(2.5e9, rel=0.02)
+    training = ["train_leap_align.py", *real_step("sd3", model, prompts, 64, "--out", run)]
+    start(*training, "--iterations", 2)
+    rows = read_metrics(run)
+    start(*training, "--iterations", 3, "--resume")
+    assert read_metrics(run)[:2] == rows and len(read_metrics(run)) == 3
+    assert all(0 < row["grad_norm"] < math.inf and not row["skipped"] for row in read_metrics(run))
+    start("-m", "full_scale", *real_sample(model, prompts, run, 64, images))
+    assert len({file.read_bytes() for file in images.glob("*.png")}) == 2
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 22e9  # of the largest process
 
 
 @pytest.mark.parametrize(

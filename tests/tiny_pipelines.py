@@ -129,13 +129,13 @@ def refusal(arguments, program=trainer.main):
 # Two processes
 
 
-def start_torchrun(*arguments, nodes=1, environment=None):
-    """Starts a program on two processes, on one node or on two; returns a Popen for each node."""
+def start_torchrun(*arguments, nodes=1, processes=2, environment=None):
+    """Starts a program on two processes, on one node or on two, or on one process; returns a Popen for each node."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={2 // nodes}", f"--nnodes={nodes}"]
-    command += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}"]
+    command += [f"--nproc_per_node={processes // nodes}", "--master_addr=127.0.0.1", f"--master_port={port}"]
     return [
         subprocess.Popen(
             [*command, f"--node_rank={node}", *map(str, arguments)],
@@ -148,8 +148,8 @@ def start_torchrun(*arguments, nodes=1, environment=None):
     ]
 
 
-def torchrun(*arguments, nodes=1):
-    """Runs a program on two processes."""
-    for process in start_torchrun(*arguments, nodes=nodes):
-        _, errors = process.communicate(timeout=300)
+def torchrun(*arguments, **options):
+    """Runs a program on two processes; options: those of `start_torchrun`."""
+    for process in start_torchrun(*arguments, **options):
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors[-3000:]
