@@ -219,7 +219,7 @@ def test_every_block_is_sharded_by_itself(models, name):
 
 @pytest.mark.slow
 @every_task
-@pytest.mark.parametrize("lora_rank, gradient_checkpointing", [(2, True), (0, False)])
+@pytest.mark.parametrize("lora_rank, gradient_checkpointing", [(2, "on"), (0, "off")])
 def test_compilation_does_not_change_the_gradient(models, name, lora_rank, gradient_checkpointing):
     options = {"lora_rank": lora_rank, "gradient_checkpointing": gradient_checkpointing}
     eager = gradients(task_of(models, name, **options))
