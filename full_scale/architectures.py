@@ -1,7 +1,5 @@
 """FLUX.1-dev and SD3.5-M without their weights: the numbers of the config.json files that their authors publish."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 # fmt: off
