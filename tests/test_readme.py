@@ -171,7 +171,7 @@ def test_the_snippet_trains():
 def extended(tmp_path_factory):
     """A copy of the trainer and the toys with the method, the hyperparameter and the task of runtime/README.md."""
     folder = tmp_path_factory.mktemp("extended")
-    for name in ("leap_align.py", "train_leap_align.py"):
+    for name in ("leap_align.py", "beyond.py", "train_leap_align.py"):
         shutil.copy(ROOT / name, folder)
     for name in ("runtime", "toy"):
         shutil.copytree(ROOT / name, folder / name)

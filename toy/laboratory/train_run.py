@@ -6,7 +6,8 @@ from contextlib import redirect_stdout
 from functools import cache
 from io import StringIO
 
-from leap_align import METHODS, Hyper
+from beyond import Hyper
+from leap_align import METHODS
 from toy.digits import Digits
 from toy.laboratory.variants import VARIANTS
 from toy.modes import Modes
