@@ -40,8 +40,9 @@ class Hyper(leap_align.Hyper):
 class Leash(CutVelocity):
     """v_theta on a leash to `reference`, the pre-trained v_ref: `pull` adds beta R to the loss of an endpoint.
 
-    The gap is one more gradient of v, so it goes where the reward's goes: to theta and, along the leaps, through x,
-    where v_ref counts as a constant.  (To theta alone, training was the same, for a second backward.)
+    The gradient of R goes to theta alone: states are where a rollout has been, not what the leash moves.  (Through x,
+    with v_ref constant, training was the same at alpha = 0.3 and broke at alpha = 1.)  An evaluation whose x has a
+    gradient therefore takes a second backward, to x alone.
     microbatches: into how many the batch is divided, whose gradients are added.  Without a reference nothing is added.
     """
 
@@ -50,7 +51,7 @@ class Leash(CutVelocity):
     ) -> None:
         super().__init__(velocity)
         self.reference, self.beta, self.microbatches = reference, beta, microbatches
-        self.gaps, self.norms = [], []
+        self.gaps, self.norms, self.pulls = [], [], []
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         v = super().__call__(x, t)
@@ -72,14 +73,23 @@ class Leash(CutVelocity):
         # Only leaps lie between an output and x_0, so this is -h_i, in every dimension.
         lengths = torch.autograd.grad(x_0, outputs, torch.ones_like(x_0), retain_graph=True, materialize_grads=True)
         w, R = stop_gradient(weight).reshape(-1, *[1] * (x_0.ndim - 1)), 0.0
-        for (_, _, v, _), h, gap in zip(self.evaluations, lengths, self.gaps, strict=True):
-            density = w * h.abs()
-            dR = 2 * density * gap / gap.numel()
-            v.register_hook(lambda dL, dR=dR: dL + self.beta / self.microbatches * dR)
-            R += (density * gap.square()).mean().item()
+        for h, gap in zip(lengths, self.gaps, strict=True):
+            pull = w * h.abs() * gap
+            R += (pull * gap).mean().item()
+            self.pulls.append(2 * self.beta / (gap.numel() * self.microbatches) * pull)  # beta dR/dv
         v_norm = torch.stack(self.norms).mean().item()
         self.gaps, self.norms = [], []
         return {"leash": R, "v_norm": v_norm}
+
+    def backward_evaluation(self, v: Tensor, x_in: Tensor, dv: Tensor) -> None:
+        """Gives theta the gradient of loss and leash, and x_in that of the loss alone."""
+        if not self.pulls:
+            return super().backward_evaluation(v, x_in, dv)
+        if x_in.requires_grad:
+            v.backward(dv, retain_graph=True, inputs=[x_in])
+        dx, x_in.grad = x_in.grad, None
+        super().backward_evaluation(v, x_in, dv + self.pulls.pop())
+        x_in.grad = dx
 
 
 def _norm(v: Tensor) -> Tensor:
