@@ -1,17 +1,13 @@
 """leash: reward, held-out evaluators and diversity against beta and lambda, with early stopping as the control."""
 
-from typing import Any
-
-from runtime.run_dir import write_csv
+from leap_align import METHODS
 from toy.laboratory import plots
 from toy.laboratory.laboratory import EVALUATORS, Laboratory, RunMetrics
 from toy.laboratory.tables import summarize
 from toy.summary import markdown_table
 
-METHODS_ON_A_LEASH = ("leap_align", "drtune", "refl", "draft_lv")
-"""The paper's methods that a large model can afford."""
 BETAS = {"toy": (0.03, 0.1, 0.3, 1.0, 3.0), "digits": (0.5, 1.0, 2.0, 4.0, 10.0)}
-"""Without hinge, for every method; the tasks differ in the scale of their rewards."""
+"""Without hinge, for every method of the paper; the tasks differ in the scale of their rewards."""
 BETAS_WITH_HINGE = {"toy": (0.1, 0.3), "digits": (1.0, 2.0)}
 """With the hinge at lambda = 0, for LeapAlign."""
 LAMBDAS = (-1.0, 0.0, 1.0)
@@ -33,64 +29,54 @@ Runs = dict[tuple[str, str, float | None, float], list[RunMetrics]]
 
 
 def run(lab: Laboratory) -> None:
-    """Trains with every leash and hinge, and writes the table, the curves and the figure."""
-    runs = training_runs(lab)
-    rows, curves = table_rows(runs), curve_rows(runs)
+    """Trains with every leash and hinge, and writes the table and the figure."""
+    rows = table_rows(training_runs(lab))
     lab.publish("leash", rows, tables(rows))
-    write_csv(lab.out / "leash-curves.csv", curves)
     plots.leash(lab.out / "leash.png", rows, SHOWN)
 
 
 def settings_of(task: str) -> list[tuple[str, float | None, float]]:
-    """(method, lambda, beta) of every training run of a task."""
-    alone = [(method, None, beta) for method in METHODS_ON_A_LEASH for beta in (0.0, *BETAS[task])]
+    """(method, lambda, beta) of every training run of a task; those without both come first of each method."""
+    alone = [(method, None, beta) for method in METHODS for beta in (0.0, *BETAS[task])]
     hinges = [("leap_align", lam, 0.0) for lam in LAMBDAS]
     return alone + hinges + [("leap_align", 0.0, beta) for beta in BETAS_WITH_HINGE[task]]
 
 
 def training_runs(lab: Laboratory) -> Runs:
-    """All runs, evaluated along the large budget."""
-    iterations = lab.scale.budgets["large"]
-    evaluate_at = sorted({max(1, round(iterations * fraction)) for fraction in CURVE_FRACTIONS})
-    settings: dict[tuple, dict[str, Any]] = {}
+    """All runs over the large budget; one without hinge and leash is evaluated along it, to stop there."""
+    end, settings = lab.scale.budgets["large"], {}
+    stops = sorted({max(1, round(end * fraction)) for fraction in CURVE_FRACTIONS})
     for task in lab.scale.tasks:
         for method, lam, beta in settings_of(task):
-            hyper = {"lam": lam, "beta": beta or MEASURED_ONLY}
-            settings[task, method, lam, beta] = {"task": task, "method": method, "lr": LR, "hyper": hyper}
-            settings[task, method, lam, beta] |= {"evaluate_at": evaluate_at}
+            settings[task, method, lam, beta] = {
+                "task": task,
+                "method": method,
+                "lr": LR,
+                "evaluate_at": [end] if beta or lam is not None else stops,
+                "hyper": {"lam": lam, "beta": beta or MEASURED_ONLY},
+            }
     return lab.run_metrics(settings, "leash")
 
 
-def curve_rows(runs: Runs) -> list[dict]:
-    """A row for each setting and evaluated iteration."""
-    return [
-        {"task": task, "method": method, "lambda": "none" if lam is None else lam, "beta": beta, "iterations": n}
-        | summarize([run[n] for run in seed_runs])
-        for (task, method, lam, beta), seed_runs in runs.items()
-        for n in sorted(seed_runs[0])
-    ]
-
-
 def table_rows(runs: Runs) -> list[dict]:
-    """The end of every run; and, as the control, every earlier evaluation of the runs without hinge and leash."""
+    """A row for each setting and evaluated iteration."""
     rows = []
-    for row in curve_rows(runs):
-        is_free, is_end = (row["lambda"], row["beta"]) == ("none", 0.0), row["iterations"] == last_iteration(runs)
-        if is_end or is_free:
-            rows.append({"task": row["task"], "kind": kind(row, is_end)} | row)
+    for (task, method, lam, beta), seed_runs in runs.items():
+        for iteration in sorted(seed_runs[0]):
+            kind = kind_of(lam, beta, is_stopped=iteration < max(seed_runs[0]))
+            row = {"task": task, "method": method, "kind": kind, "lambda": "none" if lam is None else lam}
+            row |= {"beta": beta, "iterations": iteration}
+            rows.append(row | summarize([run[iteration] for run in seed_runs]))
     return rows
 
 
-def last_iteration(runs: Runs) -> int:
-    """The iteration at which all runs end."""
-    return max(next(iter(runs.values()))[0])
-
-
-def kind(row: dict, is_end: bool) -> str:
-    """What holds a run back: `stop` (early stopping), `hinge`, `leash`, `both`, or `none`."""
-    has_hinge, has_leash = row["lambda"] != "none", row["beta"] > 0
-    names = {(True, True): "both", (True, False): "hinge", (False, True): "leash", (False, False): "none"}
-    return names[has_hinge, has_leash] if is_end else "stop"
+def kind_of(lam: float | None, beta: float, is_stopped: bool) -> str:
+    """What holds a run back: `hinge`, `leash`, `both`, `stop` (early stopping) or `none`."""
+    if lam is None and not beta:
+        return "stop" if is_stopped else "none"
+    if not beta:
+        return "hinge"
+    return "leash" if lam is None else "both"
 
 
 def tables(rows: list[dict]) -> str:

@@ -17,6 +17,8 @@ from train_leap_align import Config, Trainer
 TASKS = {"toy": Modes, "digits": Digits}
 SMOKE_OPTIONS = {"pretrain_steps": 60, "reward_steps": 60, "evaluation_samples": 160}
 """Task options that only check that everything runs; the results mean nothing."""
+LAST = 20
+"""Steps over which a noisy metric of a step is averaged."""
 
 
 @cache
@@ -59,7 +61,7 @@ def train_run(
 
     Returns {"metrics": {iteration: {name: value}}, "error": why the run broke, or ""}.  The metrics are the task's
     evaluators, `grad_norm`, the mean gradient norm so far without skipped steps, and, on a leash, `v_norm`, the mean of
-    the trainer's since the evaluation before.
+    the last LAST steps.
     """
     trainer = make_trainer(fresh_task(task, smoke=smoke), method, lr, batch_size, seed, ema_decay, Hyper(**hyper))
     norms, v_norms, metrics, error = [], [], {}, ""
@@ -68,8 +70,7 @@ def train_run(
             if iteration in evaluate_at:
                 metrics[str(iteration)] = trainer.evaluate() | {"grad_norm": sum(norms) / max(1, len(norms))}
                 if v_norms:
-                    metrics[str(iteration)]["v_norm"] = statistics.mean(v_norms)
-                    v_norms.clear()
+                    metrics[str(iteration)]["v_norm"] = statistics.mean(v_norms[-LAST:])
             if iteration < max(evaluate_at):
                 with redirect_stdout(StringIO()):  # a message for each skipped step would break the progress bar
                     row = trainer.step()
