@@ -239,6 +239,13 @@ def test_the_example_of_a_task_trains_on_one_process_and_on_two(extended):
         assert torch.allclose(weights[0][name], weights[1][name], atol=1e-3)
 
 
+def test_the_example_of_a_task_trains_on_a_leash(extended):
+    out = extended / "runs" / "leash"
+    run_extended(extended, "points", "--beta", "1", "--iterations", "3", "--out", out)
+    values = [float(row["leash"]) for row in read_csv(out / "metrics.csv")]
+    assert values[0] == 0 < values[-1]
+
+
 def test_the_example_of_a_reward_keeps_the_contract():
     from full_scale.rewards import CustomReward, check_reward
 
