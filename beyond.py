@@ -9,9 +9,9 @@ score well.  The leash instead pulls the velocity back, in proportion to its gap
 The sum is over the differentiated evaluations of an endpoint.  h_i = |d x_0 / d v_i| is the length of the leap that
 starts there, and w the weight of the reward.  The sum over a whole run is the integral of the squared gap, which bounds
 the Wasserstein-2 distance between what the two models generate (ORW-CFM-W2, arXiv 2502.06061), and which in Flow-GRPO
-(arXiv 2505.05470) is the KL divergence up to a factor.  The reward's gradient in v_i is - h_i w dr/dx_0, so loss and
-leash balance where v_theta - v_ref = D / (2 beta) dr/dx_0 up to the sign, D dimensions, whatever w and h_i are: one
-beta means the same for every method, pair of timesteps, image size and number of evaluations.
+(arXiv 2505.05470) is the KL divergence up to a factor.  Without hinge and nested gradient, dL/dv_i is h_i w dr/dx_0 a
+sample, so loss and leash balance where v_theta - v_ref = - D / (2 beta) dr/dx_0 (D dimensions), whatever h_i and w are.
+One beta therefore suits all methods; with the plain mean over evaluations, DRaFT-LV needed a far smaller one.
 """
 
 import math
