@@ -6,6 +6,7 @@
 States x are the pipeline's latents, float32 whatever the networks compute in.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -87,7 +88,7 @@ class SD3Options(Options):
 
 
 class DiffusersTask:
-    """The Task protocol over a diffusers pipeline.  A subclass defines grid, noise, unpack and velocity."""
+    """The Task protocol over a diffusers pipeline.  A subclass defines grid, noise, unpack, inputs, velocity_of."""
 
     family: ClassVar[pipeline.Family]
     Options: ClassVar[type] = Options
@@ -128,6 +129,7 @@ class DiffusersTask:
         for module in self.frozen_modules():
             module.requires_grad_(False)
         self.model = self.build_transformer()
+        self.reference: Callable[..., Any] | None = None
         times = self.grid(T) if options.shift is None else shifted_times(T, options.shift)
         self.times = times.to(self.device)
 
@@ -175,17 +177,28 @@ class DiffusersTask:
             transformer.add_lora(model, options.lora_rank, alpha, options.lora_targets, self.dtype)
         return model
 
-    def load_pretrained(self) -> None:
-        """Loads the pipeline's own weights into the transformer; adapters are new."""
-        transformer.load_weights(self.model, self.folder / "transformer")
-        transformer.reset_lora(self.model)
+    def keep_reference(self) -> None:
+        """With LoRA the reference is the model without its adapters, else a second transformer, frozen."""
+        if transformer.has_lora(self.model):
+            self.reference = transformer.without_lora(self.model)
+        else:
+            self.reference = transformer.freeze(self.empty_transformer(), self.dtype)
+
+    def transformers(self) -> nn.ModuleList:
+        """The model, and the reference if that is a transformer of its own."""
+        return nn.ModuleList(model for model in (self.model, self.reference) if isinstance(model, nn.Module))
+
+    def load_pretrained(self, model: nn.Module) -> None:
+        """Loads the pipeline's own weights into a transformer; adapters are new."""
+        transformer.load_weights(model, self.folder / "transformer")
+        transformer.reset_lora(model)
 
     def check_memory(self, shards: int) -> None:
         """Refuses a device on which not even weights and optimizer fit."""
-        transformer.check_memory(self.model, self.frozen_modules(), self.device, shards)
+        transformer.check_memory(self.transformers(), self.frozen_modules(), self.device, shards)
 
     def parallelize(self, mesh: DeviceMesh | None) -> None:
-        """Moves everything to the device, shards the transformer over the mesh and loads its weights.
+        """Moves everything to the device, shards the transformers over the mesh and loads their weights.
 
         Without a mesh this process gets a mesh of one, so that a laptop, one GPU and 16 take the same path.
         """
@@ -195,11 +208,12 @@ class DiffusersTask:
         torch.cuda.empty_cache()  # NCCL allocates outside of torch's cache
         for module in self.frozen_modules():
             module.to(self.device)
-        if self.options.compile:
-            transformer.compile_blocks(self.model)
-        transformer.shard(self.model, mesh, self.dtype)
-        self.model.to_empty(device=self.device)
-        self.load_pretrained()
+        for model in self.transformers():
+            if self.options.compile:
+                transformer.compile_blocks(model)
+            transformer.shard(model, mesh, self.dtype)
+            model.to_empty(device=self.device)
+            self.load_pretrained(model)
 
     def save(self, folder: Path) -> None:
         """Writes `transformer/` or `lora/` into the folder, as diffusers reads them."""
@@ -241,6 +255,19 @@ class DiffusersTask:
         """Channels, height and width of the VAE's latents."""
         factor = self.pipeline.vae_scale_factor
         return self.pipeline.vae.config.latent_channels, self.options.height // factor, self.options.width // factor
+
+    # The velocity
+
+    def velocity(self, condition: list[str]) -> Velocity:
+        """v_theta under these prompts, with the current weights."""
+        transformer.reshard(self.model)
+        return self.velocity_of(self.model, self.inputs(condition))
+
+    def velocity_and_reference(self, condition: list[str]) -> tuple[Velocity, Velocity]:
+        """v_theta, and the velocity of the pre-trained transformer; the prompts are encoded once."""
+        transformer.reshard(self.model)
+        inputs = self.inputs(condition)
+        return self.velocity_of(self.model, inputs), self.velocity_of(self.reference, inputs)
 
     # The image and its reward
 
@@ -323,9 +350,8 @@ class Flux(DiffusersTask):
         size = self.options.height, self.options.width
         return self.pipeline._unpack_latents(x_0, *size, self.pipeline.vae_scale_factor)
 
-    def velocity(self, condition: list[str]) -> Velocity:
-        """v_theta under these prompts, with the current weights."""
-        transformer.reshard(self.model)
+    def inputs(self, condition: list[str]) -> dict[str, Any]:
+        """What the transformer reads beside latents and time: text, positions, guidance."""
         text = self.encode(condition)
         _, height, width = self.latent_size()
         options = {"device": self.device, "dtype": self.dtype}
@@ -334,12 +360,15 @@ class Flux(DiffusersTask):
             "txt_ids": torch.zeros(text["encoder_hidden_states"].shape[1], 3, **options),
         }
         guidance = torch.full((len(condition),), self.options.guidance, device=self.device)
+        return {"guidance": guidance, "return_dict": False, **text, **ids}
+
+    def velocity_of(self, network: Callable[..., Any], inputs: dict[str, Any]) -> Velocity:
+        """The velocity that a transformer gives."""
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             # Times 1000, rounded and back, as in FluxPipeline: the model was trained with this rounding.
             timestep = (1000 * t).expand(len(x)).to(self.dtype) / 1000
-            inputs = {"timestep": timestep, "guidance": guidance, "return_dict": False, **text, **ids}
-            return self.model(x.to(self.dtype), **inputs)[0].to(x.dtype)
+            return network(x.to(self.dtype), timestep=timestep, **inputs)[0].to(x.dtype)
 
         return velocity
 
@@ -375,15 +404,18 @@ class SD3(DiffusersTask):
         """The text inputs of the empty prompt."""
         return self.encode([""])
 
-    def velocity(self, condition: list[str]) -> Velocity:
-        """v = v_u + g (v_c - v_u): v_theta without and with these prompts, with the current weights."""
-        transformer.reshard(self.model)
+    def inputs(self, condition: list[str]) -> dict[str, Any]:
+        """The transformer's text inputs, without and with these prompts."""
         empty, prompted = self.empty_prompt, self.encode(condition)
         text = {name: torch.cat([empty[name].expand_as(value), value]) for name, value in prompted.items()}
+        return {"return_dict": False, **text}
+
+    def velocity_of(self, network: Callable[..., Any], inputs: dict[str, Any]) -> Velocity:
+        """v = v_u + g (v_c - v_u): what a transformer gives without and with the prompts."""
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             timestep = (1000 * t).expand(len(x)).repeat(2)
-            v = self.model(x.to(self.dtype).repeat(2, 1, 1, 1), timestep=timestep, return_dict=False, **text)[0]
+            v = network(x.to(self.dtype).repeat(2, 1, 1, 1), timestep=timestep, **inputs)[0]
             v_u, v_c = v.to(x.dtype).chunk(2)
             return v_u + self.options.guidance * (v_c - v_u)
 

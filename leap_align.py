@@ -399,9 +399,13 @@ class CutVelocity:
             (dv,) = torch.autograd.grad(ends, v_out, gradients, retain_graph=True, materialize_grads=True)
             if before_last and not self.evaluations:
                 before_last()
-            v.backward(dv)
+            self.backward_evaluation(v, x_in, dv)
             if x.requires_grad:
                 ends, gradients = [*ends, x], [*gradients, x_in.grad]
+
+    def backward_evaluation(self, v: Tensor, x_in: Tensor, dv: Tensor) -> None:
+        """Adds the gradient of theta, given that of v; leaves the one of x_in, if it requires one, in x_in.grad."""
+        v.backward(dv)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,13 +32,12 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 from tqdm import tqdm
 
+from beyond import Hyper, Leash
 from leap_align import (
     METHODS,
     BadInput,
     BatchGenerator,
-    CutVelocity,
     Endpoints,
-    Hyper,
     cut,
     differentiable,
     objective,
@@ -68,7 +67,7 @@ TASKS = {
     "sd3": "flux_adapter:SD3",
 }
 """Where each task's class is; it is imported only when the task is chosen."""
-METRICS = ("loss", "reward", "grad_norm", "weight", "d_j", "d_0", "hinge_active", "i_k", "i_j", "seconds", "skipped")
+METRICS = tuple("loss reward grad_norm weight d_j d_0 hinge_active i_k i_j leash v_norm seconds skipped".split())
 """The columns of metrics.csv, after `iteration` and before those of the task."""
 CHANGEABLE_ON_RESUME = frozenset(
     "iterations gradient_accumulation_steps evaluate_every checkpoint_every checkpoints_total_limit max_skipped_steps "
@@ -243,16 +242,26 @@ class Trainer:
         is_last: of the microbatches of an iteration; in it, nodes add up their gradients (HSDP).
         """
         with record_function("text"):
-            velocity = CutVelocity(self.task.velocity(condition))
+            velocity = self.velocity(condition)
         endpoints, metrics = self.method(velocity, x_T, self.task.times, self.hyper, generator), []
         for x_0, weight in endpoints:
             image = cut(check_gradient(self.config.task, "velocity", x_0))
-            metrics.append(self.backward_endpoint(image, weight, condition))
+            row = self.backward_endpoint(image, weight, condition)
+            row |= velocity.pull(x_0, weight)
+            row["loss"] += self.hyper.beta * row.get("leash", 0)
+            metrics.append(row)
             self.set_all_reduce(False)
             with record_function("backward"):
                 velocity.backward(x_0, image.grad, before_last=lambda: self.set_all_reduce(is_last))
         log = endpoints.log | {"loss": sum(row["loss"] for row in metrics)}
         return mean(metrics) | {name: torch.as_tensor(value).float().mean().item() for name, value in log.items()}
+
+    def velocity(self, condition: Any) -> Leash:
+        """v_theta for the method, on a leash if beta > 0."""
+        if not self.hyper.beta:
+            return Leash(self.task.velocity(condition))
+        velocities, steps = self.task.velocity_and_reference(condition), self.config.gradient_accumulation_steps
+        return Leash(*velocities, self.hyper.beta, steps)
 
     def set_all_reduce(self, enabled: bool) -> None:
         """Whether backwards from now on add up gradients between nodes; until then each node keeps its sum."""
@@ -349,11 +358,13 @@ def mean(rows: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
-def build_task(config: Config, options: Any) -> Task:
+def build_task(flags: Flags) -> Task:
     """The task, with its model on its device and sharded over all processes."""
-    kind = task_class(config.task)
-    task = run_on_all_ranks(lambda: kind(options, config.T))
+    config, kind = flags.run, task_class(flags.run.task)
+    task = run_on_all_ranks(lambda: kind(flags.task, config.T))
     check_task(config.task, task)
+    if flags.method.beta:
+        task.keep_reference()
     task.parallelize(processes.device_mesh(task.device.type))
     return task
 
@@ -404,7 +415,7 @@ def run(flags: Flags, stop_request: processes.StopRequest) -> None:
     with locked_folder(folder, "config.json", TOOL):
         run_on_rank0(lambda: check_run_folder(folder, settings, config.resume, changeable))
         run_on_all_ranks(lambda: check_shared_folder(folder))
-        trainer = Trainer(config, hyper, build_task(config, flags.task))
+        trainer = Trainer(config, hyper, build_task(flags))
         contents = run_on_all_ranks(lambda: trainer.task.contents() if rank() == 0 else {})
         if config.resume:
             run_on_rank0(lambda: check_contents(folder, contents))

@@ -19,11 +19,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from beyond import Hyper
 from flux_adapter import Flux
 from full_scale import rewards
 from full_scale.architectures import ARCHITECTURES
 from full_scale.tiny import tiny_flux
-from leap_align import BadInput, Hyper
+from leap_align import BadInput
 from runtime.run_dir import claimed_output_folder, write_csv
 from train_leap_align import Config, Trainer
 
@@ -54,9 +55,9 @@ class RandomFlux(Flux):
             return diffusers.FluxTransformer2DModel.from_config(self.transformer_config).eval()
 
     @torch.no_grad()
-    def load_pretrained(self) -> None:
+    def load_pretrained(self, model: nn.Module) -> None:
         """Random weights, small enough to stay finite through 57 blocks."""
-        for parameter in self.model.parameters():
+        for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.02)
 
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:

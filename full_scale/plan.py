@@ -34,7 +34,7 @@ from train_leap_align import Flags, TaskOptions, Trainer, check, parse, task_cla
 GIB = 2**30
 RESERVED_GIB = 3.0
 """What a GPU needs beside tensors: CUDA's context, NCCL's and cuBLAS's buffers, fragmentation.  An assumption."""
-KINDS = ("weights", "gathered weights", "gradients", "moments", "average", "activations", "frozen models")
+KINDS = ("weights", "gathered weights", "gradients", "moments", "average", "reference", "activations", "frozen models")
 PHASES = ("text", "rollout", "leaps", "decode", "reward", "backward", "optimizer", "EMA", "evaluation")
 
 
@@ -119,6 +119,8 @@ def start_trainer(flags: PlanFlags, simulation: Simulation, folder: Path) -> Tra
     name = flags.run.task
     kind = simulated(task_class(name), name, flags.task.model, simulation, flags.machine.stored_embeddings)
     task = kind(replace(flags.task, **files), flags.run.T)
+    if flags.method.beta:
+        task.keep_reference()
     with simulation:
         task.parallelize(processes.device_mesh("cpu"))
     return Trainer(flags.run, flags.method, task)
@@ -126,10 +128,12 @@ def start_trainer(flags: PlanFlags, simulation: Simulation, folder: Path) -> Tra
 
 def label(simulation: Simulation, trainer: Trainer) -> None:
     """Says what the storages that exist before the step are."""
-    model = trainer.task.model
+    task, model = trainer.task, trainer.task.model
+    for reference in task.transformers():
+        simulation.label("reference", [*reference.parameters(), *reference.buffers()])
     simulation.label("weights", [*model.parameters(), *model.buffers()])
     simulation.label("average", trainer.ema.average)
-    for module in trainer.task.frozen_modules():
+    for module in task.frozen_modules():
         simulation.label("frozen models", [*module.parameters(), *module.buffers()])
     shapes = [(p.shape, p.to_local().shape if hasattr(p, "to_local") else p.shape) for p in trainer.parameters]
     simulation.gradient_shapes = {shape for pair in shapes for shape in pair}

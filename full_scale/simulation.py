@@ -156,7 +156,7 @@ class WithoutWeights:
     def check_memory(self, shards: int) -> None:
         """Nothing: a simulated weight takes no memory."""
 
-    def load_pretrained(self) -> None:
+    def load_pretrained(self, model: nn.Module) -> None:
         """Nothing: a simulated weight has no value."""
 
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -169,9 +169,9 @@ class WithoutWeights:
             pooled = torch.empty(n, config["pooled_projection_dim"], dtype=self.dtype)
         return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
 
-    def velocity(self, condition: list[str]) -> Velocity:
-        """The task's own, each kind of evaluation without gradient executed once."""
-        return Repeated(super().velocity(condition), self.simulation)
+    def velocity_of(self, network: nn.Module, inputs: dict[str, Any]) -> Velocity:
+        """The task's own, but equal evaluations without gradient are executed once."""
+        return Repeated(super().velocity_of(network, inputs), self.simulation)
 
 
 class Repeated:

@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +84,24 @@ def _check_targets(model: nn.Module, lora_rank: int, targets: Sequence[str]) -> 
         raise BadInput("lora_targets is empty: name at least one linear layer")
     if lora_rank > min(widths):
         raise BadInput(f"lora_rank={lora_rank} must be at most {min(widths)}, the width of the narrowest target layer")
+
+
+def freeze(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with every weight frozen and in dtype; buffers, such as SD3's position table, stay as they are."""
+    for parameter in model.requires_grad_(False).parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def without_lora(model: nn.Module) -> Callable[..., Any]:
+    """A function that runs the model with its adapters scaled to zero: the pre-trained model, without a second one."""
+    from peft.helpers import rescale_adapter_scale
+
+    def run(*inputs: Any, **named_inputs: Any) -> Any:
+        with rescale_adapter_scale(model, 0):
+            return model(*inputs, **named_inputs)
+
+    return run
 
 
 def has_lora(model: nn.Module) -> bool:

@@ -51,6 +51,12 @@ class Task(Protocol):
     def velocity(self, condition: Any) -> Velocity:
         """v_theta under these prompts, with gradient to the model."""
 
+    def keep_reference(self) -> None:
+        """Keeps what velocity_and_reference needs of the pre-trained model; called before parallelize, or never."""
+
+    def velocity_and_reference(self, condition: Any) -> tuple[Velocity, Velocity]:
+        """v_theta as above, and v_ref, the velocity of the pre-trained model, which gets no gradient."""
+
     def decode(self, x_0: Tensor) -> Tensor:
         """The sample that the reward scores, with gradient to x_0 (B, *S)."""
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from beyond import Leash
 from leap_align import METHODS, BadInput, Hyper, method, uniform_times
 from runtime.counters import flop_count
 from runtime.run_dir import read_csv
+from tests.problems import seeded
 from toy import pretrain
 from toy.benchmark import __main__ as benchmark
 from toy.benchmark import operations
@@ -104,6 +106,27 @@ def test_leap_align_reaches_the_floor_on_the_network_of_the_toy():
     velocity = lambda x, t: net(x, t, torch.zeros(8, dtype=torch.long))  # noqa: E731
     count = network_flop_count(METHODS["leap_align"], velocity, x_T, times, Hyper(), seed=3)
     assert count <= 1.01 * floor_flop_count(velocity, x_T, times)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_leash_costs_a_forward_for_each_differentiated_evaluation_and_a_backward_to_x(task, net, name):
+    """The backward of this network to its input alone is FORWARD: a product for each of its two matrices."""
+    counts, asked, nested = [], [], []
+    for reference in (None, lambda x, t: asked.append(t) or net(x)):
+        velocity = Leash(lambda x, t: nested.append(x.requires_grad) or net(x), reference, beta=1.0)
+
+        def step(velocity=velocity):
+            endpoints = METHODS[name](velocity, torch.randn(B, IN), task.times, Hyper(m=4), seeded())
+            for x_0, weight in endpoints:
+                velocity.pull(x_0, weight)
+                velocity.backward(x_0, torch.ones_like(x_0))
+
+        counts.append(flop_count(step))
+        to_x = sum(nested)
+        nested.clear()
+    assert len(asked) == {"leap_align": 2, "refl": 1, "draft_lv": 3, "full_backprop": T}.get(name, len(asked)) >= 1
+    assert to_x == {"leap_align": 1, "full_backprop": T - 1}.get(name, 0)
+    assert counts[1] - counts[0] == (len(asked) + to_x) * FORWARD
 
 
 def test_the_bare_step_reaches_the_floor_and_every_weight(task, net):

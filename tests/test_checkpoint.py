@@ -160,7 +160,7 @@ def test_a_signal_ends_the_iteration_saves_and_sets_the_exit_status(reference, t
 def test_a_signal_before_training_saves_nothing_and_sets_the_exit_status(
     reference, tmp_path, monkeypatch, capsys, number
 ):
-    def build(config, options):
+    def build(flags):
         os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:

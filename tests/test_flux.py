@@ -28,6 +28,7 @@ from tests.tiny_pipelines import (
     draw,
     every_task,
     flags,
+    options_of,
     pipeline_of,
     refusal,
     seeded,
@@ -255,6 +256,94 @@ def test_a_saturated_pixel_has_no_gradient_and_is_counted(models):
     assert gradient[~saturated].any() and not gradient[saturated].any()
     assert task.step_metrics(sample) == {"saturated": pytest.approx(saturated.float().mean().item())}
     assert saturated.float().mean() > 0.01
+
+
+# The leash
+
+LORA = ["--lora-rank", "2"]
+every_kind = pytest.mark.parametrize("kind", [{}, {"lora_rank": 2}], ids=["full", "lora"])
+
+
+def task_with_reference(models, name, **changes):
+    """A task that keeps its reference, and whose trained weights then change."""
+    task = TASKS[name](options_of(models, name, **changes), 4)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    task.keep_reference()
+    task.parallelize(None)
+    with torch.no_grad():
+        for p in task.model.parameters():
+            if p.requires_grad:
+                p.add_(0.02)
+    return task
+
+
+@every_task
+@every_kind
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_reference_is_the_pretrained_model_whatever_the_trained_one_becomes(models, name, kind, precision):
+    pretrained = task_of(models, name, precision=precision, **kind)
+    x, t = pretrained.noise(2, seeded()), pretrained.times[2]
+    with torch.no_grad():
+        expected = pretrained.velocity(PROMPTS[:2])(x, t)
+        task = task_with_reference(models, name, precision=precision, **kind)
+        v, v_ref = task.velocity_and_reference(PROMPTS[:2])
+        assert torch.equal(v_ref(x, t), expected)
+        assert not torch.equal(v(x, t), expected)
+        assert torch.equal(v(x, t), task.velocity(PROMPTS[:2])(x, t))  # the reference left the trained model alone
+
+
+@every_kind
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_an_evaluation_of_the_reference_does_not_change_the_gradient(models, kind, checkpointing):
+    task = task_with_reference(models, "flux", gradient_checkpointing=checkpointing, **kind)
+    expected = gradients(task)
+    task.model.zero_grad()
+    velocity, reference = task.velocity_and_reference(PROMPTS[:2])
+
+    def both(x, t):
+        v = velocity(x, t)
+        with torch.no_grad():
+            reference(x, t)
+        return v
+
+    task.velocity = lambda condition: both
+    found = gradients(task)
+    assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
+
+
+def test_the_prompts_are_encoded_once_for_both_velocities(models, monkeypatch):
+    task, seen = task_with_reference(models, "flux"), []
+    encode = task.encode
+    monkeypatch.setattr(task, "encode", lambda prompts: seen.append(prompts) or encode(prompts))
+    task.velocity_and_reference(PROMPTS[:2])
+    assert seen == [PROMPTS[:2]]
+
+
+def test_lora_needs_no_second_transformer_and_full_training_one_frozen_in_half_precision(models):
+    lora, full = (task_with_reference(models, "flux", precision="bfloat16", **kind) for kind in ({"lora_rank": 2}, {}))
+    assert not isinstance(lora.reference, torch.nn.Module)
+    assert {(p.dtype, p.requires_grad) for p in full.reference.parameters()} == {(torch.bfloat16, False)}
+
+
+@pytest.mark.parametrize("name", ["flux", pytest.param("sd3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("more", [[], LORA], ids=["full", "lora"])
+def test_a_resumed_run_on_a_leash_equals_an_uninterrupted_one(models, tmp_path, name, more):
+    arguments = [*flags(models, name, *more), "--beta", "1"]
+    uninterrupted = train(tmp_path / "uninterrupted", arguments)
+    assert uninterrupted[0]["leash"] == 0 < uninterrupted[2]["leash"]
+    train(tmp_path / "resumed", [*arguments, "--iterations", "2"])
+    assert train(tmp_path / "resumed", [*arguments, "--resume"]) == uninterrupted
+
+
+@pytest.mark.slow
+@every_task
+@pytest.mark.parametrize("more", [[], LORA], ids=["full", "lora"])
+def test_two_processes_on_a_leash_equal_one(models, tmp_path, name, more):
+    arguments = [*flags(models, name, *more), "--beta", "1"]
+    train(tmp_path / "one", arguments)
+    torchrun("train_leap_align.py", *arguments, "--out", tmp_path / "two")
+    assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
 # Runs

@@ -30,11 +30,12 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 
 import flux_adapter
 import train_leap_align as trainer
+from beyond import Hyper
 from full_scale import __main__ as tools
 from full_scale import geneval_prompts, pipeline, rewards, tiny, transformer
 from full_scale.components import weight_shapes
 from full_scale.prompts import read_prompts
-from leap_align import BadInput, Hyper
+from leap_align import BadInput
 from runtime.processes import UserCodeError, exit_process
 from runtime.run_dir import atomic_file, atomic_folder, write_errors_named
 from tests.tiny_pipelines import (
@@ -463,6 +464,21 @@ def test_too_little_memory_says_what_to_change(models, monkeypatch):
     with pytest.raises(BadInput, match="--lora-rank 64"):
         check(needed - 1, shards=1)
     check(needed - 1, shards=2)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}], ids=["full", "lora"])
+def test_the_memory_check_counts_the_frozen_transformer_of_a_leash(models, monkeypatch, changes):
+    """Two bytes a weight beside the 20 of training; LoRA needs no second transformer."""
+    task = TASKS["flux"](options_of(models, "flux", precision="bfloat16", **changes), 4)
+    task.keep_reference()
+    weights = list(task.model.parameters())
+    needed = sum(p.nbytes * (5 if p.requires_grad else 1) for p in weights)
+    needed += 0 if changes else sum(2 * p.numel() for p in weights)
+    monkeypatch.setattr(transformer, "shard", lambda *_: pytest.fail("it fits"))
+    for free, outcome in ((needed - 1, BadInput), (needed, pytest.fail.Exception)):
+        monkeypatch.setattr(transformer, "_free_memory", lambda device, free=free: free)
+        with pytest.raises(outcome):
+            task.parallelize(SimpleNamespace(size=lambda dim: 1))
 
 
 def test_adapters_of_another_model_are_refused(models, tmp_path):

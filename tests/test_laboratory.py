@@ -13,7 +13,7 @@ from leap_align import METHODS, BadInput, leap, method, rollout
 from runtime.run_dir import read_csv
 from tests.toy_runs import ROOT
 from toy.laboratory import __main__ as laboratory
-from toy.laboratory import ablations, compare, plots, result_cache
+from toy.laboratory import ablations, compare, leash, plots, result_cache
 from toy.laboratory.laboratory import EVALUATORS, SMOKE, Laboratory, Scale
 from toy.laboratory.result_cache import ResultCache
 from toy.laboratory.tables import Direction, tally, verdicts
@@ -214,6 +214,38 @@ def test_directions_against_a_hand_calculation():
         "| a > b | Fig. 0 | reward | within error, +2.000 ± 0.577 | agrees, +3.000 ± 0.577 |",
     ]
     assert tally(rows) == "2 comparisons: 1 agrees, 0 disagrees, 1 within error"
+
+
+# The leash
+
+
+def test_a_leash_starts_from_the_pretrained_model_whatever_was_trained_before():
+    run = partial(train_run, "toy", "leap_align", 1e-2, 0, hyper={"lam": None, "beta": 1e-9}, smoke=True)
+    for _ in range(2):
+        metrics = run(evaluate_at=[1, 4])["metrics"]
+        assert metrics["1"]["v_norm"] == 1 < metrics["4"]["v_norm"]  # the first step is taken at the reference
+    assert "v_norm" not in train_run("toy", "leap_align", 1e-2, 0, [1], {"lam": None}, smoke=True)["metrics"]["1"]
+
+
+def test_every_run_of_the_leash_says_what_held_it_back():
+    runs = {("toy", "refl", lam, beta): [{3: {"reward": 1.0}}] for lam in (None, 0.0) for beta in (0.0, 2.0)}
+    runs["toy", "refl", None, 0.0][0][1] = {"reward": 0.5}
+    rows = [(row["kind"], row["lambda"], row["beta"], row["iterations"]) for row in leash.table_rows(runs)]
+    assert rows == [
+        ("stop", "none", 0.0, 1),
+        ("none", "none", 0.0, 3),
+        ("leash", "none", 2.0, 3),
+        ("hinge", 0.0, 0.0, 3),
+        ("both", 0.0, 2.0, 3),
+    ]
+
+
+def test_the_leash_is_tried_by_every_method_and_task(folder):
+    rows = run_experiment("leash", folder)
+    assert {row["method"] for row in rows} == set(METHODS)
+    assert {row["kind"] for row in rows if row["method"] == "leap_align"} == {"stop", "none", "leash", "hinge", "both"}
+    assert {row["kind"] for row in rows if row["method"] == "refl"} == {"stop", "none", "leash"}
+    assert all(float(row["v_norm"]) > 0 for row in rows)
 
 
 # The experiments at a small scale

@@ -171,7 +171,7 @@ def test_the_snippet_trains():
 def extended(tmp_path_factory):
     """A copy of the trainer and the toys with the method, the hyperparameter and the task of runtime/README.md."""
     folder = tmp_path_factory.mktemp("extended")
-    for name in ("leap_align.py", "train_leap_align.py"):
+    for name in ("leap_align.py", "beyond.py", "train_leap_align.py"):
         shutil.copy(ROOT / name, folder)
     for name in ("runtime", "toy"):
         shutil.copytree(ROOT / name, folder / name)
@@ -237,6 +237,13 @@ def test_the_example_of_a_task_trains_on_one_process_and_on_two(extended):
     weights = [torch.load(run / "model" / "weights.pt", weights_only=True) for run in (one, two)]
     for name in weights[0]:
         assert torch.allclose(weights[0][name], weights[1][name], atol=1e-3)
+
+
+def test_the_example_of_a_task_trains_on_a_leash(extended):
+    out = extended / "runs" / "leash"
+    run_extended(extended, "points", "--beta", "1", "--iterations", "3", "--out", out)
+    values = [float(row["leash"]) for row in read_csv(out / "metrics.csv")]
+    assert values[0] == 0 < values[-1]
 
 
 def test_the_example_of_a_reward_keeps_the_contract():

@@ -20,6 +20,7 @@ TREES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in FI
 TASK_FILES = ["flux_adapter.py", "toy/digits.py", "toy/modes.py", "toy/task.py"]
 
 LEAP_ALIGN = TREES["leap_align.py"]
+every_equation = pytest.mark.parametrize("tree", [LEAP_ALIGN, TREES["beyond.py"]], ids=["leap_align", "beyond"])
 every_file = pytest.mark.parametrize("path", TREES)
 
 
@@ -62,10 +63,10 @@ MAY_IMPORT = {
     "beyond.py": {"leap_align"},
     "runtime/": {"leap_align", "runtime"},
     "full_scale/": {"leap_align", "runtime", "full_scale"},
-    "full_scale/benchmark.py": {"leap_align", "runtime", "full_scale", "flux_adapter", "train_leap_align"},
+    "full_scale/benchmark.py": {"leap_align", "beyond", "runtime", "full_scale", "flux_adapter", "train_leap_align"},
     "full_scale/plan.py": {"leap_align", "runtime", "full_scale", "train_leap_align"},
     "toy/": {"leap_align", "runtime", "toy"},
-    "toy/laboratory/": {"leap_align", "runtime", "toy", "train_leap_align"},
+    "toy/laboratory/": {"leap_align", "beyond", "runtime", "toy", "train_leap_align"},
     "toy/benchmark/": {"leap_align", "runtime", "toy", "train_leap_align"},
     "flux_adapter.py": {"leap_align", "runtime", "full_scale"},
     "train_leap_align.py": {"leap_align", "beyond", "runtime"},
@@ -113,27 +114,33 @@ def test_no_lower_room_imports_a_higher_one(room):
             assert not [name for name in imports(tree) if name.startswith(higher)], path
 
 
-# Rule 1: leap_align.py
+# Rule 1: leap_align.py and beyond.py
 
 
-def test_leap_align_imports_torch_and_the_standard_library_alone():
-    assert {module.split(".")[0] for module in imports(LEAP_ALIGN)} <= {"torch", *sys.stdlib_module_names} - {"random"}
+@every_equation
+def test_equations_import_torch_and_the_standard_library_alone(tree):
+    allowed = {"torch", *sys.stdlib_module_names} - {"random"}
+    own = set() if tree is LEAP_ALIGN else {"leap_align"}
+    assert {module.split(".")[0] for module in imports(tree)} <= allowed | own
 
 
-def test_leap_align_prints_and_reads_nothing():
-    assert not names(LEAP_ALIGN) & {"print", "open", "input", "argparse", "sys", "os", "pathlib", "logging"}
+@every_equation
+def test_equations_print_and_read_nothing(tree):
+    assert not names(tree) & {"print", "open", "input", "argparse", "sys", "os", "pathlib", "logging"}
 
 
-def test_leap_align_names_no_device():
-    assert not {text.split(":")[0] for text in strings(LEAP_ALIGN)} & {"cpu", "cuda", "mps", "xpu", "meta"}
-    assert not names(LEAP_ALIGN) & {"cpu", "cuda", "mps", "xpu", "set_default_device"}
+@every_equation
+def test_equations_name_no_device(tree):
+    assert not {text.split(":")[0] for text in strings(tree)} & {"cpu", "cuda", "mps", "xpu", "meta"}
+    assert not names(tree) & {"cpu", "cuda", "mps", "xpu", "set_default_device"}
 
 
-def test_leap_align_casts_no_dtype():
+@every_equation
+def test_equations_cast_no_dtype(tree):
     dtypes = {name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)}
-    used = [node for node in nodes(LEAP_ALIGN, ast.Attribute) if node.attr in dtypes | {"type", "type_as"}]
+    used = [node for node in nodes(tree, ast.Attribute) if node.attr in dtypes | {"type", "type_as"}]
     assert not [ast.unparse(node) for node in used]
-    moves = [call for call in nodes(LEAP_ALIGN, ast.Call) if name_of(call) == "to"]
+    moves = [call for call in nodes(tree, ast.Call) if name_of(call) == "to"]
     assert not [ast.unparse(call) for call in moves if "dtype" in ast.unparse(call)]
 
 
@@ -141,12 +148,16 @@ RANDOM = {"rand", "randn", "randint", "randperm", "normal", "multinomial", "bern
 GLOBAL = {"random", "rand_like", "randn_like", "randint_like", "manual_seed", "seed", "default_generator"}
 
 
-def test_leap_align_draws_from_a_generator_alone():
-    draws = [call for call in nodes(LEAP_ALIGN, ast.Call) if name_of(call) in RANDOM | {f"{n}_" for n in RANDOM}]
-    assert draws and not [
-        ast.unparse(call) for call in draws if "generator" not in {keyword.arg for keyword in call.keywords}
-    ]
-    assert not names(LEAP_ALIGN) & GLOBAL
+def draws(tree):
+    return [call for call in nodes(tree, ast.Call) if name_of(call) in RANDOM | {f"{n}_" for n in RANDOM}]
+
+
+@every_equation
+def test_equations_draw_from_a_generator_alone(tree):
+    assert draws(LEAP_ALIGN)
+    keywords = [{keyword.arg for keyword in call.keywords} for call in draws(tree)]
+    assert all("generator" in names_of_a_call for names_of_a_call in keywords)
+    assert not names(tree) & GLOBAL
 
 
 # Rule 2: where the gradient stops, and which names a file may know
@@ -162,8 +173,9 @@ def test_tasks_name_no_method(path):
     assert not strings(TREES[path]) & set(METHODS)
 
 
-def test_leap_align_names_no_task():
-    assert not strings(LEAP_ALIGN) & TASKS
+@every_equation
+def test_equations_name_no_task(tree):
+    assert not strings(tree) & TASKS
 
 
 # Rule 3: tables and no branches

@@ -81,7 +81,14 @@ def assert_same(a, b, rel=1e-4):
         assert one == pytest.approx(other, rel=rel, abs=1e-5)
 
 
-@pytest.mark.parametrize("flags", [["--pairs", "sample"], *(["--method", m] for m in METHODS)], ids=" ".join)
+LEASH = ["--beta", "3"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--pairs", "sample"], *(["--method", m] for m in METHODS), LEASH, [*LEASH, "--method", "draft_lv"]],
+    ids=" ".join,
+)
 def test_microbatches_equal_the_whole_batch(flags, tmp_path):
     microbatches = run(tmp_path / "microbatches", *flags, "--gradient-accumulation-steps", "4")
     assert_same(run(tmp_path / "whole", *flags), microbatches)
@@ -102,7 +109,8 @@ def test_the_microbatches_of_all_ranks_are_the_batch(monkeypatch):
 @pytest.mark.parametrize(
     "flags",
     [
-        [],
+        LEASH,
+        pytest.param([], marks=pytest.mark.slow),
         pytest.param(["--pairs", "sample"], marks=pytest.mark.slow),
         pytest.param(["--method", "draft_lv"], marks=pytest.mark.slow),
     ],
@@ -166,7 +174,7 @@ def test_evaluation_and_model_are_of_the_averaged_weights(tmp_path, monkeypatch)
 @pytest.mark.parametrize("norm", [0.9, 1.1, 5.0])
 def test_a_gradient_is_scaled_to_the_maximum_norm_and_never_up(tmp_path, norm):
     flags = trainer.parse([*SMALL, "--max-grad-norm", "1.0", "--out", str(tmp_path)])
-    built = trainer.Trainer(flags.run, flags.method, trainer.build_task(flags.run, flags.task))
+    built = trainer.Trainer(flags.run, flags.method, trainer.build_task(flags))
     built.optimizer = torch.optim.SGD(built.parameters, lr=1.0)
     before = [p.detach().clone() for p in built.parameters]
     for p in built.parameters:
@@ -202,6 +210,38 @@ def test_metrics_against_a_hand_calculation(tmp_path, monkeypatch):
     assert row["weight"] == pytest.approx(1 / 100)
     assert 1 <= row["i_j"] < row["i_k"] <= 21
     assert row["d_j"] >= 0 and row["d_0"] > 0
+
+
+def test_the_columns_of_the_leash_are_filled_only_with_a_leash_and_the_loss_holds_it(reference, tmp_path):
+    before = metrics(reference)
+    assert not any({"leash", "v_norm"} & row.keys() for row in before)
+    first, *others = run(tmp_path, *LEASH, "--lr", "0.01")
+    assert (first["leash"], first["v_norm"]) == (0, 1)  # the first step starts from the reference
+    assert first["grad_norm"] == before[0]["grad_norm"] and first["loss"] == before[0]["loss"]
+    assert all(row["leash"] > 0 and row["v_norm"] != 1 for row in others)
+    (row,) = run(tmp_path / "none", "--iterations", "1", "--method", "refl")
+    assert row.keys() == {*trainer.METRICS, "iteration"} - {"seconds", "d_j", "d_0", "i_k", "i_j", "leash", "v_norm"}
+
+
+def test_the_loss_with_a_leash_against_a_hand_calculation(tmp_path, monkeypatch):
+    """Rewards -1 make the reward's share 1 for ReFL; the leash's is beta times the column."""
+    monkeypatch.setattr(Modes, "reward", lambda self, sample, _: 0 * sample.sum(1) - 1 + 1e-3 * sample.sum(1).tanh())
+    rows = run(tmp_path, "--beta", "7", "--lam", "None", "--lr", "0.01", "--method", "refl")
+    assert rows[-1]["loss"] == pytest.approx(-rows[-1]["reward"] + 7 * rows[-1]["leash"]) and rows[-1]["leash"] > 0
+
+
+def test_a_leash_keeps_the_model_near_the_reference(tmp_path):
+    runs = [run(tmp_path / beta, "--beta", beta, "--lr", "0.01", "--iterations", "30") for beta in ("1e-9", "100")]
+    far, near = (sum(row["leash"] for row in rows[10:]) for rows in runs)
+    assert 0 < near < far / 3
+
+
+def test_a_resumed_run_has_the_same_leash(tmp_path):
+    """Its reference is the pre-trained model, not that of the checkpoint; and beta may not change."""
+    uninterrupted = run(tmp_path / "whole", *LEASH)
+    run(tmp_path / "resumed", *LEASH, "--iterations", "2")
+    assert "beta was 3.0, is 2.0" in error_line("--out", str(tmp_path / "resumed"), "--resume", "--beta", "2")
+    assert run(tmp_path / "resumed", *LEASH, "--resume") == uninterrupted
 
 
 def test_weights_in_half_precision_are_refused(tmp_path, monkeypatch):
@@ -319,6 +359,7 @@ def test_bad_input_is_refused_in_one_line(flags, words, tmp_path):
         (["--alpha", "1.5"], "alpha=1.5 must lie in [0, 1]"),
         (["--alpha", "much"], "Error parsing --alpha: could not convert"),
         (["--tau", "0"], "tau=0.0 must be positive"),
+        (["--beta", "-1"], "beta=-1.0 must be at least 0"),
         (["--evaluation-samples", "3"], "evaluation_samples=3 must be at least"),
         (["--alpah", "0"], "--alpah"),
     ],
@@ -372,7 +413,7 @@ def test_a_folder_with_a_live_run_is_refused_and_the_run_undisturbed(reference, 
 
 def test_a_task_that_does_not_shard_is_refused_on_several_ranks(tmp_path, monkeypatch):
     flags = trainer.parse([*SMALL, "--out", str(tmp_path)])
-    task = trainer.build_task(flags.run, flags.task)
+    task = trainer.build_task(flags)
     monkeypatch.setattr(trainer, "world_size", lambda: 2)
     with pytest.raises(BadInput, match=r"not sharded: its parallelize\(mesh\) must call fully_shard"):
         trainer.Trainer(flags.run, flags.method, task)
@@ -415,6 +456,7 @@ def test_help_names_every_flag_with_its_meaning(task, capsys):
         "--resume",
         "--alpha",
         "--lam",
+        "--beta",
     ):
         assert flag in text
     assert "Discount of the nested gradient" in text

@@ -1,5 +1,6 @@
 """Code that a user adds, and packages that a user has not installed: a failure names them in one line."""
 
+import copy
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -52,6 +53,12 @@ class Mine:
     def velocity(self, condition):
         return lambda x, t: self.model(x)
 
+    def keep_reference(self):
+        self.reference = copy.deepcopy(self.model)
+
+    def velocity_and_reference(self, condition):
+        return self.velocity(condition), lambda x, t: self.reference(x)
+
     def decode(self, x_0):
         return x_0
 
@@ -98,8 +105,9 @@ def line_of(program, *arguments):
 
 
 def test_a_task_with_the_protocols_members_trains(task, tmp_path):
-    trainer.main(["--task", "mine", "--out", str(tmp_path)])
-    assert (tmp_path / "result.json").exists()
+    for beta in ("0", "1"):
+        trainer.main(["--task", "mine", "--beta", beta, "--out", str(tmp_path / beta)])
+        assert (tmp_path / beta / "result.json").exists()
 
 
 MEMBERS = [*Task.__annotations__, *(name for name in vars(Task) if not name.startswith("_"))]
@@ -107,7 +115,7 @@ MEMBERS = [*Task.__annotations__, *(name for name in vars(Task) if not name.star
 
 def test_the_smallest_task_has_exactly_the_protocols_members():
     members = {name for name in vars(Mine) if not name.startswith("_")}
-    assert set(MEMBERS) == members | set(SET_BY_INIT) and len(MEMBERS) == 20
+    assert set(MEMBERS) == members | set(SET_BY_INIT) and len(MEMBERS) == 22
 
 
 @pytest.mark.parametrize("member", [member for member in MEMBERS if member not in SET_BY_INIT])

@@ -1,5 +1,6 @@
 """What the toy tasks share: the Task protocol (runtime/task.py) with two small networks."""
 
+import copy
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -175,6 +176,14 @@ class ToyTask(ABC):
     def velocity(self, condition: Tensor) -> Velocity:
         """v_theta under these prompts."""
         return lambda x, t: self.model(x, t, condition)
+
+    def keep_reference(self) -> None:
+        """Keeps a copy of the pre-trained network."""
+        self.reference = copy.deepcopy(self.model).requires_grad_(False)
+
+    def velocity_and_reference(self, condition: Tensor) -> tuple[Velocity, Velocity]:
+        """v_theta, and the velocity of the pre-trained network."""
+        return self.velocity(condition), lambda x, t: self.reference(x, t, condition)
 
     def decode(self, x_0: Tensor) -> Tensor:
         """The sample that the reward scores; here the state itself."""

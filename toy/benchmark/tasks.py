@@ -49,7 +49,7 @@ def start_trainer(name: str, folder: Path, *flags: str) -> Trainer:
         arguments += ["--prompts", str(folder / "prompts.txt")]
         arguments += ["--height", "64", "--width", "64", "--batch-size", "4"]
     parsed = train_leap_align.parse([*arguments, *flags])
-    trainer = Trainer(parsed.run, parsed.method, train_leap_align.build_task(parsed.run, parsed.task))
+    trainer = Trainer(parsed.run, parsed.method, train_leap_align.build_task(parsed))
     torch.set_num_threads(1)
     return trainer
 

@@ -196,6 +196,45 @@ def pairs(path: Path, rows: Rows, redrawn: tuple[str, ...]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# leash
+# ---------------------------------------------------------------------------------------------------------------------
+
+KIND_STYLES = {
+    "stop": {"linestyle": ":", "lw": 1},
+    "hinge": {"linestyle": "none", "fillstyle": "none", "ms": 9},
+    "leash": {"linestyle": "-"},
+    "both": {"linestyle": "--", "fillstyle": "none"},
+}
+"""What holds a run back, in the figure of the leash; the control's line ends where training does."""
+
+
+def leash(path: Path, rows: Rows, shown: dict[str, tuple[str, ...]]) -> None:
+    """A row for each task: the shown columns against the reward, a line for each method and kind of restraint."""
+    tasks = _unique(rows, "task")
+    figure = Figure(figsize=(15, 3.6 * len(tasks)), layout="constrained")
+    grid = figure.subplots(len(tasks), len(shown[tasks[0]]), squeeze=False)
+    for task, axes in zip(tasks, grid):
+        task_rows = [row for row in rows if row["task"] == task]
+        for axis, name in zip(axes, shown[task]):
+            for method in _unique(task_rows, "method"):
+                _frontiers(axis, method, [row for row in task_rows if row["method"] == method], name)
+            axis.set(xlabel="reward (trained on)", ylabel=name, title=task)
+            axis.grid(alpha=0.3)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
+    _save(figure, path)
+
+
+def _frontiers(axis: Axes, method: str, rows: Rows, name: str) -> None:
+    """Draws one method: a line for each kind, with the control's to the end of training without restraint."""
+    for kind, look in KIND_STYLES.items():
+        kinds = (kind, "none") if kind == "stop" else (kind,)
+        line = [row for row in rows if row["kind"] in kinds]
+        if line:
+            x, y, label = [row["reward"] for row in line], [row[name] for row in line], f"{method}, {kind}"
+            axis.plot(x, y, label=label, **{"ms": 4, **_style(method), **look})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # memory
 # ---------------------------------------------------------------------------------------------------------------------
 

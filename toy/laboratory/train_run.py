@@ -6,7 +6,8 @@ from contextlib import redirect_stdout
 from functools import cache
 from io import StringIO
 
-from leap_align import METHODS, Hyper
+from beyond import Hyper
+from leap_align import METHODS
 from toy.digits import Digits
 from toy.laboratory.variants import VARIANTS
 from toy.modes import Modes
@@ -16,6 +17,8 @@ from train_leap_align import Config, Trainer
 TASKS = {"toy": Modes, "digits": Digits}
 SMOKE_OPTIONS = {"pretrain_steps": 60, "reward_steps": 60, "evaluation_samples": 160}
 """Task options that only check that everything runs; the results mean nothing."""
+LAST = 20
+"""Steps over which a noisy metric of a step is averaged."""
 
 
 @cache
@@ -37,6 +40,8 @@ def make_trainer(
     task: ToyTask, method: str, lr: float, batch_size: int, seed: int, ema_decay: float, hyper: Hyper
 ) -> Trainer:
     """A trainer before its first step, with a method of the paper or a variant of LeapAlign."""
+    if hyper.beta:
+        task.keep_reference()
     config = Config(task=task.name, batch_size=batch_size, lr=lr, seed=seed, ema_decay=ema_decay)
     return Trainer(config, hyper, task, (METHODS | VARIANTS)[method])
 
@@ -55,19 +60,23 @@ def train_run(
     """Trains, and evaluates the averaged weights after each iteration of `evaluate_at`.
 
     Returns {"metrics": {iteration: {name: value}}, "error": why the run broke, or ""}.  The metrics are the task's
-    evaluators and `grad_norm`, the mean gradient norm so far without skipped steps.
+    evaluators, `grad_norm`, the mean gradient norm so far without skipped steps, and, on a leash, `v_norm`, the mean of
+    the last LAST steps.
     """
     trainer = make_trainer(fresh_task(task, smoke=smoke), method, lr, batch_size, seed, ema_decay, Hyper(**hyper))
-    norms, metrics, error = [], {}, ""
+    norms, v_norms, metrics, error = [], [], {}, ""
     try:
         for iteration in range(max(evaluate_at) + 1):
             if iteration in evaluate_at:
                 metrics[str(iteration)] = trainer.evaluate() | {"grad_norm": sum(norms) / max(1, len(norms))}
+                if v_norms:
+                    metrics[str(iteration)]["v_norm"] = statistics.mean(v_norms[-LAST:])
             if iteration < max(evaluate_at):
                 with redirect_stdout(StringIO()):  # a message for each skipped step would break the progress bar
-                    norm = trainer.step()["grad_norm"]
-                if math.isfinite(norm):
-                    norms.append(norm)
+                    row = trainer.step()
+                if math.isfinite(row["grad_norm"]):
+                    norms.append(row["grad_norm"])
+                v_norms += [row["v_norm"]] if "v_norm" in row else []
     except ValueError as broken:  # BadInput, or an evaluator that received infinite samples
         error = str(broken)
     return {"metrics": metrics, "error": error}
