@@ -14,11 +14,11 @@ from tests.tiny_pipelines import options_of, refusal, task_of, tool  # first: sk
 
 # isort: split
 
+from beyond import Hyper
 from full_scale import __main__ as tools
 from full_scale import plan, simulation
 from full_scale.rewards.hpsv2 import HPSv2
 from full_scale.simulation import network_from_config
-from leap_align import Hyper
 from runtime.cost_counter import BETWEEN, FLOP, WITHIN, CostCounter
 from runtime.counters import flop_count
 from train_leap_align import Config, Trainer
