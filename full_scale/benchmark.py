@@ -19,11 +19,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from beyond import Hyper
 from flux_adapter import Flux
 from full_scale import rewards
 from full_scale.tiny import tiny_flux
 from full_scale.transformer import repeated_blocks
-from leap_align import BadInput, Hyper
+from leap_align import BadInput
 from runtime.run_dir import claimed_output_folder, write_csv
 from train_leap_align import Config, Trainer
 

@@ -62,10 +62,10 @@ MAY_IMPORT = {
     "beyond.py": {"leap_align"},
     "runtime/": {"leap_align", "runtime"},
     "full_scale/": {"leap_align", "runtime", "full_scale"},
-    "full_scale/benchmark.py": {"leap_align", "runtime", "full_scale", "flux_adapter", "train_leap_align"},
+    "full_scale/benchmark.py": {"leap_align", "beyond", "runtime", "full_scale", "flux_adapter", "train_leap_align"},
     "toy/": {"leap_align", "runtime", "toy"},
-    "toy/laboratory/": {"leap_align", "runtime", "toy", "train_leap_align"},
-    "toy/benchmark/": {"leap_align", "runtime", "toy", "train_leap_align"},
+    "toy/laboratory/": {"leap_align", "beyond", "runtime", "toy", "train_leap_align"},
+    "toy/benchmark/": {"leap_align", "beyond", "runtime", "toy", "train_leap_align"},
     "flux_adapter.py": {"leap_align", "runtime", "full_scale"},
     "train_leap_align.py": {"leap_align", "beyond", "runtime"},
 }

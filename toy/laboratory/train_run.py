@@ -6,12 +6,12 @@ from contextlib import redirect_stdout
 from functools import cache
 from io import StringIO
 
-from leap_align import METHODS, Hyper
+from beyond import Hyper
 from toy.digits import Digits
 from toy.laboratory.variants import VARIANTS
 from toy.modes import Modes
 from toy.task import ToyOptions, ToyTask
-from train_leap_align import Config, Trainer
+from train_leap_align import METHODS, Config, Trainer
 
 TASKS = {"toy": Modes, "digits": Digits}
 SMOKE_OPTIONS = {"pretrain_steps": 60, "reward_steps": 60, "evaluation_samples": 160}
