@@ -171,7 +171,7 @@ def test_the_snippet_trains():
 def extended(tmp_path_factory):
     """A copy of the trainer and the toys with the method, the hyperparameter and the task of runtime/README.md."""
     folder = tmp_path_factory.mktemp("extended")
-    for name in ("leap_align.py", "train_leap_align.py"):
+    for name in ("leap_align.py", "beyond.py", "train_leap_align.py"):
         shutil.copy(ROOT / name, folder)
     for name in ("runtime", "toy"):
         shutil.copytree(ROOT / name, folder / name)
@@ -218,7 +218,7 @@ def test_a_column_of_a_methods_log_appears_once_it_is_in_metrics(monkeypatch, tm
         yield x_0, x_0.new_ones(len(x_0))
         return {"path": (x_0 - x_T).abs().mean()}
 
-    monkeypatch.setitem(leap_align.METHODS, "with_path", with_path)
+    monkeypatch.setitem(trainer.METHODS, "with_path", with_path)
     flags = "--pretrain-steps 20 --reward-steps 20 --evaluation-samples 160 --batch-size 8 --iterations 1".split()
     for columns, is_shown in ((trainer.METRICS, False), ((*trainer.METRICS, "path"), True)):
         monkeypatch.setattr(trainer, "METRICS", columns)

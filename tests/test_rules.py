@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from leap_align import METHODS
+import beyond
+import leap_align
 
 ROOT = Path(__file__).parents[1]
 TOP_LEVEL = {"leap_align.py", "beyond.py", "train_leap_align.py", "flux_adapter.py", "runtime", "full_scale", "toy"}
@@ -19,7 +20,9 @@ FILES = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
 TREES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in FILES}
 TASK_FILES = ["flux_adapter.py", "toy/digits.py", "toy/modes.py", "toy/task.py"]
 
+METHODS = leap_align.METHODS | beyond.METHODS
 LEAP_ALIGN = TREES["leap_align.py"]
+both_files = pytest.mark.parametrize("tree", [LEAP_ALIGN, TREES["beyond.py"]], ids=["leap_align", "beyond"])
 every_file = pytest.mark.parametrize("path", TREES)
 
 
@@ -112,27 +115,32 @@ def test_no_lower_room_imports_a_higher_one(room):
             assert not [name for name in imports(tree) if name.startswith(higher)], path
 
 
-# Rule 1: leap_align.py
+# Rule 1: leap_align.py and beyond.py
 
 
-def test_leap_align_imports_torch_and_the_standard_library_alone():
-    assert {module.split(".")[0] for module in imports(LEAP_ALIGN)} <= {"torch", *sys.stdlib_module_names} - {"random"}
+def test_leap_align_and_beyond_import_torch_and_the_standard_library_alone():
+    known = {"torch", *sys.stdlib_module_names} - {"random"}
+    assert {module.split(".")[0] for module in imports(LEAP_ALIGN)} <= known
+    assert {module.split(".")[0] for module in imports(TREES["beyond.py"])} <= known | {"leap_align"}
 
 
-def test_leap_align_prints_and_reads_nothing():
-    assert not names(LEAP_ALIGN) & {"print", "open", "input", "argparse", "sys", "os", "pathlib", "logging"}
+@both_files
+def test_leap_align_and_beyond_print_and_read_nothing(tree):
+    assert not names(tree) & {"print", "open", "input", "argparse", "sys", "os", "pathlib", "logging"}
 
 
-def test_leap_align_names_no_device():
-    assert not {text.split(":")[0] for text in strings(LEAP_ALIGN)} & {"cpu", "cuda", "mps", "xpu", "meta"}
-    assert not names(LEAP_ALIGN) & {"cpu", "cuda", "mps", "xpu", "set_default_device"}
+@both_files
+def test_leap_align_and_beyond_name_no_device(tree):
+    assert not {text.split(":")[0] for text in strings(tree)} & {"cpu", "cuda", "mps", "xpu", "meta"}
+    assert not names(tree) & {"cpu", "cuda", "mps", "xpu", "set_default_device"}
 
 
-def test_leap_align_casts_no_dtype():
+@both_files
+def test_leap_align_and_beyond_cast_no_dtype(tree):
     dtypes = {name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)}
-    used = [node for node in nodes(LEAP_ALIGN, ast.Attribute) if node.attr in dtypes | {"type", "type_as"}]
+    used = [node for node in nodes(tree, ast.Attribute) if node.attr in dtypes | {"type", "type_as"}]
     assert not [ast.unparse(node) for node in used]
-    moves = [call for call in nodes(LEAP_ALIGN, ast.Call) if name_of(call) == "to"]
+    moves = [call for call in nodes(tree, ast.Call) if name_of(call) == "to"]
     assert not [ast.unparse(call) for call in moves if "dtype" in ast.unparse(call)]
 
 
@@ -140,12 +148,13 @@ RANDOM = {"rand", "randn", "randint", "randperm", "normal", "multinomial", "bern
 GLOBAL = {"random", "rand_like", "randn_like", "randint_like", "manual_seed", "seed", "default_generator"}
 
 
-def test_leap_align_draws_from_a_generator_alone():
-    draws = [call for call in nodes(LEAP_ALIGN, ast.Call) if name_of(call) in RANDOM | {f"{n}_" for n in RANDOM}]
+@both_files
+def test_leap_align_and_beyond_draw_from_a_generator_alone(tree):
+    draws = [call for call in nodes(tree, ast.Call) if name_of(call) in RANDOM | {f"{n}_" for n in RANDOM}]
     assert draws and not [
         ast.unparse(call) for call in draws if "generator" not in {keyword.arg for keyword in call.keywords}
     ]
-    assert not names(LEAP_ALIGN) & GLOBAL
+    assert not names(tree) & GLOBAL
 
 
 # Rule 2: where the gradient stops, and which names a file may know
@@ -161,8 +170,9 @@ def test_tasks_name_no_method(path):
     assert not strings(TREES[path]) & set(METHODS)
 
 
-def test_leap_align_names_no_task():
-    assert not strings(LEAP_ALIGN) & TASKS
+@both_files
+def test_leap_align_and_beyond_name_no_task(tree):
+    assert not strings(tree) & TASKS
 
 
 # Rule 3: tables and no branches
