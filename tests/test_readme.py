@@ -298,7 +298,7 @@ def test_operations_of_the_readme_are_those_of_the_benchmark():
     found = {(row["task"], row["method"]): row["network"] for row in benchmark("flops")}
     known = {"leap_align`, gradient checkpointing": "leap_align, checkpoints"}
     _, rows = table(COSTS, "| operations")
-    assert len(rows) == 7
+    assert len(rows) == 11
     for name, cells in rows.items():
         method = "two passes" if "two passes" in name else known.get(name, name.split("`")[0])
         for cell, tasks in zip(cells, (("toy", "digits"), ("tiny flux",), ("tiny sd3",)), strict=True):
