@@ -509,8 +509,9 @@ class Hyper:
 class Endpoints(Iterator[tuple[Tensor, Tensor]]):
     """What a method returns: an iterator over pairs (x_0 with its graph (B, *S), weight (B,)).
 
-    Each pair takes one loss and one backward before the next is requested, so that one graph lives at a time.
-    After the last pair, `log` holds what the method drew and measured, such as i_k, i_j, d_j, d_0.
+    Each pair takes one loss and one backward before the next is requested, so that one graph lives at a time.  Iterate
+    to the end: a method may finish the last backward there.  Then `log` holds what it drew and measured, such as i_k,
+    i_j, d_j, d_0.
     """
 
     def __init__(self, pairs: Generator[tuple[Tensor, Tensor], None, dict]) -> None:

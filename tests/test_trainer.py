@@ -69,8 +69,8 @@ def test_every_method_runs_on_every_task(task, method, tmp_path):
     assert before != after
 
 
-@pytest.mark.parametrize("method", trainer.METHODS)
-def test_every_method_trains_on_few_steps_of_the_second_order_solver(method, tmp_path):
+@pytest.mark.parametrize("method", ["leap_align", "stratified"])
+def test_a_method_trains_on_few_steps_of_the_second_order_solver(method, tmp_path):
     """Evaluations keep their own 25 Euler steps: before training they are those of any other run."""
     runs = []
     for name, flags in (("few", ["--T", "8", "--solver", "ab2", "--m", "4"]), ("many", ["--m", "4"])):
