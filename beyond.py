@@ -1,4 +1,27 @@
-"""Beyond the paper: what came after LeapAlign, in its form and symbols.
+"""Beyond the paper: other backward trajectories over the same sampling run, a second solver, and a leash.
+
+The idea.  A connector gives an estimate of a state the value of the real state.  The estimate therefore decides about
+the gradient alone, and any solver with any number of steps may have made the real states.
+
+FlowBP (arXiv 2606.11075) estimates x_b from x_a by a *surrogate*, a sum over nodes i of the piece a -> b of the run.
+Active nodes (A) have gradient, the other nodes are constants:
+
+    x̂_b = x_a - sum_i w_i v_i, the gradient of v_i multiplied by g_i                        surrogate
+    gamma(A) = 1 + rho (sum_i |w_i| / sum_{i in A} |w_i| - 1)                               compensation
+
+    method       pieces        nodes of a piece                    g_i of active nodes      source
+    sparse       T -> 0        all, w_i = h_i                      gamma                    FlowBP
+    bridge       T -> j -> 0   all, w_i = h_i                      gamma                    FlowBP
+    lagrange     k -> j -> 0   up to three, Lagrange's weights     gamma, beta gamma        FlowBP
+    stratified   K leaps       the start, w = length of the leap   1                        ours; LeapAlign has K = 2
+
+The length of a step is h_i = times[i] - times[i-1].  Weights w_i belong to a surrogate, not to the solver of the run.
+Shapes, grids, symbols and the contract of a method are those of leap_align.py; these symbols are new:
+
+    FlowBP   code            meaning
+    rho      rho             share of the constant nodes' weight that the active nodes take over
+    b        late_bias       exponent of the preference for timesteps near the image
+    beta     node_discount   discount of the second node's gradient
 
 The leash.  A reward is a rough model of what people want, so training on it alone may carry v_theta far away from the
 pre-trained v_ref, where the reward errs: samples lose diversity, then quality.  The hinge (Eq. M11) stops samples that
@@ -15,18 +38,90 @@ One beta therefore suits all methods; with the plain mean over evaluations, DRaF
 """
 
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 import leap_align
-from leap_align import BadInput, CutVelocity, Velocity, stop_gradient
+from leap_align import (
+    BadInput,
+    CutVelocity,
+    Endpoints,
+    LeapTrajectory,
+    Step,
+    Velocity,
+    _check_generator,
+    _randint,
+    _steps,
+    connect,
+    cut,
+    discount,
+    distances,
+    leap,
+    method,
+    rollout,
+    sample_pair,
+    similarity_weight,
+    stop_gradient,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Solvers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class AdamsBashforth2:
+    """A second-order step that remembers the velocity before:  x_{i-1} = x_i - h_i [(1 + r/2) v_i - (r/2) v_{i+1}].
+
+    r = h_i / h_{i+1}, so the grid may be uneven; the first step is Euler's.  One evaluation a step, as Euler.  A `Step`
+    for one run: arguments, shapes, gradient and errors are those of `leap`, and gradient also reaches v_{i+1}.
+    """
+
+    def __init__(self) -> None:
+        self.before: tuple[Tensor, Tensor | float] | None = None
+
+    def __call__(self, x: Tensor, v: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
+        slope = v
+        if self.before is not None:
+            v_before, t_before = self.before
+            r = (t - s) / (t_before - t)
+            slope = v + r / 2 * (v - v_before)
+        self.before = v, t
+        return leap(x, slope, t, s)
+
+
+SOLVERS: dict[str, Callable[[], Step]] = {"euler": lambda: leap, "ab2": AdamsBashforth2}
+"""What makes the step of a new sampling run, by name."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hyperparameters
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Hyper(leap_align.Hyper):
-    """The paper's hyperparameters, then those of this file."""
+    """The hyperparameters of every method; each method's own values for FLUX.1 are in DEFAULTS."""
+
+    alpha: float = 0.3
+    """Discount of the nested gradient, in [0, 1] (alpha; leap_align, stratified, bridge, lagrange)."""
+    tau: float = 0.1
+    """Lower bound of the distances in the similarity weight (tau; leap_align, stratified, lagrange)."""
+    K: int = 2
+    """Trained timesteps (K; drtune, sparse, bridge), or leaps (stratified)."""
+    rho: float = 1.0
+    """Share of the untrained timesteps' weight that the trained ones take over, in [0, 1] (rho; FlowBP's methods)."""
+    late_bias: float = 2.0
+    """Preference for timesteps near the image, 0 for none (b; sparse, bridge)."""
+    node_discount: float = 0.25
+    """Discount of the second node's gradient, in [0, 1] (beta; lagrange)."""
+    solver: Literal["euler", "ab2"] = "euler"
+    """Solver of the sampling runs in training; ab2 is Adams-Bashforth of second order (every method)."""
 
     beta: float = 0.0
     """Weight of the leash to the pre-trained model (beta; every method); 0 for no leash."""
@@ -35,6 +130,258 @@ class Hyper(leap_align.Hyper):
         super().__post_init__()
         if not 0 <= self.beta < math.inf:
             raise BadInput(f"beta={self.beta} must be at least 0 and finite; 0 is no leash")
+        for name in ("rho", "node_discount"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise BadInput(f"{name}={getattr(self, name)} must lie in [0, 1]")
+        if not 0 <= self.late_bias <= 100:
+            raise BadInput(f"late_bias={self.late_bias} must lie in [0, 100]")
+        if self.solver not in SOLVERS:
+            raise BadInput(f"solver={self.solver!r} must be one of {', '.join(SOLVERS)}")
+
+    def step(self) -> Step:
+        """The solver of one sampling run."""
+        return SOLVERS[self.solver]()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Surrogates
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Piece(NamedTuple):
+    """A piece of the run, from timestep i_a down to i_b, and how its surrogate is made."""
+
+    i_a: int
+    i_b: int
+    weights: dict[int, float]
+    """w_i of each node i."""
+    gains: dict[int, float]
+    """g_i of each active node i: the factor of its velocity's gradient."""
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """The value of x, its gradient multiplied by any factor: sg(x) + factor (x - sg(x))."""
+    return stop_gradient(x) + factor * (x - stop_gradient(x))
+
+
+def surrogate(
+    velocity: Velocity, x: Tensor, times: Tensor, piece: Piece, alpha: float, step: Step
+) -> tuple[Tensor, Tensor]:
+    """A piece of the run, and in the same pass its surrogate  x̂_b = x_a - sum_i w_i v_i  (g_i scales v_i's gradient).
+
+    x: x_a (B, *S); its gradient reaches x̂_b directly and, discounted by alpha, through v_a.  Other nodes see sg(x_i).
+    Returns x̂_b, and x_b with x̂_b's gradient.  i_a - i_b evaluations, those at active nodes with gradient.
+    """
+    x_hat, x_t = x, stop_gradient(x)
+    for i in range(piece.i_a, piece.i_b, -1):
+        gain = piece.gains.get(i, 0)
+        with nullcontext() if gain else torch.no_grad():
+            v = velocity(discount(x, alpha) if i == piece.i_a else x_t, times[i])
+        x_t = step(x_t, stop_gradient(v), times[i], times[i - 1])
+        x_hat = x_hat - piece.weights.get(i, 0) * scale_gradient(v, gain)
+    return x_hat, connect(x_hat, x_t)
+
+
+def compensation(weights: dict[int, float], active: list[int], rho: float) -> float:
+    """gamma(A) = 1 + rho (sum_i |w_i| / sum_{i in A} |w_i| - 1): with rho = 1 the active nodes stand for all nodes."""
+    return 1 + rho * (sum(map(abs, weights.values())) / sum(abs(weights[i]) for i in active) - 1)
+
+
+def sum_piece(times: Tensor, i_a: int, i_b: int, active: list[int], rho: float) -> Piece:
+    """Every timestep of the piece is a node with w_i = h_i; active nodes have g_i = gamma."""
+    t = times.tolist()
+    weights = {i: t[i] - t[i - 1] for i in range(i_a, i_b, -1)}
+    return Piece(i_a, i_b, weights, dict.fromkeys(active, compensation(weights, active, rho)))
+
+
+def lagrange_piece(times: Tensor, i_a: int, i_b: int, rho: float, node_discount: float) -> Piece:
+    """Three nodes from i_a to i_b + 1, as evenly as indices allow (all, if there are fewer), with Lagrange's weights.
+
+    g is gamma at the first node and beta gamma at the second; the third is a constant, and x_b itself is no node.
+    """
+    t, nodes = times.tolist(), sorted({i_a, (i_a + i_b + 1) // 2, i_b + 1}, reverse=True)
+    weights = dict(zip(nodes, lagrange_weights([t[i] for i in nodes], t[i_a], t[i_b])))
+    gamma = compensation(weights, nodes[:2], rho)
+    return Piece(i_a, i_b, weights, dict(zip(nodes, (gamma, node_discount * gamma))))
+
+
+def lagrange_weights(nodes: list[float], t: float, s: float) -> list[float]:
+    """w_i = integral from s to t of the basis polynomial that is 1 at node i and 0 at the others.
+
+    nodes: up to three times.  Simpson's rule is exact here: it integrates polynomials of degree three.
+    """
+
+    def basis(node: float, u: float) -> float:
+        return math.prod((u - other) / (node - other) for other in nodes if other != node)
+
+    return [(t - s) / 6 * (basis(node, t) + 4 * basis(node, (t + s) / 2) + basis(node, s)) for node in nodes]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random draws
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def late_draw(i_a: int, i_b: int, n: int, late_bias: float, generator: torch.Generator) -> list[int]:
+    """n distinct timesteps from i_a down to i_b + 1, descending.  The f-th is drawn with probability ~ f^late_bias."""
+    _check_generator(generator)
+    if n == 0:
+        return []
+    odds = torch.arange(1.0, i_a - i_b + 1, device=generator.device) ** late_bias
+    drawn = torch.multinomial(odds / odds.max(), n, replacement=False, generator=generator)
+    return sorted((i_a - f for f in drawn.tolist()), reverse=True)
+
+
+def sample_thirds(T: int, generator: torch.Generator) -> tuple[int, int]:
+    """(i_k, i_j) from three lengths of about T Dirichlet(2.5, 6, 2), each at least 1, the first next to the image.
+
+    i_j = 1 + first, i_k = 1 + first + second.  Gamma(a) is half a sum of 2a squared normals, so 5, 12 and 4 of them.
+    """
+    _check_generator(generator)
+    if T < 3:
+        raise BadInput(f"T={T} must be at least 3: lagrange splits the run in three")
+    squares = torch.randn(21, generator=generator, device=generator.device).square()
+    share = [part.sum().item() / squares.sum().item() for part in squares.split([5, 12, 4])]
+    first = min(max(round(T * share[0]), 1), T - 2)
+    second = min(max(round(T * share[1]), 1), T - 1 - first)
+    return 1 + first + second, 1 + first
+
+
+def sample_strata(T: int, K: int, generator: torch.Generator) -> list[int]:
+    """One timestep of each of K parts of 1..T, as equal as indices allow; descending."""
+    return [int(_randint(n * T // K + 1, (n + 1) * T // K, generator)) for n in reversed(range(K))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The methods
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@method
+def sparse(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generator: torch.Generator) -> Endpoints:
+    """FlowBP's Sparse: K timesteps of the whole run, gradient to theta alone; T evaluations, weight 1.
+
+    dx_0/dtheta = -gamma sum_{i in A} h_i dv_i/dtheta.  Late timesteps are drawn more often, and their probabilities
+    are not divided out.
+    """
+    T = _check_K(times, hyper)
+    active = late_draw(T, 0, hyper.K, hyper.late_bias, generator)
+    piece = sum_piece(times, T, 0, active, hyper.rho)
+    _, x_0 = surrogate(velocity, stop_gradient(x_T), times, piece, 0, hyper.step())
+    yield x_0, x_0.new_ones(len(x_0))
+    return {"timesteps": tuple(active)}
+
+
+@method
+def bridge(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generator: torch.Generator) -> Endpoints:
+    """FlowBP's Bridge: K timesteps around a state x_j that passes gradient on; T evaluations, weight 1.
+
+    dx_0/dtheta = -gamma_j S_j - gamma_0 S_0 + alpha gamma_j gamma_0 h_j dv_j/dx_j S_j, where S = sum h_i dv_i/dtheta
+    over the active timesteps before j (S_j) and from j on (S_0).  j, the lower index of a pair, is always active; the
+    pieces T -> j and j -> 0 share K by their lengths, with at least one timestep each.
+    """
+    T, K, b = _check_K(times, hyper), hyper.K, hyper.late_bias
+    _, i_j = sample_pair(T, generator)
+    n = min(max(round(K * (T - i_j) / T), 1), T - i_j)
+    before = late_draw(T, i_j, n, b, generator)
+    after = [i_j, *late_draw(i_j - 1, 0, min(max(K - n - 1, 0), i_j - 1), b, generator)]
+    x, step = stop_gradient(x_T), hyper.step()
+    for i_a, i_b, active in ((T, i_j, before), (i_j, 0, after)):
+        _, x = surrogate(velocity, x, times, sum_piece(times, i_a, i_b, active, hyper.rho), hyper.alpha, step)
+    yield x, x.new_ones(len(x))
+    return {"i_j": i_j, "timesteps": (*before, *after)}
+
+
+@method
+def lagrange(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generator: torch.Generator) -> Endpoints:
+    """FlowBP's Lagrange: two leaps k -> j -> 0 of up to three nodes each; T evaluations, weight as LeapAlign's.
+
+    dx_0/dtheta = G_j + G_0 - alpha gamma_0 w_j dv_j/dx_j G_j.  Over a leap, G = -gamma (w_a dv_a + beta w_m dv_m) with
+    start a and second node m.  On an even grid a leap over two steps gives its start the weight 0.
+    """
+    (i_k, i_j), step = sample_thirds(_steps(times), generator), hyper.step()
+    x_k = rollout(velocity, x_T, times, i_k, step)[0]
+    to_j, to_0 = (lagrange_piece(times, *ends, hyper.rho, hyper.node_discount) for ends in ((i_k, i_j), (i_j, 0)))
+    x_hat_j, x_j = surrogate(velocity, x_k, times, to_j, hyper.alpha, step)
+    x_hat_0, x_0 = surrogate(velocity, x_j, times, to_0, hyper.alpha, step)
+    trajectory = LeapTrajectory(x_0, x_hat_0, x_j, x_hat_j)
+    d_j, d_0 = distances(trajectory)
+    yield x_0, similarity_weight(trajectory, hyper.tau)
+    return {"i_k": i_k, "i_j": i_j, "d_j": d_j, "d_0": d_0}
+
+
+@method
+def stratified(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generator: torch.Generator) -> Endpoints:
+    """Ours: LeapAlign with K leaps, from one timestep of each of K equal parts of the run.
+
+    w = 1 / sum over the leaps of max(d, tau).  K = T and alpha = 1 give the exact gradient of an Euler run.  The
+    endpoint's graph is the last leap, from a cut state; after the caller's backward the leaps before it are evaluated
+    again, last first, each with a backward of its own: one graph at a time for any K.  T + K - 1 evaluations.
+    """
+    T, alpha, step = _check_K(times, hyper), hyper.alpha, hyper.step()
+    indices = sample_strata(T, hyper.K, generator)
+    states, gap = [rollout(velocity, x_T, times, indices[0], step)[0]], 0
+    for i_a, i_b in pairwise([*indices, 0]):
+        if i_b == 0 and hyper.K > 1:
+            states[-1] = cut(states[-1])
+        piece = Piece(i_a, i_b, {i_a: (times[i_a] - times[i_b]).item()}, {i_a: 1} if i_b == 0 else {})
+        x_hat, x = surrogate(velocity, states[-1], times, piece, alpha, step)
+        gap = gap + stop_gradient(x - x_hat).abs().reshape(len(x), -1).mean(1).clamp(min=hyper.tau)
+        states.append(x)
+    x_0 = states.pop()
+    yield x_0, 1 / gap
+    if x_0.requires_grad:
+        _backward_of_earlier_leaps(velocity, states, times, indices, alpha)
+    return {"timesteps": tuple(indices)}
+
+
+def _backward_of_earlier_leaps(
+    velocity: Velocity, states: list[Tensor], times: Tensor, indices: list[int], alpha: float
+) -> None:
+    """Evaluates the leaps between the states at `indices` again, the last first, and runs their backwards.
+
+    The last state, cut, holds the loss's gradient; a leap takes it to theta and to the cut state that it starts from.
+    """
+    while len(states) > 1:
+        gradient = states.pop().grad
+        if gradient is None:
+            raise BadInput("no gradient has reached the endpoint: run its backward() before you ask for the next one")
+        i_a, i_b = indices[len(states) - 1 : len(states) + 1]
+        if len(states) > 1:  # the first leap starts from a constant
+            states[-1] = cut(states[-1])
+        x, t = states[-1], times[i_a]
+        x_hat = leap(x, velocity(discount(x, alpha), t), t, times[i_b])
+        if isinstance(velocity, CutVelocity):
+            velocity.backward(x_hat, gradient)
+        else:
+            x_hat.backward(gradient)
+
+
+def _check_K(times: Tensor, hyper: Hyper) -> int:
+    """T, if there are as many timesteps as the method trains."""
+    if hyper.K > (T := _steps(times)):
+        raise BadInput(f"K={hyper.K} must be at most T={T}")
+    return T
+
+
+METHODS: dict[str, Callable[..., Endpoints]] = {
+    "sparse": sparse,
+    "bridge": bridge,
+    "lagrange": lagrange,
+    "stratified": stratified,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "sparse": {"K": 3, "late_bias": 2.0, "rho": 1.0},
+    "bridge": {"K": 5, "late_bias": 2.0, "rho": 1.0, "alpha": 0.1},
+    "lagrange": {"alpha": 0.1, "tau": 0.2, "rho": 0.5, "node_discount": 0.25},
+    "stratified": {"K": 3, "alpha": 1.0},
+}
+"""Each method's own hyperparameters: FlowBP's for FLUX.1, and ours."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The leash
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Leash(CutVelocity):
@@ -69,6 +416,7 @@ class Leash(CutVelocity):
         """
         if not self.gaps:
             return {}
+        self.weight = weight
         outputs = [v_out for *_, v_out in self.evaluations]
         # Only leaps lie between an output and x_0, so this is -h_i, in every dimension.
         lengths = torch.autograd.grad(x_0, outputs, torch.ones_like(x_0), retain_graph=True, materialize_grads=True)
@@ -80,6 +428,12 @@ class Leash(CutVelocity):
         v_norm = torch.stack(self.norms).mean().item()
         self.gaps, self.norms = [], []
         return {"leash": R, "v_norm": v_norm}
+
+    def backward(self, x_0: Tensor, gradient: Tensor, before_last: Callable[[], None] | None = None) -> None:
+        """`CutVelocity.backward`; it also pulls what was evaluated after the endpoint, as the leaps of `stratified`."""
+        if self.gaps:
+            self.pull(x_0, self.weight)
+        super().backward(x_0, gradient, before_last)
 
     def backward_evaluation(self, v: Tensor, x_in: Tensor, dv: Tensor) -> None:
         """Gives theta the gradient of loss and leash, and x_in that of the loss alone."""

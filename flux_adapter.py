@@ -68,6 +68,8 @@ class Options:
     """Prompts to evaluate on, also a file or a folder; the first training prompts if not given."""
     evaluation_images: int = 16
     """Images of an evaluation, two per prompt, always from the same noise."""
+    evaluation_T: int | None = None
+    """Euler steps of an evaluation's sampling runs; T if not given."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ class DiffusersTask:
         transformer.check_lora(options.lora_rank, options.lora_alpha)
         if options.evaluation_images < 2 or options.evaluation_images % IMAGES_PER_PROMPT:
             raise BadInput(f"evaluation_images={options.evaluation_images} must be even and at least 2")
+        if options.evaluation_T is not None and options.evaluation_T < 1:
+            raise BadInput(f"evaluation_T={options.evaluation_T} must be at least 1, or not given for T")
         self.options, self.dtype, self.device = options, getattr(torch, options.precision), pipeline.gpu_or_cpu()
         self.prompts = read_prompts(options.prompts)
         evaluation_source = options.evaluation_prompts or options.prompts
@@ -130,8 +134,12 @@ class DiffusersTask:
             module.requires_grad_(False)
         self.model = self.build_transformer()
         self.reference: Callable[..., Any] | None = None
-        times = self.grid(T) if options.shift is None else shifted_times(T, options.shift)
-        self.times = times.to(self.device)
+        self.times, self.evaluation_times = self.times_of(T), self.times_of(options.evaluation_T or T)
+
+    def times_of(self, T: int) -> Tensor:
+        """The grid (T+1,) of a sampling run in T steps, on the device."""
+        shift = self.options.shift
+        return (self.grid(T) if shift is None else shifted_times(T, shift)).to(self.device)
 
     def load_reward(self) -> nn.Module:
         """The reward, with its weights."""
@@ -311,7 +319,7 @@ class DiffusersTask:
 
     def evaluate_image(self, prompt: str, x_T: Tensor) -> tuple[float, float, Tensor, Tensor]:
         """Reward, saturation, thumbnail (1, 3, 64, 64) and 8-bit image (1, 3, H, W) that follow from x_T (1, *S)."""
-        x_0 = rollout(self.velocity([prompt]), x_T.to(self.device), self.times)[0]
+        x_0 = rollout(self.velocity([prompt]), x_T.to(self.device), self.evaluation_times)[0]
         sample = self.decode(x_0)
         reward, saturated = self.reward(sample, [prompt]).item(), self.step_metrics(sample)["saturated"]
         image = sample.clamp(0, 1)

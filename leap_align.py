@@ -45,6 +45,8 @@ from torch import Tensor
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """v_theta: x (B, *S) and t, () or (B,), to (B, *S); its condition c is closed over.  States keep the dtype of x_T.  Use
 float32 and return v in float32, whatever the network computes in; otherwise every step is rounded to v's precision."""
+Step = Callable[[Tensor, Tensor, Tensor | float, Tensor | float], Tensor]
+"""A solver's step of a sampling run: x, v, t, s to the state at time s.  `leap` is Euler's; others may remember v."""
 
 
 class BadInput(ValueError):
@@ -201,8 +203,8 @@ def discount(x: Tensor, alpha: float) -> Tensor:
 
 
 @torch.no_grad()
-def rollout(velocity: Velocity, x_T: Tensor, times: Tensor, i_end: int = 0) -> list[Tensor]:
-    """Euler sampling from noise x_T (B, *S) down to timestep i_end; T - i_end evaluations, no gradient.
+def rollout(velocity: Velocity, x_T: Tensor, times: Tensor, i_end: int = 0, step: Step = leap) -> list[Tensor]:
+    """Sampling from noise x_T (B, *S) down to timestep i_end, Euler's by default; T - i_end evaluations, no gradient.
 
     Returns the states in the order of the grid, [x_{i_end}, ..., x_T]: with i_end = 0, states[i] stands at times[i].
     """
@@ -212,7 +214,7 @@ def rollout(velocity: Velocity, x_T: Tensor, times: Tensor, i_end: int = 0) -> l
     states = [stop_gradient(x_T)]
     for i in range(T, i_end, -1):
         x_t = states[-1]
-        states.append(leap(x_t, velocity(x_t, times[i]), times[i], times[i - 1]))
+        states.append(step(x_t, velocity(x_t, times[i]), times[i], times[i - 1]))
     return states[::-1]
 
 
@@ -249,7 +251,9 @@ def leap_trajectory(
     return LeapTrajectory(x_0, x_hat_0, x_j, x_hat_j)
 
 
-def leap_rollout(velocity: Velocity, x_T: Tensor, times: Tensor, i_k: int, i_j: int, alpha: float) -> LeapTrajectory:
+def leap_rollout(
+    velocity: Velocity, x_T: Tensor, times: Tensor, i_k: int, i_j: int, alpha: float, step: Step = leap
+) -> LeapTrajectory:
     """`rollout` and `leap_trajectory` in one pass (Algorithm 1): T evaluations, two of them with gradient.
 
     The rollout's own evaluations at k and j serve the leaps, which saves two; so the batch shares one pair (ints).
@@ -271,8 +275,8 @@ def leap_rollout(velocity: Velocity, x_T: Tensor, times: Tensor, i_k: int, i_j: 
         else:
             with torch.no_grad():
                 v = velocity(x_t, t)
-        # The Euler step uses only the value of v; otherwise every later state would carry the graph of v_k.
-        x_t = leap(x_t, stop_gradient(v), t, times[i - 1])
+        # The step uses only the value of v; otherwise every later state would carry the graph of v_k.
+        x_t = step(x_t, stop_gradient(v), t, times[i - 1])
     return LeapTrajectory(connect(x_hat_0, x_t), x_hat_0, x_j, x_hat_j)  # S13
 
 
@@ -372,7 +376,7 @@ class CutVelocity:
 
     In one backward through two leaps, such a model holds the unsharded gradients of both evaluations at once.  Here
     x_0 depends on theta through leaves, and `backward` passes through one evaluation after the other, from x_0 to x_k.
-    The sum is the same gradient, whatever method made x_0.
+    The sum is the same gradient, whatever method made x_0.  A state that the method itself `cut` gets its .grad.
     """
 
     def __init__(self, velocity: Velocity) -> None:
@@ -402,6 +406,7 @@ class CutVelocity:
             self.backward_evaluation(v, x_in, dv)
             if x.requires_grad:
                 ends, gradients = [*ends, x], [*gradients, x_in.grad]
+        torch.autograd.backward(ends, gradients)  # to the states that the method cut
 
     def backward_evaluation(self, v: Tensor, x_in: Tensor, dv: Tensor) -> None:
         """Adds the gradient of theta, given that of v; leaves the one of x_in, if it requires one, in x_in.grad."""
@@ -500,12 +505,17 @@ class Hyper:
         if self.pairs not in ("batch", "sample"):
             raise BadInput(f"pairs={self.pairs!r} must be 'batch' or 'sample'")
 
+    def step(self) -> Step:
+        """The solver of one sampling run: Euler's."""
+        return leap
+
 
 class Endpoints(Iterator[tuple[Tensor, Tensor]]):
     """What a method returns: an iterator over pairs (x_0 with its graph (B, *S), weight (B,)).
 
-    Each pair takes one loss and one backward before the next is requested, so that one graph lives at a time.
-    After the last pair, `log` holds what the method drew and measured, such as i_k, i_j, d_j, d_0.
+    Each pair takes one loss and one backward before the next is requested, so that one graph lives at a time.  Iterate
+    to the end: a method may finish the last backward there.  Then `log` holds what it drew and measured, such as i_k,
+    i_j, d_j, d_0.
     """
 
     def __init__(self, pairs: Generator[tuple[Tensor, Tensor], None, dict]) -> None:
@@ -533,7 +543,7 @@ def method(pairs: Callable[..., Generator[tuple[Tensor, Tensor], None, dict]]) -
 def refl(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generator: torch.Generator) -> Endpoints:
     """ReFL: sample without gradient, stop early at t_min, leap to the image with gradient."""
     i_min = _draw_stop(times, hyper, generator)  # line 2
-    x_t = rollout(velocity, x_T, times, i_end=i_min)[0]
+    x_t = rollout(velocity, x_T, times, i_min, hyper.step())[0]
     t = times[i_min]
     x_0 = leap(x_t, velocity(x_t, t), t, 0)  # line 25
     yield x_0, x_0.new_ones(len(x_0))
@@ -543,10 +553,10 @@ def refl(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generator
 @method
 def draft_lv(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generator: torch.Generator) -> Endpoints:
     """DRaFT-LV: gradient through the last step, then through n more last steps from re-noised copies of the image."""
-    size, rows = _batch(x_T, generator)
-    x_1 = rollout(velocity, x_T, times, i_end=1)[0]
+    (size, rows), step = _batch(x_T, generator), hyper.step()
+    x_1 = rollout(velocity, x_T, times, 1, step)[0]
     t = times[1]
-    x_0 = leap(x_1, velocity(x_1, t), t, 0)  # line 34
+    x_0 = step(x_1, velocity(x_1, t), t, times[0])  # line 34
     weight = x_0.new_ones(len(x_0))
     yield x_0, weight
     image = stop_gradient(x_0)
@@ -568,11 +578,11 @@ def drtune(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generat
     i_min = _draw_stop(times, hyper, generator)  # line 2
     s = int(_randint(1, T - (K - 1) * (T // K), generator))  # line 4
     i_train = {s + i * (T // K) for i in range(K)}  # line 5
-    x_t = stop_gradient(x_T)
+    x_t, step = stop_gradient(x_T), hyper.step()
     for i in range(T, i_min - 1, -1):
         with nullcontext() if i in i_train else torch.no_grad():
             v = velocity(stop_gradient(x_t), times[i])  # lines 16-18
-        x_t = leap(x_t, v, times[i], times[i - 1] if i > i_min else 0)  # line 34; at t_min line 25
+        x_t = step(x_t, v, times[i], times[i - 1]) if i > i_min else leap(x_t, v, times[i], 0)  # line 34; 25 at t_min
     yield x_t, x_t.new_ones(len(x_t))
     return {"i_min": i_min, "s": s}
 
@@ -583,11 +593,12 @@ def leap_align(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, gen
     T, alpha = _steps(times), hyper.alpha
     if hyper.pairs == "batch":
         i_k, i_j = sample_pair(T, generator, hyper.low, hyper.high)  # line 7
-        trajectory = leap_rollout(velocity, x_T, times, i_k, i_j, alpha)
+        trajectory = leap_rollout(velocity, x_T, times, i_k, i_j, alpha, hyper.step())
     else:
         size, rows = _batch(x_T, generator)
         i_k, i_j = (i[rows] for i in sample_pair(T, generator, hyper.low, hyper.high, size))
-        trajectory = leap_trajectory(velocity, rollout(velocity, x_T, times), times, i_k, i_j, alpha)
+        states = rollout(velocity, x_T, times, 0, hyper.step())
+        trajectory = leap_trajectory(velocity, states, times, i_k, i_j, alpha)
     d_j, d_0 = distances(trajectory)
     yield trajectory.x_0, similarity_weight(trajectory, hyper.tau)  # lines 37, 38
     return {"i_k": i_k, "i_j": i_j, "d_j": d_j, "d_0": d_0}
@@ -598,9 +609,9 @@ def full_backprop(
     velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generator: torch.Generator
 ) -> Endpoints:
     """What the methods avoid: gradient through all T steps of the sampling run, with T times the memory."""
-    x_t = stop_gradient(x_T)
+    x_t, step = stop_gradient(x_T), hyper.step()
     for i in range(_steps(times), 0, -1):
-        x_t = leap(x_t, velocity(x_t, times[i]), times[i], times[i - 1])
+        x_t = step(x_t, velocity(x_t, times[i]), times[i], times[i - 1])
     yield x_t, x_t.new_ones(len(x_t))
     return {}
 

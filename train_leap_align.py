@@ -3,6 +3,7 @@
     python train_leap_align.py                                     the 2-D toy with LeapAlign, from nothing
     python train_leap_align.py --task digits                       the same on 8x8 images of real digits
     python train_leap_align.py --method drtune --out runs/drtune   another method
+    python train_leap_align.py --method lagrange --help            every flag, with the defaults of a method
     torchrun --nproc_per_node=2 train_leap_align.py                two processes, with the same result
     python train_leap_align.py --task flux --help                  every flag of a task, here FLUX.1-dev
 
@@ -32,9 +33,10 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 from tqdm import tqdm
 
+import beyond
+import leap_align
 from beyond import Hyper, Leash
 from leap_align import (
-    METHODS,
     BadInput,
     BatchGenerator,
     Endpoints,
@@ -67,6 +69,8 @@ TASKS = {
     "sd3": "flux_adapter:SD3",
 }
 """Where each task's class is; it is imported only when the task is chosen."""
+METHODS = {**leap_align.METHODS, **beyond.METHODS}
+"""The methods of the paper, and those beyond it."""
 METRICS = tuple("loss reward grad_norm weight d_j d_0 hinge_active i_k i_j leash v_norm seconds skipped".split())
 """The columns of metrics.csv, after `iteration` and before those of the task."""
 CHANGEABLE_ON_RESUME = frozenset(
@@ -83,7 +87,8 @@ class Config:
     task: str = "toy"
     """Model and reward: toy, digits, flux (FLUX.1-dev) or sd3 (SD3.5-M)."""
     method: str = "leap_align"
-    """How the reward's gradient reaches the model: leap_align, refl, draft_lv, drtune or full_backprop."""
+    """How the reward's gradient reaches the model: leap_align, refl, draft_lv, drtune, full_backprop; beyond the paper
+    sparse, bridge, lagrange, stratified, whose own defaults --help shows beside --method."""
     iterations: int = 300
     """Optimizer steps."""
     batch_size: int = 256
@@ -143,19 +148,21 @@ def task_class(name: str) -> type[Task]:
 
 
 def parse(arguments: list[str] | None, flags_class: type[Flags] = Flags, description: str | None = __doc__) -> Flags:
-    """The command line.  Task and reward are read first, because they decide about flags and defaults."""
+    """The command line.  Task, reward and method are read first, because they decide about flags and defaults."""
     first_pass = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first_pass.add_argument("--task", default=Config.task)
     first_pass.add_argument("--reward")
+    first_pass.add_argument("--method", default=Config.method)
     chosen, _ = first_pass.parse_known_args(arguments)
     kind = task_class(chosen.task)
-    defaults = kind.defaults(chosen.reward)
+    defaults = {**kind.defaults(chosen.reward), **beyond.DEFAULTS.get(chosen.method, {})}
     run = {name: value for name, value in defaults.items() if name in Config.__dataclass_fields__}
+    run |= {"task": chosen.task, "method": chosen.method}
     method = {name: value for name, value in defaults.items() if name in Hyper.__dataclass_fields__}
     return tyro.cli(
         Annotated[flags_class[kind.Options], tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff],
         args=arguments,
-        default=flags_class(Config(task=chosen.task, **run), Hyper(**method), kind.Options()),
+        default=flags_class(Config(**run), Hyper(**method), kind.Options()),
         description=description,
     )
 
@@ -179,7 +186,8 @@ def check(config: Config, hyper: Hyper, world_size: int) -> None:
             f"gradient_accumulation_steps={config.gradient_accumulation_steps}"
         )
     # The method itself checks its hyperparameters against T: run it once with a model that costs nothing.
-    list(method(lambda x, t: 0 * x, torch.zeros(1, 1), uniform_times(config.T), hyper, torch.Generator()))
+    with torch.no_grad():
+        list(method(lambda x, t: 0 * x, torch.zeros(1, 1), uniform_times(config.T), hyper, torch.Generator()))
 
 
 class Trainer:

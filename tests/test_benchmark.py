@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from beyond import Leash
-from leap_align import METHODS, BadInput, Hyper, method, uniform_times
+from beyond import DEFAULTS, Hyper, Leash
+from leap_align import METHODS, BadInput, method, uniform_times
 from runtime.counters import flop_count
 from runtime.run_dir import read_csv
 from tests.problems import seeded
@@ -34,7 +34,16 @@ FORWARD = 2 * B * IN * HIDDEN + 2 * B * HIDDEN * IN  # 240: a product and a sum 
 BACKWARD = FORWARD + 2 * B * HIDDEN * IN  # 360: the gradients of both weights and of the hidden layer
 BACKWARD_X = FORWARD + FORWARD  # 480: also that of the input
 FLOOR = 6 * 240 + 360 + 480
-COSTS = {"leap_align": FLOOR, "two passes": FLOOR + 2 * 240, "full_backprop": 6 * 240 + 360 + 5 * 480}
+COSTS = {
+    "leap_align": FLOOR,
+    "two passes": FLOOR + 2 * 240,
+    "full_backprop": 6 * 240 + 360 + 5 * 480,
+    "sparse": 6 * 240 + 3 * 360,  # three states, all constants
+    "bridge": 6 * 240 + 4 * 360 + 480,  # five states, of which x_j has a gradient
+    "lagrange": 6 * 240 + 3 * 360 + 480,  # two nodes a leap, of which x_j has a gradient
+    "stratified": (6 + 2) * 240 + 360 + 2 * 480,  # two of three leaps are evaluated again; the first starts from x_k
+}
+"""The floor of each method: what it must evaluate and differentiate, apart from the two passes."""
 
 
 @pytest.fixture
@@ -73,8 +82,8 @@ def test_the_floor_of_a_known_network(task):
 
 @pytest.mark.parametrize("name", COSTS)
 def test_the_operations_of_a_method_equal_those_counted_by_hand(task, name):
-    velocity, x_T = task.velocity(None), torch.randn(B, IN)
-    assert network_flop_count(METHODS_AND_TWO_PASSES[name], velocity, x_T, task.times, Hyper(), seed=0) == COSTS[name]
+    velocity, x_T, hyper = task.velocity(None), torch.randn(B, IN), Hyper(**DEFAULTS.get(name, {}))
+    assert network_flop_count(METHODS_AND_TWO_PASSES[name], velocity, x_T, task.times, hyper, seed=0) == COSTS[name]
 
 
 def test_the_two_pass_form_has_the_gradient_of_leap_align(task, net):

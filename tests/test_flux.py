@@ -15,10 +15,11 @@ from torch.distributed.fsdp import FSDPModule
 pytest.importorskip("diffusers")
 
 import train_leap_align as trainer
+from beyond import DEFAULTS, Hyper
 from full_scale import __main__ as tools
 from full_scale import transformer
 from full_scale.sheet import draw_sheet
-from leap_align import METHODS, BatchGenerator, Hyper, rollout
+from leap_align import BatchGenerator, full_backprop, rollout
 from runtime.processes import full_value
 from tests.tiny_pipelines import (
     PROMPTS,
@@ -152,7 +153,7 @@ def test_gradient_through_task_vae_and_reward_is_that_of_finite_differences(mode
     directions = [torch.randn(p.shape, generator=seeded(i)) * p.to_local().std() for i, p in enumerate(parameters)]
 
     def total():
-        (x_0, _) = next(METHODS["full_backprop"](task.velocity(PROMPTS[:2]), x_T, task.times, Hyper(), seeded()))
+        (x_0, _) = next(full_backprop(task.velocity(PROMPTS[:2]), x_T, task.times, Hyper(), seeded()))
         return task.reward(task.decode(x_0), PROMPTS[:2]).sum()
 
     total().backward()
@@ -176,7 +177,8 @@ def gradients(task, method="leap_align", prompts=PROMPTS[:2]):
     generator = BatchGenerator(len(prompts), slice(None))
     generator.manual_seed(1)
     x_T = task.noise(len(prompts), seeded())
-    for x_0, weight in METHODS[method](task.velocity(prompts), x_T, task.times, Hyper(m=2), generator):
+    hyper = Hyper(m=2, **DEFAULTS.get(method, {}))
+    for x_0, weight in trainer.METHODS[method](task.velocity(prompts), x_T, task.times, hyper, generator):
         (task.reward(task.decode(x_0), prompts) * weight).sum().backward()
     trained = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
     return {name: full_value(p.grad) for name, p in trained.items() if p.grad is not None}
@@ -192,9 +194,9 @@ def test_gradient_checkpointing_does_not_change_the_gradient(models, name):
 
 
 @every_task
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", trainer.METHODS)
 def test_every_parameter_gets_a_gradient(models, name, method):
-    task = task_of(models, name)
+    task = task_of(models, name, T=5)
     by_name = gradients(task, method)
     assert by_name.keys() == {name for name, _ in task.model.named_parameters()}
     assert all(gradient.isfinite().all() for gradient in by_name.values())
@@ -359,6 +361,13 @@ def test_two_processes_on_a_leash_equal_one(models, tmp_path, name, more):
             id="lora on two nodes with gradient accumulation",
         ),
         pytest.param("sd3", [], 1, id="sd3", marks=pytest.mark.slow),
+        pytest.param(
+            "flux",
+            ["--method", "stratified", "--gradient-accumulation-steps", "2"],
+            2,
+            id="stratified on two nodes with gradient accumulation",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_two_processes_equal_one(models, tmp_path, name, more, nodes):
@@ -431,6 +440,20 @@ def test_the_export_is_the_average_of_the_weights(models, tmp_path, monkeypatch)
     expected = {name: 0.5 * (0.5 * start[name] + 0.5 * one[name]) + 0.5 * two[name] for name in start}
     assert_close(load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"), expected, 0, 1e-6)
     assert max((two[name] - expected[name]).abs().max() for name in start) > 1e-4
+
+
+@pytest.mark.parametrize("more", ["--method lagrange", "--method stratified --K 3", "--T 8 --solver ab2"])
+def test_what_is_beyond_the_paper_trains(models, tmp_path, more):
+    (row,) = train(tmp_path, flags(models, "flux", *more.split(), "--iterations", "1"))
+    assert row["grad_norm"] > 0 and row["skipped"] == 0
+    assert (tmp_path / "transformer" / "config.json").exists()
+
+
+def test_evaluation_T_sets_the_steps_of_an_evaluation_and_is_T_otherwise(models):
+    task, other = task_of(models), task_of(models, evaluation_T=9)
+    assert torch.equal(task.evaluation_times, task.times) and len(other.times) == 5
+    torch.testing.assert_close(other.evaluation_times, task_of(models, T=9).times, rtol=0, atol=0)
+    assert task.evaluate(None, 0)["reward"] != other.evaluate(None, 0)["reward"]
 
 
 def test_accumulation_and_checkpointing_may_change_on_resume_and_change_no_result(models, tmp_path):

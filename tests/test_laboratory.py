@@ -310,7 +310,8 @@ def half_way(velocity, x_T, times, hyper, generator):
 
 @pytest.mark.parametrize("name", laboratory.EXPERIMENTS)
 def test_a_method_and_a_variant_of_your_own_pass_through_every_experiment(name, folder, monkeypatch):
-    monkeypatch.setitem(METHODS, "half_way", half_way)
+    for table in (METHODS, trainer.METHODS):
+        monkeypatch.setitem(table, "half_way", half_way)
     monkeypatch.setitem(VARIANTS, "one_leap_again", VARIANTS["one_leap"])
     mine = ablations.Ablation({"two": ("leap_align", {}), "one": ("one_leap_again", {})}, expected=(), source="")
     monkeypatch.setitem(ablations.ABLATIONS, "mine", mine)

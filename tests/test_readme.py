@@ -218,7 +218,7 @@ def test_a_column_of_a_methods_log_appears_once_it_is_in_metrics(monkeypatch, tm
         yield x_0, x_0.new_ones(len(x_0))
         return {"path": (x_0 - x_T).abs().mean()}
 
-    monkeypatch.setitem(leap_align.METHODS, "with_path", with_path)
+    monkeypatch.setitem(trainer.METHODS, "with_path", with_path)
     flags = "--pretrain-steps 20 --reward-steps 20 --evaluation-samples 160 --batch-size 8 --iterations 1".split()
     for columns, is_shown in ((trainer.METRICS, False), ((*trainer.METRICS, "path"), True)):
         monkeypatch.setattr(trainer, "METRICS", columns)
@@ -305,7 +305,7 @@ def test_operations_of_the_readme_are_those_of_the_benchmark():
     found = {(row["task"], row["method"]): row["network"] for row in benchmark("flops")}
     known = {"leap_align`, gradient checkpointing": "leap_align, checkpoints"}
     _, rows = table(COSTS, "| operations")
-    assert len(rows) == 7
+    assert len(rows) == 11
     for name, cells in rows.items():
         method = "two passes" if "two passes" in name else known.get(name, name.split("`")[0])
         for cell, tasks in zip(cells, (("toy", "digits"), ("tiny flux",), ("tiny sd3",)), strict=True):

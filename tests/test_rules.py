@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from leap_align import METHODS
+import beyond
+import leap_align
 
 ROOT = Path(__file__).parents[1]
 TOP_LEVEL = {"leap_align.py", "beyond.py", "train_leap_align.py", "flux_adapter.py", "runtime", "full_scale", "toy"}
@@ -19,6 +20,7 @@ FILES = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
 TREES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in FILES}
 TASK_FILES = ["flux_adapter.py", "toy/digits.py", "toy/modes.py", "toy/task.py"]
 
+METHODS = leap_align.METHODS | beyond.METHODS
 LEAP_ALIGN = TREES["leap_align.py"]
 every_equation = pytest.mark.parametrize("tree", [LEAP_ALIGN, TREES["beyond.py"]], ids=["leap_align", "beyond"])
 every_file = pytest.mark.parametrize("path", TREES)
@@ -67,7 +69,7 @@ MAY_IMPORT = {
     "full_scale/plan.py": {"leap_align", "runtime", "full_scale", "train_leap_align"},
     "toy/": {"leap_align", "runtime", "toy"},
     "toy/laboratory/": {"leap_align", "beyond", "runtime", "toy", "train_leap_align"},
-    "toy/benchmark/": {"leap_align", "runtime", "toy", "train_leap_align"},
+    "toy/benchmark/": {"leap_align", "beyond", "runtime", "toy", "train_leap_align"},
     "flux_adapter.py": {"leap_align", "runtime", "full_scale"},
     "train_leap_align.py": {"leap_align", "beyond", "runtime"},
 }

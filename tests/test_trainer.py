@@ -7,11 +7,13 @@ import re
 import subprocess
 import time
 
+import numpy as np
 import pytest
 import torch
 
+import beyond
 import train_leap_align as trainer
-from leap_align import METHODS, BadInput, checked
+from leap_align import BadInput, checked
 from runtime.checkpoint import training_tensors
 from tests.toy_runs import ROOT, SMALL, TORCHRUN, TOYS, error_line, metrics, result, run, without_figures
 from toy.modes import Modes
@@ -58,13 +60,44 @@ def test_the_progress_bar_prints_at_most_one_line_a_second(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("task", TOYS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", trainer.METHODS)
 def test_every_method_runs_on_every_task(task, method, tmp_path):
     table = run(tmp_path, "--task", task, "--method", method, "--iterations", "2")
     assert len(table) == 2
     assert all(row["grad_norm"] > 0 for row in table)
     before, after = result(tmp_path)["before"], result(tmp_path)["after"]
     assert before != after
+
+
+@pytest.mark.parametrize("method", ["leap_align", "stratified"])
+def test_a_method_trains_on_few_steps_of_the_second_order_solver(method, tmp_path):
+    """Evaluations keep their own 25 Euler steps: before training they are those of any other run."""
+    runs = []
+    for name, flags in (("few", ["--T", "8", "--solver", "ab2", "--m", "4"]), ("many", ["--m", "4"])):
+        rows = run(tmp_path / name, "--method", method, "--iterations", "1", *flags)
+        assert rows[0]["grad_norm"] > 0
+        runs.append((rows, result(tmp_path / name)))
+    (few, few_result), (many, many_result) = runs
+    assert few_result["before"] == many_result["before"] and few != many
+
+
+def test_evaluation_T_sets_the_steps_of_an_evaluation(reference, tmp_path):
+    run(tmp_path, "--evaluation-T", "4", "--iterations", "0")
+    assert result(tmp_path)["before"] != result(reference)["before"]
+    with np.load(tmp_path / "samples" / "000000.npz") as saved:
+        assert len(saved["states"]) == 5
+
+
+def test_a_methods_own_defaults_stand_between_the_tasks_and_the_flags(capsys):
+    hyper = trainer.parse(["--method", "lagrange", "--rho", "0.7"]).method
+    assert (hyper.alpha, hyper.tau, hyper.rho, hyper.node_discount) == (0.1, 0.2, 0.7, 0.25)
+    assert hyper.lam == 0.0  # the task's
+    assert trainer.parse([]).method == beyond.Hyper(lam=0.0)
+    assert trainer.parse(["--method=stratified"]).method.alpha == 1.0
+    with pytest.raises(SystemExit):
+        trainer.main(["--method", "bridge", "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "(K; drtune, sparse, bridge), or leaps (stratified). (default: 5)" in text
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not(reference, tmp_path):
@@ -86,7 +119,7 @@ LEASH = ["--beta", "3"]
 
 @pytest.mark.parametrize(
     "flags",
-    [["--pairs", "sample"], *(["--method", m] for m in METHODS), LEASH, [*LEASH, "--method", "draft_lv"]],
+    [["--pairs", "sample"], *(["--method", m] for m in trainer.METHODS), LEASH, [*LEASH, "--method", "draft_lv"]],
     ids=" ".join,
 )
 def test_microbatches_equal_the_whole_batch(flags, tmp_path):
@@ -113,6 +146,7 @@ def test_the_microbatches_of_all_ranks_are_the_batch(monkeypatch):
         pytest.param([], marks=pytest.mark.slow),
         pytest.param(["--pairs", "sample"], marks=pytest.mark.slow),
         pytest.param(["--method", "draft_lv"], marks=pytest.mark.slow),
+        pytest.param(["--method", "stratified"], marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
@@ -332,6 +366,8 @@ def test_too_many_skipped_steps_stop_the_run_and_keep_the_checkpoint(reference, 
         (["--low", "9", "--high", "22"], "low=9, high=22"),
         (["--method", "drtune", "--m", "12"], "m=12 must be at most"),
         (["--method", "refl", "--m", "22"], "m=22 must be at most T=21"),
+        (["--method", "sparse", "--K", "22"], "K=22 must be at most T=21"),
+        (["--method", "lagrange", "--T", "2"], "T=2 must be at least 3"),
         (["--batch-size", "10", "--gradient-accumulation-steps", "4"], "batch_size=10 must be a multiple of"),
         (["--iterations", "-1"], "iterations=-1 must lie between 0 and"),
         (["--checkpoint-every", "0"], "checkpoint_every=0"),
@@ -361,6 +397,9 @@ def test_bad_input_is_refused_in_one_line(flags, words, tmp_path):
         (["--tau", "0"], "tau=0.0 must be positive"),
         (["--beta", "-1"], "beta=-1.0 must be at least 0"),
         (["--evaluation-samples", "3"], "evaluation_samples=3 must be at least"),
+        (["--evaluation-T", "1"], "evaluation_T=1 must be at least"),
+        (["--rho", "2"], "rho=2.0 must lie in [0, 1]"),
+        (["--solver", "heun"], "--solver"),
         (["--alpah", "0"], "--alpah"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -460,7 +499,7 @@ def test_help_names_every_flag_with_its_meaning(task, capsys):
     ):
         assert flag in text
     assert "Discount of the nested gradient" in text
-    assert all(name in text for name in [*METHODS, *trainer.TASKS])
+    assert all(name in text for name in [*trainer.METHODS, *trainer.TASKS])
 
 
 # What the README shows (slow)

@@ -39,9 +39,12 @@ class ToyOptions:
     """Seed of captions, choices and both networks; --seed does not affect these."""
     evaluation_samples: int = 1024
     """Samples of an evaluation, always from the same noise."""
+    evaluation_T: int = 25
+    """Euler steps of an evaluation's sampling runs, whatever T and the solver are in training."""
 
     def __post_init__(self) -> None:
         least = {"pretrain_steps": 1, "reward_steps": 1, "pretrain_seed": 0, "evaluation_samples": 160}
+        least |= {"evaluation_T": 2}  # its figures show two leaps
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise BadInput(f"{name}={getattr(self, name)} must be at least {bound}")
@@ -71,7 +74,7 @@ class ToyTask(ABC):
         # Matrices this small are not faster with a second thread, and much slower if another program uses its core.
         torch.set_num_threads(1)
         self.options = options
-        self.times = uniform_times(T) if options.shift == 1 else shifted_times(T, options.shift)
+        self.times, self.evaluation_times = self.grid(T), self.grid(options.evaluation_T)
         self.generator = torch.Generator().manual_seed(options.pretrain_seed)
         self.load_data(options.pretrain_seed)
         with torch.random.fork_rng(devices=[]):
@@ -83,6 +86,10 @@ class ToyTask(ABC):
         settings = (options.pretrain_seed, options.pretrain_steps, options.reward_steps)
         pretrain.fit_or_load(self.name, [*modules, leap, rollout, interpolate], settings, models, self.pretrain)
         self.reward_model.requires_grad_(False)
+
+    def grid(self, T: int) -> Tensor:
+        """The grid (T+1,) of a sampling run in T steps."""
+        return uniform_times(T) if self.options.shift == 1 else shifted_times(T, self.options.shift)
 
     # What a subclass gives
 
@@ -202,7 +209,7 @@ class ToyTask(ABC):
         n = self.options.evaluation_samples
         x_T = self.noise(n, torch.Generator().manual_seed(EVALUATION_SEED))
         prompts = torch.arange(n) % self.classes
-        states = rollout(self.velocity(prompts), x_T, self.times)
+        states = rollout(self.velocity(prompts), x_T, self.evaluation_times)
         samples = self.decode(states[0])
         with torch.no_grad():
             reward = self.reward(samples, prompts).mean().item()
@@ -226,7 +233,7 @@ class ToyTask(ABC):
         i_j = max(1, round(0.4 * T))
         i_k = max(i_j + 1, round(0.8 * T))
         with torch.no_grad():
-            leaps = leap_trajectory(self.velocity(prompts), states, self.times, i_k, i_j, alpha=0)
+            leaps = leap_trajectory(self.velocity(prompts), states, self.evaluation_times, i_k, i_j, alpha=0)
         return {"states": torch.stack(states), "x_hat_j": leaps.x_hat_j, "x_hat_0": leaps.x_hat_0, "pair": (i_k, i_j)}
 
     def save(self, folder: Path) -> None:

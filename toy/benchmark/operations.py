@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from leap_align import METHODS, Endpoints, Hyper, Velocity
+from beyond import DEFAULTS
+from leap_align import Endpoints, Hyper, Velocity
 from runtime.counters import flop_count
 from toy.benchmark.bare_step import bare_step
 from toy.benchmark.tasks import TINY_PIPELINES, Row, draw_batch, name_in_tables, start_trainer
 from toy.laboratory.variants import leap_align_variant
-from train_leap_align import Trainer
+from train_leap_align import METHODS, Trainer
 
 METHODS_AND_TWO_PASSES: dict[str, Callable[..., Endpoints]] = {**METHODS, "two passes": leap_align_variant}
 """All methods, and LeapAlign as in the published pseudo-code: a rollout, then two more evaluations for the leaps."""
@@ -53,8 +55,9 @@ def representative_seeds(method: Callable[..., Endpoints], times: Tensor, hyper:
     seeds, middle = {}, (1 + hyper.m) // 2
     for seed in range(2000):
         endpoints = method(lambda x, t: 0 * x, torch.zeros(1, 1), times, hyper, torch.Generator().manual_seed(seed))
-        list(endpoints)
-        if "i_min" not in endpoints.log:  # every draw costs the same
+        with torch.no_grad():
+            list(endpoints)
+        if "i_min" not in endpoints.log:  # practically every draw costs the same
             return [seed]
         if endpoints.log["i_min"] == middle:
             seeds.setdefault(endpoints.log.get("s"), seed)
@@ -88,9 +91,10 @@ def measure_operations(name: str, folder: Path) -> list[Row]:
         ratios = {"network": network / floor, "all": everything / bare}
         return {"task": name_in_tables(name), "method": method, **ratios, "GFLOP": everything / len(x_T) / 1e9}
 
-    rows = []
+    rows, hyper = [], trainer.hyper
     for method in tqdm(METHODS_AND_TWO_PASSES, f"{name}: operations", leave=False, mininterval=1):
         trainer.method = METHODS_AND_TWO_PASSES[method]
+        trainer.hyper = replace(hyper, **DEFAULTS.get(method, {}))
         rows.append(row(trainer, method))
     if name in TINY_PIPELINES:
         trainer = start_trainer(name, folder, *flags)

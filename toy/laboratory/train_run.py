@@ -7,12 +7,11 @@ from functools import cache
 from io import StringIO
 
 from beyond import Hyper
-from leap_align import METHODS
 from toy.digits import Digits
 from toy.laboratory.variants import VARIANTS
 from toy.modes import Modes
 from toy.task import ToyOptions, ToyTask
-from train_leap_align import Config, Trainer
+from train_leap_align import METHODS, Config, Trainer
 
 TASKS = {"toy": Modes, "digits": Digits}
 SMOKE_OPTIONS = {"pretrain_steps": 60, "reward_steps": 60, "evaluation_samples": 160}

@@ -117,7 +117,7 @@ def leap_align_variant(
 ) -> Endpoints:
     """LeapAlign in two passes, with a part to replace; `endpoint` names the state that the reward scores."""
     i_k, i_j = draw(len(times) - 1, generator, hyper)
-    leaps = trajectory(velocity, rollout(velocity, x_T, times), times, i_k, i_j, hyper.alpha)
+    leaps = trajectory(velocity, rollout(velocity, x_T, times, 0, hyper.step()), times, i_k, i_j, hyper.alpha)
     d_j, d_0 = distances(leaps)
     yield getattr(leaps, endpoint), weight(leaps, hyper.tau)
     return {"i_k": i_k, "i_j": i_j, "d_j": d_j, "d_0": d_0}
@@ -130,7 +130,7 @@ def leap_align_with_leaps(
     """LeapAlign with any number of leaps; every choice of timesteps is equally likely."""
     drawn = 1 + torch.randperm(len(times) - 1, generator=generator)[:leaps]
     indices = sorted(drawn.tolist(), reverse=True)
-    states = rollout(velocity, x_T, times)
+    states = rollout(velocity, x_T, times, 0, hyper.step())
     connections = multi_leap_trajectory(velocity, states, times, indices, hyper.alpha)
     gaps = [stop_gradient(x - x_hat).abs().flatten(1).mean(1).clamp(min=hyper.tau) for x_hat, x in connections]
     yield connections[-1][1], 1 / sum(gaps)
