@@ -20,6 +20,7 @@ import diffusers
 import torch
 from torch import Tensor
 from torch.profiler import record_function
+from tqdm import tqdm
 
 from full_scale.architectures import ARCHITECTURES
 from full_scale.simulation import Simulation, simulated, simulated_cluster
@@ -93,19 +94,26 @@ class Costs:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def simulate(flags: PlanFlags) -> Costs:
-    """Executes one optimizer step and the evaluation of one image, as rank 0 of the machine."""
+def simulate(flags: PlanFlags, title: str) -> Costs:
+    """Executes one optimizer step and the evaluation of one image, as rank 0 of the machine, with a bar."""
     machine = flags.machine
     simulation = Simulation(PHASES, machine.gpus)
-    with tempfile.TemporaryDirectory() as folder, simulated_cluster(machine.nodes, machine.gpus):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        simulated_cluster(machine.nodes, machine.gpus),
+        tqdm(desc=title, total=3, leave=False) as bar,
+    ):
         trainer = start_trainer(flags, simulation, Path(folder))
         label(simulation, trainer)
+        bar.update()
         with simulation:
             warm_up(trainer)
             simulation.label("moments", optimizer_tensors(trainer))
             simulation.phases.clear()
             counts = step_counts(simulation, trainer)
+            bar.update()
             simulate_evaluation(trainer)
+            bar.update()
         peaks = {name: simulation.phases[name].peak for name in PHASES}
         counts = {name: counts[name] for name in PHASES if name in counts}
         return Costs(peaks, counts, host_bytes(trainer, machine), disk_bytes(trainer))
@@ -260,7 +268,7 @@ def remedies(flags: PlanFlags) -> Iterator[tuple[str, PlanFlags]]:
 def find_remedy(flags: PlanFlags) -> str:
     """The first remedy with which the run fits."""
     for change, changed in remedies(flags):
-        if fits(simulate(changed), flags.machine):
+        if fits(simulate(changed, f"with {change}"), flags.machine):
             return f"it fits with {change}"
     return "no flag makes it fit: use more GPUs, GPUs with more memory, or a smaller --height and --width"
 
@@ -274,15 +282,8 @@ def plan(arguments: list[str]) -> None:
     """Compute memory, time and traffic of a full-size run by executing its code on tensors without values."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the simulated GPUs are tensors of the CPU
     diffusers.utils.logging.set_verbosity_error()
-    if not any(argument.startswith("--task") for argument in arguments):
-        arguments = ["--task", "flux", *arguments]
-    flags = parse(arguments, PlanFlags, __doc__)
-    machine = flags.machine
-    check_machine(machine)
-    if flags.run.task not in ARCHITECTURES:
-        raise BadInput(f"task={flags.run.task}: plan knows {', '.join(ARCHITECTURES)}")
-    check(flags.run, flags.method, machine.gpus * machine.nodes)
-    costs = simulate(flags)
+    flags = read_flags(arguments)
+    machine, costs = flags.machine, simulate(flags, "plan")
     print_memory(costs)
     print_time(costs, machine)
     for title, values in {"host memory of a node": costs.host, "disk": costs.disk}.items():
@@ -291,6 +292,18 @@ def plan(arguments: list[str]) -> None:
     print(f"{peak_gib(costs):.1f} GiB and {RESERVED_GIB:.0f} reserved, of {machine.gpu_memory:.0f} GiB: {verdict}")
     if machine.json:
         write_json(machine.json, numbers(costs, flags))
+
+
+def read_flags(arguments: list[str]) -> PlanFlags:
+    """The command line, for FLUX.1-dev if it names no task; refuses values that cannot work."""
+    if not any(argument.startswith("--task") for argument in arguments):
+        arguments = ["--task", "flux", *arguments]
+    flags = parse(arguments, PlanFlags, __doc__)
+    if flags.run.task not in ARCHITECTURES:
+        raise BadInput(f"task={flags.run.task}: plan knows {', '.join(ARCHITECTURES)}")
+    check_machine(flags.machine)
+    check(flags.run, flags.method, flags.machine.gpus * flags.machine.nodes)
+    return flags
 
 
 def print_memory(costs: Costs) -> None:

@@ -108,7 +108,7 @@ def test_a_simulated_step_costs_what_a_real_one_costs(models, name, changes, mon
     counter, _ = count_step(trainer)
     operations = flop_count(trainer.step)
     torch.distributed.destroy_process_group()
-    costs = plan.simulate(flags_of(models, name, changes, monkeypatch))
+    costs = plan.simulate(flags_of(models, name, changes, monkeypatch), "")
     assert sum(counts[FLOP] for counts in costs.counts.values()) == operations
     assert plan.peak_gib(costs) * plan.GIB == pytest.approx(peak_of(counter), rel=0.03)
 
@@ -117,7 +117,7 @@ def test_a_simulated_step_costs_what_a_real_one_costs(models, name, changes, mon
 def test_two_nodes_exchange_their_gradients_once_an_iteration(models, monkeypatch, steps):
     flags = flags_of(models, "flux", {}, monkeypatch, nodes=2, gpus=2)
     run = replace(flags.run, batch_size=4 * steps, gradient_accumulation_steps=steps)
-    costs = plan.simulate(replace(flags, run=run))
+    costs = plan.simulate(replace(flags, run=run), "")
     parameters = sum(p.nbytes for p in task_of(models).model.parameters())
     # Each GPU holds half of the float32 gradients; a ring of two moves them twice, half at a time.
     between = sum(counts[BETWEEN] for counts in costs.counts.values())
@@ -138,7 +138,7 @@ def test_a_joint_backward_needs_the_unsharded_gradients_of_both_leaps(models, mo
     path.write_text(json.dumps(json.loads(path.read_text()) | wide))
     flags = flags_of(models, "flux", {"precision": "bfloat16", "model": str(tmp_path / "flux")}, monkeypatch, gpus=8)
     flags = replace(flags, run=replace(flags.run, batch_size=8))
-    cut = plan.simulate(flags)
+    cut = plan.simulate(flags, "")
 
     class Joint:
         def __init__(self, velocity):
@@ -155,7 +155,7 @@ def test_a_joint_backward_needs_the_unsharded_gradients_of_both_leaps(models, mo
             x_0.backward(gradient)
 
     monkeypatch.setattr("train_leap_align.Leash", Joint)
-    joint = plan.simulate(flags)
+    joint = plan.simulate(flags, "")
     assert joint.counts["backward"][FLOP] == cut.counts["backward"][FLOP]
     weights = sum(p.numel() for p in network_from_config(json.loads(path.read_text())).parameters())
     held_longer = plan.peak_gib(joint) - plan.peak_gib(cut)
@@ -176,7 +176,7 @@ def test_a_run_that_does_not_fit_is_told_the_cheapest_change_that_helps(models, 
         Config(task="flux", batch_size=16), Hyper(), options_of(models, "flux"), plan.Machine(gpus=2)
     )
 
-    def simulate(flags):
+    def simulate(flags, title):
         gib = 60 - flags.run.gradient_accumulation_steps - 10 * flags.machine.stored_embeddings
         gib -= 10 if flags.task.lora_rank else 0
         return plan.Costs({"backward": {"weights": gib * plan.GIB}}, {}, {}, {})
