@@ -1,9 +1,11 @@
 """full_scale/plan.py: its counter against the allocator, its simulation against a real step, its judgement."""
 
 import json
+import re
 import shutil
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -66,7 +68,10 @@ def flags_of(models, name, changes, monkeypatch, **machine):
 # The counter
 
 
-@all_cases
+MORE_CASES = [*CASES, ("flux", {}), ("sd3", {"gradient_checkpointing": "off"})]
+
+
+@pytest.mark.parametrize(("name", "changes"), MORE_CASES, ids=str)
 def test_the_counter_agrees_with_the_allocator_within_3_percent(models, name, changes):
     trainer = trainer_of(models, name, changes)
     counter, before = count_step(trainer)
@@ -77,6 +82,7 @@ def test_the_counter_agrees_with_the_allocator_within_3_percent(models, name, ch
     for event in sorted(events, key=lambda event: event.start_ns()):
         alive += event.nbytes()
         peak = max(peak, alive)
+    print(f"{name} {changes}: counter / allocator = {(peak_of(counter) - before) / peak:.3f}")  # shown by pytest -s
     assert peak > 1e6
     assert peak_of(counter) - before == pytest.approx(peak, rel=0.03)
 
@@ -216,3 +222,21 @@ def test_the_plan_is_printed_and_written(models, monkeypatch, tmp_path, capsys):
 )
 def test_what_cannot_be_planned_is_refused(arguments, expected):
     assert expected in refusal(["plan", *arguments], tools.main)
+
+
+PAGE = (Path(__file__).parents[1] / "full_scale" / "README.md").read_text()
+ROWS = re.findall(r"^\| (?:`(--[^`]*)`|no other) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ (?:s|min) \|$", PAGE, re.M)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flags", "training", "every"), ROWS, ids=lambda value: value or "no other")
+def test_the_page_shows_what_the_plan_computes(flags, training, every, tmp_path):
+    gpus = 1 if "--gpus 1" in flags else 16 if "--nodes 2" in flags else 8
+    tool("plan", *flags.split(), "--gradient-accumulation-steps", 64 // gpus, "--json", tmp_path / "plan.json")
+    numbers = json.loads((tmp_path / "plan.json").read_text())
+    assert numbers["training_gib"] == pytest.approx(float(training), abs=0.06)
+    assert numbers["peak_gib"] == pytest.approx(float(every), abs=0.06)
+
+
+def test_the_page_has_its_rows():
+    assert len(ROWS) == 10
