@@ -6,7 +6,7 @@ from toy.laboratory.laboratory import EVALUATORS, Laboratory, RunMetrics
 from toy.laboratory.tables import summarize
 from toy.summary import markdown_table
 
-BETAS = {"toy": (0.03, 0.1, 0.3, 1.0, 3.0), "digits": (0.5, 1.0, 2.0, 4.0, 10.0)}
+BETAS = {"toy": (0.03, 0.1, 0.3, 1.0, 3.0), "digits": (0.5, 1.0, 2.0, 3.0, 4.0, 10.0)}
 """Without hinge, for every method of the paper; the tasks differ in the scale of their rewards."""
 BETAS_WITH_HINGE = {"toy": (0.1, 0.3), "digits": (1.0, 2.0)}
 """With the hinge at lambda = 0, for LeapAlign."""
