@@ -5,6 +5,7 @@
     python -m full_scale plan --nodes 2 --json plan.json             two nodes of eight GPUs
 
 All flags of the training are flags here, with the same meaning.  No weights, network or GPU are needed.
+Operations are those of one step with the timesteps that --seed draws.
 """
 
 import math
@@ -252,6 +253,10 @@ def remedies(flags: PlanFlags) -> Iterator[tuple[str, PlanFlags]]:
     """Changes of flags that save memory, each with the ones before it: cheap ones first."""
     machine, run = flags.machine, flags.run
     changes, most = [], run.batch_size // (machine.gpus * machine.nodes)
+    if flags.task.gradient_checkpointing != "on":
+        flags = replace(flags, task=replace(flags.task, gradient_checkpointing="on"))
+        changes.append("--gradient-checkpointing on")
+        yield " ".join(changes), flags
     if run.gradient_accumulation_steps < most:
         flags = replace(flags, run=replace(run, gradient_accumulation_steps=most))
         changes.append(f"--gradient-accumulation-steps {most}")
@@ -308,10 +313,10 @@ def read_flags(arguments: list[str]) -> PlanFlags:
 
 def print_memory(costs: Costs) -> None:
     """A row per phase, a column per kind, in GiB."""
-    print(f"\n{'GiB per GPU':12}" + "".join(f"{kind:>18}" for kind in (*KINDS, "sum")))
+    print(f"\n{'GiB per GPU':12}" + "".join(f"{kind.split()[0]:>12}" for kind in (*KINDS, "sum")))
     for phase, peak in costs.peaks.items():
         values = [peak.get(kind, 0) / GIB for kind in KINDS]
-        print(f"{phase:12}" + "".join(f"{value:18.2f}" for value in (*values, total(peak))))
+        print(f"{phase:12}" + "".join(f"{value:12.2f}" for value in (*values, total(peak))))
 
 
 def print_time(costs: Costs, machine: Machine) -> None:
