@@ -30,6 +30,7 @@ S; a time is a number, a () tensor or, with one time a sample, a (B,) tensor in 
     M13       L = sg(w) L_raw                                       objective (differentiable, checked: its reward)
     Alg. 1    the direct-gradient methods                           refl, draft_lv, drtune, leap_align
     S16, S18  the gradient that follows                             proven in tests/test_gradient.py
+              the same gradient, one evaluation at a time           cut, CutVelocity
 """
 
 import math
