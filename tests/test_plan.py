@@ -1,5 +1,6 @@
 """full_scale/plan.py: its counter against the allocator, its simulation against a real step, its judgement."""
 
+import gc
 import json
 import re
 import shutil
@@ -75,6 +76,7 @@ MORE_CASES = [*CASES, ("flux", {}), ("sd3", {"gradient_checkpointing": "off"})]
 def test_the_counter_agrees_with_the_allocator_within_3_percent(models, name, changes):
     trainer = trainer_of(models, name, changes)
     counter, before = count_step(trainer)
+    gc.collect()  # what earlier tests left would otherwise be freed during the measurement
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer.step()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -27,8 +27,10 @@ class HPSv2(TextCachingReward):
     @classmethod
     def load(cls, weights: str | Path | None = None, device: str | torch.device = "cpu") -> "HPSv2":
         """weights: HPS_v2.1_compressed.pt, the same as safetensors, a hub id, or a folder in open_clip's layout."""
+        import open_clip
+
         path = local_path(weights) or download(str(weights or REPOSITORY), CHECKPOINT) / CHECKPOINT
-        config = None
+        config = open_clip.get_model_config("ViT-H-14")
         if path.is_dir():
             config = read_json(path / "open_clip_config.json")["model_cfg"]
             path = path / "open_clip_model.safetensors"
