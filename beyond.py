@@ -46,6 +46,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 import leap_align
 from leap_align import (
@@ -331,7 +332,8 @@ def stratified(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, gen
     x_0 = states.pop()
     yield x_0, 1 / gap
     if x_0.requires_grad:
-        _backward_of_earlier_leaps(velocity, states, times, indices, alpha)
+        with record_function("backward"):
+            _backward_of_earlier_leaps(velocity, states, times, indices, alpha)
     return {"timesteps": tuple(indices)}
 
 

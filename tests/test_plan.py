@@ -24,7 +24,7 @@ from full_scale.rewards.hpsv2 import HPSv2
 from full_scale.simulation import network_from_config
 from runtime.cost_counter import BETWEEN, FLOP, WITHIN, CostCounter
 from runtime.counters import flop_count
-from train_leap_align import Config, Trainer
+from train_leap_align import METHODS, Config, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -168,6 +168,18 @@ def test_a_joint_backward_needs_the_unsharded_gradients_of_both_leaps(models, mo
     weights = sum(p.numel() for p in network_from_config(json.loads(path.read_text())).parameters())
     held_longer = plan.peak_gib(joint) - plan.peak_gib(cut)
     assert held_longer * plan.GIB > 0.3 * 2 * weights  # bfloat16
+
+
+def test_every_operation_of_every_phase_is_counted(models, monkeypatch):
+    """`stratified` evaluates earlier leaps again after the endpoint's backward."""
+    trainer = trainer_of(models, "flux", {})
+    trainer.method, trainer.hyper = METHODS["stratified"], Hyper(lam=None, K=3, alpha=1.0)
+    operations = flop_count(trainer.step)
+    torch.distributed.destroy_process_group()
+    flags = flags_of(models, "flux", {}, monkeypatch)
+    run, hyper = replace(flags.run, method="stratified"), replace(flags.method, K=3, alpha=1.0)
+    costs = plan.simulate(replace(flags, run=run, method=hyper), "")
+    assert sum(counts[FLOP] for counts in costs.counts.values()) == operations
 
 
 # The judgement
