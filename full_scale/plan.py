@@ -24,7 +24,7 @@ from torch.profiler import record_function
 from tqdm import tqdm
 
 from full_scale.architectures import ARCHITECTURES
-from full_scale.simulation import Simulation, simulated, simulated_cluster
+from full_scale.simulation import SIMULATED_REWARDS, Simulation, simulated, simulated_cluster
 from full_scale.transformer import EXPORT_FILE_BYTES, export_files
 from leap_align import BadInput
 from runtime import processes
@@ -306,6 +306,11 @@ def read_flags(arguments: list[str]) -> PlanFlags:
     flags = parse(arguments, PlanFlags, __doc__)
     if flags.run.task not in ARCHITECTURES:
         raise BadInput(f"task={flags.run.task}: plan knows {', '.join(ARCHITECTURES)}")
+    published = task_class(flags.run.task).Options.model
+    if flags.task.model != published and not (Path(flags.task.model) / "model_index.json").is_file():
+        raise BadInput(f"model={flags.task.model}: give a pipeline's folder, or leave it out to plan for {published}")
+    if flags.task.reward not in SIMULATED_REWARDS:
+        raise BadInput(f"reward={flags.task.reward}: plan knows {', '.join(SIMULATED_REWARDS)}; plan with that one")
     check_machine(flags.machine)
     check(flags.run, flags.method, flags.machine.gpus * flags.machine.nodes)
     return flags

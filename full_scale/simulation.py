@@ -25,7 +25,7 @@ from full_scale.architectures import ARCHITECTURES
 from full_scale.pipeline import FAMILIES
 from full_scale.rewards.hpsv2 import HPSv2
 from full_scale.tiny import tiny_text
-from leap_align import BadInput, Velocity
+from leap_align import Velocity
 from runtime.cost_counter import CostCounter
 from runtime.run_dir import read_json
 
@@ -120,13 +120,6 @@ def pipeline_without_weights(
     return kind(**components)
 
 
-def reward_without_weights(name: str, simulation: Simulation) -> nn.Module:
-    """A reward by its name."""
-    if name not in SIMULATED_REWARDS:
-        raise BadInput(f"reward={name}: only {', '.join(SIMULATED_REWARDS)} can be simulated; take it instead")
-    return simulation.empty(SIMULATED_REWARDS[name].empty(), torch.float32)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # A task without weights
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,7 +135,7 @@ class WithoutWeights:
 
     def load_reward(self) -> nn.Module:
         """The reward, with the shapes of its weights."""
-        return reward_without_weights(self.options.reward, self.simulation)
+        return self.simulation.empty(SIMULATED_REWARDS[self.options.reward].empty(), torch.float32)
 
     def open_pipeline(self, text: bool) -> Any:
         """The pipeline; without text encoders if embeddings are stored."""

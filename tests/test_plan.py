@@ -229,6 +229,7 @@ def test_the_plan_is_printed_and_written(models, monkeypatch, tmp_path, capsys):
     [
         (["--task", "toy"], "plan knows flux, sd3"),
         (["--reward", "pickscore"], "reward=pickscore"),
+        (["--model", "/nowhere"], "model=/nowhere: give a pipeline's folder"),
         (["--gpus", "0"], "gpus=0"),
         (["--batch-size", "7"], "batch_size=7"),
         (["--tflops", "0"], "tflops=0"),
