@@ -29,12 +29,13 @@ score well.  The leash instead pulls the velocity back, in proportion to its gap
 
     L + beta R,    R = mean over samples and dimensions of  sg(w) sum_i h_i |v_theta(x_i, t_i) - sg(v_ref(x_i, t_i))|^2
 
-The sum is over the differentiated evaluations of an endpoint.  h_i = |d x_0 / d v_i| is the length of the leap that
-starts there, and w the weight of the reward.  The sum over a whole run is the integral of the squared gap, which bounds
-the Wasserstein-2 distance between what the two models generate (ORW-CFM-W2, arXiv 2502.06061), and which in Flow-GRPO
-(arXiv 2505.05470) is the KL divergence up to a factor.  Without hinge and nested gradient, dL/dv_i is h_i w dr/dx_0 a
-sample, so loss and leash balance where v_theta - v_ref = - D / (2 beta) dr/dx_0 (D dimensions), whatever h_i and w are.
-One beta therefore suits all methods; with the plain mean over evaluations, DRaFT-LV needed a far smaller one.
+The sum is over the differentiated evaluations of an endpoint. h_i = |d x_0 / d v_i| is the length of the leap that
+starts there, times the factor of its gradient in a surrogate, and w the weight of the reward. The sum over a whole run
+is the integral of the squared gap, which bounds the Wasserstein-2 distance between what the two models generate
+(ORW-CFM-W2, arXiv 2502.06061), and which in Flow-GRPO (arXiv 2505.05470) is the KL divergence up to a factor. Without
+hinge and nested gradient, dL/dv_i is h_i w dr/dx_0 a sample, so loss and leash balance where v_theta - v_ref = - D / (2
+beta) dr/dx_0 (D dimensions), whatever h_i and w are. So one beta should suit all methods; on a toy it does for the
+paper's (`python -m toy.laboratory leash`).
 """
 
 import math
@@ -401,6 +402,9 @@ class Leash(CutVelocity):
         super().__init__(velocity)
         self.reference, self.beta, self.microbatches = reference, beta, microbatches
         self.gaps, self.norms, self.pulls = [], [], []
+        self.weight: Tensor | None = None
+        self.late = 0.0
+        """The part of R from evaluations after the endpoint's backward."""
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         v = super().__call__(x, t)
@@ -434,13 +438,14 @@ class Leash(CutVelocity):
     def backward(self, x_0: Tensor, gradient: Tensor, before_last: Callable[[], None] | None = None) -> None:
         """`CutVelocity.backward`; it also pulls what was evaluated after the endpoint, as the leaps of `stratified`."""
         if self.gaps:
-            self.pull(x_0, self.weight)
+            self.late += self.pull(x_0, self.weight)["leash"]
         super().backward(x_0, gradient, before_last)
 
     def backward_evaluation(self, v: Tensor, x_in: Tensor, dv: Tensor) -> None:
         """Gives theta the gradient of loss and leash, and x_in that of the loss alone."""
         if not self.pulls:
-            return super().backward_evaluation(v, x_in, dv)
+            super().backward_evaluation(v, x_in, dv)
+            return
         if x_in.requires_grad:
             v.backward(dv, retain_graph=True, inputs=[x_in])
         dx, x_in.grad = x_in.grad, None

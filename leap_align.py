@@ -405,7 +405,7 @@ class CutVelocity:
             if before_last and not self.evaluations:
                 before_last()
             self.backward_evaluation(v, x_in, dv)
-            if x.requires_grad:
+            if x.requires_grad and x_in.grad is not None:  # None if v does not depend on x
                 ends, gradients = [*ends, x], [*gradients, x_in.grad]
         torch.autograd.backward(ends, gradients)  # to the states that the method cut
 

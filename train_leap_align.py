@@ -147,7 +147,12 @@ def task_class(name: str) -> type[Task]:
     return kind
 
 
-def parse(arguments: list[str] | None, flags_class: type[Flags] = Flags, description: str | None = __doc__) -> Flags:
+def parse(
+    arguments: list[str] | None,
+    flags_class: type[Flags] = Flags,
+    description: str | None = __doc__,
+    program: str | None = None,
+) -> Flags:
     """The command line.  Task, reward and method are read first, because they decide about flags and defaults."""
     first_pass = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first_pass.add_argument("--task", default=Config.task)
@@ -164,6 +169,7 @@ def parse(arguments: list[str] | None, flags_class: type[Flags] = Flags, descrip
         args=arguments,
         default=flags_class(Config(**run), Hyper(**method), kind.Options()),
         description=description,
+        prog=program,
     )
 
 
@@ -261,6 +267,9 @@ class Trainer:
             self.set_all_reduce(False)
             with record_function("backward"):
                 velocity.backward(x_0, image.grad, before_last=lambda: self.set_all_reduce(is_last))
+        if velocity.late:
+            metrics[-1]["leash"] += velocity.late
+            metrics[-1]["loss"] += self.hyper.beta * velocity.late
         log = endpoints.log | {"loss": sum(row["loss"] for row in metrics)}
         return mean(metrics) | {name: torch.as_tensor(value).float().mean().item() for name, value in log.items()}
 

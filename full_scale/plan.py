@@ -1,10 +1,11 @@
 """What a full-size run needs, from executing its own code on tensors without values: memory, operations, traffic, time.
 
-    python -m full_scale plan                                        FLUX.1-dev, every weight, eight GPUs of 80 GB
-    python -m full_scale plan --gpus 1 --lora-rank 64 --lr 1e-4      LoRA on one GPU
-    python -m full_scale plan --nodes 2 --json plan.json             two nodes of eight GPUs
+    python -m full_scale plan            FLUX.1-dev, every weight, eight GPUs of 80 GiB, eight samples on each at once
+    python -m full_scale plan --gpus 1 --lora-rank 64 --gradient-accumulation-steps 64     LoRA on one GPU
+    python -m full_scale plan --nodes 2 --gradient-accumulation-steps 4 --json plan.json   two nodes of eight GPUs
 
-All flags of the training are flags here, with the same meaning.  No weights, network or GPU are needed.
+All flags of the training are flags here, with the same meaning, but no prompts, reward weights or run's folder are
+read: text is encoded in every step unless --stored-embeddings.  No weights, network or GPU are needed.
 Operations are those of one step with the timesteps that --seed draws.
 """
 
@@ -14,6 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ class Machine:
     nodes: int = 1
     """Nodes."""
     gpu_memory: float = 80.0
-    """Memory of a GPU in GiB."""
+    """Memory of a GPU in GiB, as nvidia-smi shows it; a card sold as 48 GB has about 45."""
     tflops: float = 400.0
     """Operations that a GPU really does, in TFLOP/s: about 40 % of the bfloat16 peak of an H100."""
     bandwidth: tuple[float, float] = (400.0, 40.0)
@@ -201,9 +203,11 @@ def simulate_evaluation(trainer: Trainer) -> None:
 
 
 def host_bytes(trainer: Trainer, machine: Machine) -> dict[str, int]:
-    """Of a node.  Its processes map the same files of weights, and each writes a checkpoint file by file."""
+    """Of a node, derived from the writers' own limits: its processes map the same files, and write file by file."""
     loading = sum(p.nbytes for module in trainer.task.frozen_modules() for p in module.parameters())
-    return {"loading": loading, "checkpoint": machine.gpus * HOST_BYTES, "export": EXPORT_FILE_BYTES}
+    disk = disk_bytes(trainer)
+    checkpoint = min(machine.gpus * HOST_BYTES, 3 * disk["checkpoint"])
+    return {"loading": loading, "checkpoint": checkpoint, "export": min(EXPORT_FILE_BYTES, disk["export"])}
 
 
 def disk_bytes(trainer: Trainer) -> dict[str, int]:
@@ -250,7 +254,7 @@ def seconds(counts: Counter[str], machine: Machine) -> float:
 
 
 def remedies(flags: PlanFlags) -> Iterator[tuple[str, PlanFlags]]:
-    """Changes of flags that save memory, each with the ones before it: cheap ones first."""
+    """Changes of flags that save memory, in the order of what they cost; each comes with the ones before it."""
     machine, run = flags.machine, flags.run
     changes, most = [], run.batch_size // (machine.gpus * machine.nodes)
     if flags.task.gradient_checkpointing != "on":
@@ -263,19 +267,24 @@ def remedies(flags: PlanFlags) -> Iterator[tuple[str, PlanFlags]]:
         yield " ".join(changes), flags
     if not machine.stored_embeddings:
         flags = replace(flags, machine=replace(machine, stored_embeddings=True))
-        changes.append("--stored-embeddings")
+        changes.append("--stored-embeddings (prompts from `embed`, or at most 200)")
         yield " ".join(changes), flags
     if not flags.task.lora_rank:
         changes.append("--lora-rank 64 --lr 1e-4")
         yield " ".join(changes), replace(flags, task=replace(flags.task, lora_rank=64))
 
 
-def find_remedy(flags: PlanFlags) -> str:
-    """The first remedy with which the run fits."""
+def verdict(flags: PlanFlags, costs: Costs) -> str:
+    """Whether the run fits, and if not, the first of `remedies` with which it does."""
+    if fits(costs, flags.machine):
+        return "fits"
+    least = peak_gib(costs)
     for change, changed in remedies(flags):
-        if fits(simulate(changed, f"with {change}"), flags.machine):
-            return f"it fits with {change}"
-    return "no flag makes it fit: use more GPUs, GPUs with more memory, or a smaller --height and --width"
+        costs = simulate(changed, f"with {change}")
+        if fits(costs, flags.machine):
+            return f"does not fit; with {change} it does ({peak_gib(costs):.1f} GiB)"
+        least = min(least, peak_gib(costs))
+    return f"does not fit; with all changes of flags it still needs {least:.1f} GiB: use more or larger GPUs"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,17 +302,20 @@ def plan(arguments: list[str]) -> None:
     print_time(costs, machine)
     for title, values in {"host memory of a node": costs.host, "disk": costs.disk}.items():
         print(f"{title}: " + ", ".join(f"{name} {value / 1e9:.1f} GB" for name, value in values.items()))
-    verdict = "fits" if fits(costs, machine) else find_remedy(flags)
-    print(f"{peak_gib(costs):.1f} GiB and {RESERVED_GIB:.0f} reserved, of {machine.gpu_memory:.0f} GiB: {verdict}")
+    judgement = verdict(flags, costs)
+    print(f"{peak_gib(costs):.1f} GiB and {RESERVED_GIB:.0f} reserved, of {machine.gpu_memory:.0f} GiB: {judgement}")
     if machine.json:
-        write_json(machine.json, numbers(costs, flags))
+        write_json(machine.json, numbers(costs, flags) | {"verdict": judgement})
 
 
 def read_flags(arguments: list[str]) -> PlanFlags:
     """The command line, for FLUX.1-dev if it names no task; refuses values that cannot work."""
+    folder_of = [Path(path).parent for flag, path in pairwise(arguments) if flag == "--json"]
+    if missing := [folder for folder in folder_of if not folder.is_dir()]:
+        raise BadInput(f"json: {missing[0]} does not exist: make it first")
     if not any(argument.startswith("--task") for argument in arguments):
         arguments = ["--task", "flux", *arguments]
-    flags = parse(arguments, PlanFlags, __doc__)
+    flags = parse(arguments, PlanFlags, __doc__, "python -m full_scale plan")
     if flags.run.task not in ARCHITECTURES:
         raise BadInput(f"task={flags.run.task}: plan knows {', '.join(ARCHITECTURES)}")
     published = task_class(flags.run.task).Options.model
@@ -339,7 +351,7 @@ def print_time(costs: Costs, machine: Machine) -> None:
 
 
 def numbers(costs: Costs, flags: PlanFlags) -> dict[str, Any]:
-    """The plan as JSON."""
+    """The plan as JSON.  tflop_per_step is that of all GPUs together; everything else is that of one GPU or node."""
     machine, step = flags.machine, sum(costs.counts.values(), Counter())
     phases = {}
     for name, peak in costs.peaks.items():

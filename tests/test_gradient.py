@@ -272,6 +272,19 @@ def test_the_cut_backward_has_the_gradient_of_the_joint_one(name, pairs, alpha, 
     assert error(theta.grad, expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_the_cut_backward_of_a_velocity_that_ignores_its_state(name):
+    theta, x_T, times = torch.tensor(0.7, requires_grad=True), randn(B, 3, seed=1), grid(T)
+    plain = lambda x, t: (theta * (1 + t)).expand(B, 3)  # noqa: E731
+    found = []
+    for velocity in (plain, CutVelocity(plain)):
+        theta.grad = None
+        for x_0, _ in METHODS[name](velocity, x_T, times, Hyper(m=4), seeded(0)):
+            x_0.sum().backward() if velocity is plain else velocity.backward(x_0, torch.ones_like(x_0))
+        found.append(theta.grad.item())
+    assert found[0] == pytest.approx(found[1], rel=1e-12) and found[0] != 0
+
+
 @pytest.mark.parametrize(("name", "pairs"), CASES, ids=str)
 def test_the_cut_backward_ends_one_evaluation_before_the_next_begins(name, pairs):
     """A joint backward adds to the weights once, with the gradients of all evaluations held until then."""

@@ -41,6 +41,8 @@ def leashed(name, net, reference, x_T, times, hyper, beta, seed=0, microbatches=
         rows.append(velocity.pull(x_0, weight))
         velocity.backward(x_0, image.grad)
         weights.append(weight)
+    if velocity.late:
+        rows[-1]["leash"] += velocity.late
     return theta.grad, weights, rows, endpoints.log
 
 
@@ -144,11 +146,24 @@ def test_the_leash_of_full_backpropagation_is_the_formula():
 @pytest.mark.parametrize("K", [2, 3, T])
 def test_the_leash_of_stratified_also_pulls_the_leaps_that_it_evaluates_again(K):
     net, reference, x_T, times, states = problem()
-    found, (weight,), _, log = added("stratified", net, reference, x_T, times, Hyper(lam=None, K=K))
+    found, (weight,), (row,), log = added("stratified", net, reference, x_T, times, Hyper(lam=None, K=K))
     indices = [*log["timesteps"], 0]
     leaps = [(states[a], times[a], times[a] - times[b]) for a, b in pairwise(indices)]
-    expected = sum(one_evaluation(net, reference, *leap, weight)[0] for leap in leaps)
+    parts = [one_evaluation(net, reference, *leap, weight) for leap in leaps]
+    expected = sum(gradient for gradient, _ in parts)
     assert (found - BETA * expected).abs().max() < TOLERANCE < expected.abs().max()
+    assert row["leash"] == pytest.approx(sum(R for _, R in parts).item(), rel=1e-12)
+
+
+def test_the_leash_of_sparse_has_the_compensation_in_its_lengths():
+    net, reference, x_T, times, states = problem()
+    found, _, (row,), log = added("sparse", net, reference, x_T, times, Hyper(lam=None, K=3, rho=0.5))
+    h = {i: (times[i] - times[i - 1]).item() for i in range(1, T + 1)}
+    gamma = 1 + 0.5 * (sum(h.values()) / sum(h[i] for i in log["timesteps"]) - 1)
+    parts = [one_evaluation(net, reference, states[i], times[i], gamma * h[i], torch.ones(B)) for i in log["timesteps"]]
+    expected = sum(gradient for gradient, _ in parts)
+    assert (found - BETA * expected).abs().max() < TOLERANCE < expected.abs().max()
+    assert row["leash"] == pytest.approx(sum(R for _, R in parts).item(), rel=1e-12)
 
 
 # What it leaves alone
