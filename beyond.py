@@ -12,29 +12,29 @@ Active nodes (A) have gradient, the other nodes are constants:
     method       pieces        nodes of a piece                    g_i of active nodes      source
     sparse       T -> 0        all, w_i = h_i                      gamma                    FlowBP
     bridge       T -> j -> 0   all, w_i = h_i                      gamma                    FlowBP
-    lagrange     k -> j -> 0   up to three, Lagrange's weights     gamma, beta gamma        FlowBP
+    lagrange     k -> j -> 0   up to three, Lagrange's weights     gamma, delta gamma       FlowBP
     stratified   K leaps       the start, w = length of the leap   1                        ours; LeapAlign has K = 2
 
 The length of a step is h_i = times[i] - times[i-1].  Weights w_i belong to a surrogate, not to the solver of the run.
 Shapes, grids, symbols and the contract of a method are those of leap_align.py; these symbols are new:
 
-    FlowBP   code            meaning
-    rho      rho             share of the constant nodes' weight that the active nodes take over
-    b        late_bias       exponent of the preference for timesteps near the image
-    beta     node_discount   discount of the second node's gradient
+    FlowBP   here    code            meaning
+    rho      rho     rho             share of the constant nodes' weight that the active nodes take over
+    b        b       late_bias       exponent of the preference for timesteps near the image
+    beta     delta   node_discount   discount of the second node's gradient; beta is the leash's here
 
 The leash.  A reward is a rough model of what people want, so training on it alone may carry v_theta far away from the
 pre-trained v_ref, where the reward errs: samples lose diversity, then quality.  The hinge (Eq. M11) stops samples that
 score well.  The leash instead pulls the velocity back, in proportion to its gap:
 
-    L + beta R,    R = mean over samples and dimensions of  sg(w) sum_i h_i |v_theta(x_i, t_i) - sg(v_ref(x_i, t_i))|^2
+    L + beta R,    R = mean over samples and dimensions of  sg(w) sum_i l_i |v_theta(x_i, t_i) - sg(v_ref(x_i, t_i))|^2
 
-The sum is over the differentiated evaluations of an endpoint. h_i = |d x_0 / d v_i| is the length of the leap that
+The sum is over the differentiated evaluations of an endpoint. l_i = |d x_0 / d v_i| is the length of the leap that
 starts there, times the factor of its gradient in a surrogate, and w the weight of the reward. The sum over a whole run
 is the integral of the squared gap, which bounds the Wasserstein-2 distance between what the two models generate
 (ORW-CFM-W2, arXiv 2502.06061), and which in Flow-GRPO (arXiv 2505.05470) is the KL divergence up to a factor. Without
-hinge and nested gradient, dL/dv_i is h_i w dr/dx_0 a sample, so loss and leash balance where v_theta - v_ref = - D / (2
-beta) dr/dx_0 (D dimensions), whatever h_i and w are. So one beta should suit all methods; on a toy it does for the
+hinge and nested gradient, dL/dv_i is l_i w dr/dx_0 a sample, so loss and leash balance where v_theta - v_ref = -D/(2
+beta) dr/dx_0 (D dimensions), whatever l_i and w are. So one beta should suit all methods; on a toy it does for the
 paper's (`python -m toy.laboratory leash`).
 """
 
@@ -121,7 +121,7 @@ class Hyper(leap_align.Hyper):
     late_bias: float = 2.0
     """Preference for timesteps near the image, 0 for none (b; sparse, bridge)."""
     node_discount: float = 0.25
-    """Discount of the second node's gradient, in [0, 1] (beta; lagrange)."""
+    """Discount of the second node's gradient, in [0, 1] (delta, FlowBP's beta; lagrange)."""
     solver: Literal["euler", "ab2"] = "euler"
     """Solver of the sampling runs in training; ab2 is Adams-Bashforth of second order (every method)."""
 
@@ -199,7 +199,7 @@ def sum_piece(times: Tensor, i_a: int, i_b: int, active: list[int], rho: float) 
 def lagrange_piece(times: Tensor, i_a: int, i_b: int, rho: float, node_discount: float) -> Piece:
     """Three nodes from i_a to i_b + 1, as evenly as indices allow (all, if there are fewer), with Lagrange's weights.
 
-    g is gamma at the first node and beta gamma at the second; the third is a constant, and x_b itself is no node.
+    g is gamma at the first node and delta gamma at the second; the third is a constant, and x_b itself is no node.
     """
     t, nodes = times.tolist(), sorted({i_a, (i_a + i_b + 1) // 2, i_b + 1}, reverse=True)
     weights = dict(zip(nodes, lagrange_weights([t[i] for i in nodes], t[i_a], t[i_b])))
@@ -298,7 +298,7 @@ def bridge(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generat
 def lagrange(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generator: torch.Generator) -> Endpoints:
     """FlowBP's Lagrange: two leaps k -> j -> 0 of up to three nodes each; T evaluations, weight as LeapAlign's.
 
-    dx_0/dtheta = G_j + G_0 - alpha gamma_0 w_j dv_j/dx_j G_j.  Over a leap, G = -gamma (w_a dv_a + beta w_m dv_m) with
+    dx_0/dtheta = G_j + G_0 - alpha gamma_0 w_j dv_j/dx_j G_j.  Over a leap, G = -gamma (w_a dv_a + delta w_m dv_m) with
     start a and second node m.  On an even grid a leap over two steps gives its start the weight 0.
     """
     (i_k, i_j), step = sample_thirds(_steps(times), generator), hyper.step()
@@ -388,12 +388,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 class Leash(CutVelocity):
-    """v_theta on a leash to `reference`, the pre-trained v_ref: `pull` adds beta R to the loss of an endpoint.
+    """v_theta on a leash to `reference`, the pre-trained v_ref: `backward` adds the gradient of beta R to the loss's.
+
+    Set `weight` (B,) to the endpoint's before its backward; `log` then holds R as `leash`, summed over endpoints as the
+    loss is, and the mean of |v_theta| / |v_ref| as `v_norm`.  Without a reference nothing is added.
+    microbatches: into how many the batch is divided, whose gradients are added.
 
     The gradient of R goes to theta alone: states are where a rollout has been, not what the leash moves.  (Through x,
     with v_ref constant, training was the same at alpha = 0.3 and broke at alpha = 1.)  An evaluation whose x has a
     gradient therefore takes a second backward, to x alone.
-    microbatches: into how many the batch is divided, whose gradients are added.  Without a reference nothing is added.
     """
 
     def __init__(
@@ -401,10 +404,13 @@ class Leash(CutVelocity):
     ) -> None:
         super().__init__(velocity)
         self.reference, self.beta, self.microbatches = reference, beta, microbatches
-        self.gaps, self.norms, self.pulls = [], [], []
         self.weight: Tensor | None = None
-        self.late = 0.0
-        """The part of R from evaluations after the endpoint's backward."""
+        self.gaps, self.norms, self.pulls, self.R = [], [], [], 0.0
+
+    @property
+    def log(self) -> dict[str, float]:
+        """The figures of all evaluations up to now; none without a reference."""
+        return {"leash": self.R, "v_norm": torch.stack(self.norms).mean().item()} if self.norms else {}
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         v = super().__call__(x, t)
@@ -415,42 +421,32 @@ class Leash(CutVelocity):
                 self.norms.append((_norm(v) / _norm(v_ref)).mean())
         return v
 
-    def pull(self, x_0: Tensor, weight: Tensor) -> dict[str, float]:
-        """Adds beta R to the loss of the endpoint x_0 (B, *S) of weight (B,), for the `backward` that comes next.
-
-        Returns R as `leash`, and the mean of |v_theta| / |v_ref| as `v_norm`.
-        """
-        if not self.gaps:
-            return {}
-        self.weight = weight
-        outputs = [v_out for *_, v_out in self.evaluations]
-        # Only leaps lie between an output and x_0, so this is -h_i, in every dimension.
-        lengths = torch.autograd.grad(x_0, outputs, torch.ones_like(x_0), retain_graph=True, materialize_grads=True)
-        w, R = stop_gradient(weight).reshape(-1, *[1] * (x_0.ndim - 1)), 0.0
-        for h, gap in zip(lengths, self.gaps, strict=True):
-            pull = w * h.abs() * gap
-            R += (pull * gap).mean().item()
-            self.pulls.append(2 * self.beta / (gap.numel() * self.microbatches) * pull)  # beta dR/dv
-        v_norm = torch.stack(self.norms).mean().item()
-        self.gaps, self.norms = [], []
-        return {"leash": R, "v_norm": v_norm}
-
     def backward(self, x_0: Tensor, gradient: Tensor, before_last: Callable[[], None] | None = None) -> None:
-        """`CutVelocity.backward`; it also pulls what was evaluated after the endpoint, as the leaps of `stratified`."""
+        """`CutVelocity.backward`, with the gradient of beta R."""
         if self.gaps:
-            self.late += self.pull(x_0, self.weight)["leash"]
+            self._set_pulls(x_0)
         super().backward(x_0, gradient, before_last)
+
+    def _set_pulls(self, x_0: Tensor) -> None:
+        """Adds to R, and finds beta dR/dv of every evaluation since the last backward."""
+        outputs = [v_out for *_, v_out in self.evaluations]
+        # Only leaps lie between an output and x_0, so this is -l_i, in every dimension.
+        lengths = torch.autograd.grad(x_0, outputs, torch.ones_like(x_0), retain_graph=True, materialize_grads=True)
+        w = stop_gradient(self.weight).reshape(-1, *[1] * (x_0.ndim - 1))
+        for length, gap in zip(lengths, self.gaps, strict=True):
+            pull = w * length.abs() * gap
+            self.R += (pull * gap).mean().item()
+            self.pulls.append(2 * self.beta / (gap.numel() * self.microbatches) * pull)
+        self.gaps = []
 
     def backward_evaluation(self, v: Tensor, x_in: Tensor, dv: Tensor) -> None:
         """Gives theta the gradient of loss and leash, and x_in that of the loss alone."""
-        if not self.pulls:
-            super().backward_evaluation(v, x_in, dv)
-            return
-        if x_in.requires_grad:
+        if self.pulls and x_in.requires_grad:
             v.backward(dv, retain_graph=True, inputs=[x_in])
         dx, x_in.grad = x_in.grad, None
-        super().backward_evaluation(v, x_in, dv + self.pulls.pop())
-        x_in.grad = dx
+        super().backward_evaluation(v, x_in, dv + self.pulls.pop() if self.pulls else dv)
+        if dx is not None:
+            x_in.grad = dx
 
 
 def _norm(v: Tensor) -> Tensor:

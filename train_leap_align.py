@@ -36,15 +36,7 @@ from tqdm import tqdm
 import beyond
 import leap_align
 from beyond import Hyper, Leash
-from leap_align import (
-    BadInput,
-    BatchGenerator,
-    Endpoints,
-    cut,
-    differentiable,
-    objective,
-    uniform_times,
-)
+from leap_align import BadInput, BatchGenerator, Endpoints, cut, differentiable, objective, uniform_times
 from runtime import processes, report
 from runtime.checkpoint import Progress, load_checkpoint, save_checkpoint
 from runtime.ema import EMA
@@ -252,7 +244,7 @@ class Trainer:
     def backward(self, condition: Any, x_T: Tensor, generator: torch.Generator, is_last: bool = True) -> dict:
         """Adds the gradient of one microbatch; returns its metrics.
 
-        The loss is the sum over the method's endpoints, as in Algorithm 1; other metrics are means over them.
+        Loss and leash are sums over the method's endpoints, as in Algorithm 1; other metrics are means over them.
         is_last: of the microbatches of an iteration; in it, nodes add up their gradients (HSDP).
         """
         with record_function("text"):
@@ -260,17 +252,13 @@ class Trainer:
         endpoints, metrics = self.method(velocity, x_T, self.task.times, self.hyper, generator), []
         for x_0, weight in endpoints:
             image = cut(check_gradient(self.config.task, "velocity", x_0))
-            row = self.backward_endpoint(image, weight, condition)
-            row |= velocity.pull(x_0, weight)
-            row["loss"] += self.hyper.beta * row.get("leash", 0)
-            metrics.append(row)
+            metrics.append(self.backward_endpoint(image, weight, condition))
+            velocity.weight = weight
             self.set_all_reduce(False)
             with record_function("backward"):
                 velocity.backward(x_0, image.grad, before_last=lambda: self.set_all_reduce(is_last))
-        if velocity.late:
-            metrics[-1]["leash"] += velocity.late
-            metrics[-1]["loss"] += self.hyper.beta * velocity.late
-        log = endpoints.log | {"loss": sum(row["loss"] for row in metrics)}
+        log = endpoints.log | velocity.log
+        log["loss"] = sum(row["loss"] for row in metrics) + self.hyper.beta * log.get("leash", 0)
         return mean(metrics) | {name: torch.as_tensor(value).float().mean().item() for name, value in log.items()}
 
     def velocity(self, condition: Any) -> Leash:

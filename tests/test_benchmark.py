@@ -127,7 +127,7 @@ def test_a_leash_costs_a_forward_for_each_differentiated_evaluation_and_a_backwa
         def step(velocity=velocity):
             endpoints = METHODS[name](velocity, torch.randn(B, IN), task.times, Hyper(m=4), seeded())
             for x_0, weight in endpoints:
-                velocity.pull(x_0, weight)
+                velocity.weight = weight
                 velocity.backward(x_0, torch.ones_like(x_0))
 
         counts.append(flop_count(step))

@@ -30,27 +30,25 @@ def problem(shape=(3,), shift=2.2243):
 
 
 def leashed(name, net, reference, x_T, times, hyper, beta, seed=0, microbatches=1, velocity=None):
-    """The gradient of a method's loss with the leash; the endpoints' weights, the figures of each, and the log."""
-    theta, weights, rows = net.leaf(), [], []
+    """The gradient of a method's loss with the leash; the endpoints' weights, the leash's figures, the method's log."""
+    theta, weights = net.leaf(), []
     v_ref = reference.velocity(reference.theta) if reference else None
     velocity = velocity or Leash(net.velocity(theta), v_ref, beta, microbatches)
     endpoints = METHODS[name](velocity, x_T, times, hyper, seeded(seed))
     for x_0, weight in endpoints:
         image = cut(x_0)
         (objective(bumpy(image), weight, hyper.lam) / microbatches).backward()
-        rows.append(velocity.pull(x_0, weight))
+        velocity.weight = weight
         velocity.backward(x_0, image.grad)
         weights.append(weight)
-    if velocity.late:
-        rows[-1]["leash"] += velocity.late
-    return theta.grad, weights, rows, endpoints.log
+    return theta.grad, weights, velocity.log, endpoints.log
 
 
 def added(*arguments, **keywords):
     """What the leash adds to the gradient, with weights, figures and log."""
-    with_leash, weights, rows, log = leashed(*arguments, beta=BETA, **keywords)
+    with_leash, weights, figures, log = leashed(*arguments, beta=BETA, **keywords)
     without, *_ = leashed(*arguments, beta=0.0, **keywords)
-    return with_leash - without, weights, rows, log
+    return with_leash - without, weights, figures, log
 
 
 def evaluation(net, reference, x, t):
@@ -88,7 +86,7 @@ def w_sim(net, x, k, j, tau):
 def test_the_leash_of_leap_align_is_the_formula(shape, shift, pairs, alpha):
     net, reference, x_T, times, states = problem(shape, shift)
     hyper = Hyper(lam=None, alpha=alpha, pairs=pairs)
-    found, _, (row,), log = added("leap_align", net, reference, x_T, times, hyper)
+    found, _, figures, log = added("leap_align", net, reference, x_T, times, hyper)
     i_k, i_j = (torch.as_tensor(log[name]).expand(B) for name in ("i_k", "i_j"))
     expected, R = torch.zeros_like(net.theta), 0.0
     for b in range(B):
@@ -99,71 +97,71 @@ def test_the_leash_of_leap_align_is_the_formula(shape, shift, pairs, alpha):
         R += w / B * ((k - j) * gap_k.square().mean() + j * gap_j.square().mean())
     assert expected.abs().max() > 1e-2
     assert (found - BETA * expected).abs().max() < TOLERANCE
-    assert row["leash"] == pytest.approx(R.item(), rel=1e-12)
+    assert figures["leash"] == pytest.approx(R.item(), rel=1e-12)
 
 
 def test_the_leash_of_refl_is_the_formula():
     net, reference, x_T, times, states = problem()
-    found, _, (row,), log = added("refl", net, reference, x_T, times, Hyper(lam=None, m=4))
+    found, _, figures, log = added("refl", net, reference, x_T, times, Hyper(lam=None, m=4))
     t = times[log["i_min"]]
     expected, R = one_evaluation(net, reference, states[log["i_min"]], t, t, torch.ones(B))
     assert (found - BETA * expected).abs().max() < TOLERANCE < expected.abs().max()
-    assert row["leash"] == pytest.approx(R.item(), rel=1e-12)
+    assert figures["leash"] == pytest.approx(R.item(), rel=1e-12)
 
 
 def test_the_leash_of_draft_lv_is_the_sum_over_its_endpoints():
     net, reference, x_T, times, states = problem()
-    found, _, rows, _ = added("draft_lv", net, reference, x_T, times, Hyper(lam=None, n=2))
+    found, _, figures, _ = added("draft_lv", net, reference, x_T, times, Hyper(lam=None, n=2))
     draws, t = seeded(0), times[1]
     inputs = [states[1], *((1 - t) * states[0] + t * torch.randn(x_T.shape, generator=draws) for _ in range(2))]
     parts = [one_evaluation(net, reference, x, t, t, torch.ones(B)) for x in inputs]
     assert (found - BETA * sum(gradient for gradient, _ in parts)).abs().max() < TOLERANCE
-    assert [row["leash"] for row in rows] == pytest.approx([R.item() for _, R in parts], rel=1e-12)
+    assert figures["leash"] == pytest.approx(sum(R for _, R in parts).item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_leash_of_drtune_is_the_formula(seed):
     net, reference, x_T, times, states = problem()
-    found, _, (row,), log = added("drtune", net, reference, x_T, times, Hyper(lam=None, m=4), seed=seed)
+    found, _, figures, log = added("drtune", net, reference, x_T, times, Hyper(lam=None, m=4), seed=seed)
     i_min, s = log["i_min"], log["s"]
     trained = [i for i in (s, s + T // 2) if i >= i_min]
     ends = {i: times[i - 1] if i > i_min else 0.0 for i in trained}
     parts = [one_evaluation(net, reference, states[i], times[i], times[i] - ends[i], torch.ones(B)) for i in trained]
     assert trained and (found - BETA * sum(gradient for gradient, _ in parts)).abs().max() < TOLERANCE
-    assert row["leash"] == pytest.approx(sum(R for _, R in parts).item(), rel=1e-12)
+    assert figures["leash"] == pytest.approx(sum(R for _, R in parts).item(), rel=1e-12)
 
 
 def test_the_leash_of_full_backpropagation_is_the_formula():
     """R is the integral of the squared gap over the whole run, with the states as constants."""
     net, reference, x_T, times, states = problem()
-    found, _, (row,), _ = added("full_backprop", net, reference, x_T, times, Hyper(lam=None))
+    found, _, figures, _ = added("full_backprop", net, reference, x_T, times, Hyper(lam=None))
     steps = [(states[i], times[i], times[i] - times[i - 1]) for i in range(1, T + 1)]
     parts = [one_evaluation(net, reference, *step, torch.ones(B)) for step in steps]
     assert (found - BETA * sum(gradient for gradient, _ in parts)).abs().max() < TOLERANCE
-    assert row["leash"] == pytest.approx(sum(R for _, R in parts).item(), rel=1e-12)
+    assert figures["leash"] == pytest.approx(sum(R for _, R in parts).item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("K", [2, 3, T])
 def test_the_leash_of_stratified_also_pulls_the_leaps_that_it_evaluates_again(K):
     net, reference, x_T, times, states = problem()
-    found, (weight,), (row,), log = added("stratified", net, reference, x_T, times, Hyper(lam=None, K=K))
+    found, (weight,), figures, log = added("stratified", net, reference, x_T, times, Hyper(lam=None, K=K))
     indices = [*log["timesteps"], 0]
     leaps = [(states[a], times[a], times[a] - times[b]) for a, b in pairwise(indices)]
     parts = [one_evaluation(net, reference, *leap, weight) for leap in leaps]
     expected = sum(gradient for gradient, _ in parts)
     assert (found - BETA * expected).abs().max() < TOLERANCE < expected.abs().max()
-    assert row["leash"] == pytest.approx(sum(R for _, R in parts).item(), rel=1e-12)
+    assert figures["leash"] == pytest.approx(sum(R for _, R in parts).item(), rel=1e-12)
 
 
 def test_the_leash_of_sparse_has_the_compensation_in_its_lengths():
     net, reference, x_T, times, states = problem()
-    found, _, (row,), log = added("sparse", net, reference, x_T, times, Hyper(lam=None, K=3, rho=0.5))
+    found, _, figures, log = added("sparse", net, reference, x_T, times, Hyper(lam=None, K=3, rho=0.5))
     h = {i: (times[i] - times[i - 1]).item() for i in range(1, T + 1)}
     gamma = 1 + 0.5 * (sum(h.values()) / sum(h[i] for i in log["timesteps"]) - 1)
     parts = [one_evaluation(net, reference, states[i], times[i], gamma * h[i], torch.ones(B)) for i in log["timesteps"]]
     expected = sum(gradient for gradient, _ in parts)
     assert (found - BETA * expected).abs().max() < TOLERANCE < expected.abs().max()
-    assert row["leash"] == pytest.approx(sum(R for _, R in parts).item(), rel=1e-12)
+    assert figures["leash"] == pytest.approx(sum(R for _, R in parts).item(), rel=1e-12)
 
 
 # What it leaves alone
@@ -173,14 +171,14 @@ def test_the_leash_of_sparse_has_the_compensation_in_its_lengths():
 def test_no_leash_changes_no_bit(name, pairs):
     net, reference, x_T, times, _ = problem()
     hyper = Hyper(m=4, pairs=pairs)
-    found, _, rows, _ = leashed(name, net, None, x_T, times, hyper, 0.0)
+    found, _, figures, _ = leashed(name, net, None, x_T, times, hyper, 0.0)
     theta = net.leaf()
     velocity = CutVelocity(net.velocity(theta))
     for x_0, weight in METHODS[name](velocity, x_T, times, hyper, seeded(0)):
         image = cut(x_0)
         objective(bumpy(image), weight, hyper.lam).backward()
         velocity.backward(x_0, image.grad)
-    assert torch.equal(found, theta.grad) and not any(rows)
+    assert torch.equal(found, theta.grad) and figures == {}
     unequal, *_ = leashed(name, net, reference, x_T, times, hyper, 1.0)
     assert not torch.equal(found, unequal)
 
@@ -188,10 +186,10 @@ def test_no_leash_changes_no_bit(name, pairs):
 @every_case
 def test_at_the_reference_the_leash_does_not_pull(name, pairs):
     net, _, x_T, times, _ = problem()
-    found, _, rows, _ = leashed(name, net, net, x_T, times, Hyper(m=4, pairs=pairs), 1.0)
+    found, _, figures, _ = leashed(name, net, net, x_T, times, Hyper(m=4, pairs=pairs), 1.0)
     without, *_ = leashed(name, net, None, x_T, times, Hyper(m=4, pairs=pairs), 0.0)
     assert torch.equal(found, without)
-    assert all(row == {"leash": 0.0, "v_norm": 1.0} for row in rows)
+    assert figures == {"leash": 0.0, "v_norm": 1.0}
 
 
 @every_case
@@ -219,7 +217,7 @@ def test_the_reference_is_evaluated_once_for_each_differentiated_evaluation(name
 def test_a_batch_in_parts_and_an_image_of_any_size_have_the_same_leash():
     net, reference, x_T, times, _ = problem()
     hyper = Hyper(lam=None, m=1)
-    whole, _, (row,), _ = added("refl", net, reference, x_T, times, hyper)
+    whole, _, figures, _ = added("refl", net, reference, x_T, times, hyper)
     parts = [added("refl", net, reference, x_T[b : b + 1], times, hyper, microbatches=B)[0] for b in range(B)]
     assert (whole - sum(parts)).abs().max() < TOLERANCE
 
@@ -230,8 +228,9 @@ def test_a_batch_in_parts_and_an_image_of_any_size_have_the_same_leash():
     theta = net.leaf()
     velocity = Leash(tiled(net.velocity(theta)), tiled(reference.velocity(reference.theta)), 1.0)
     ((x_0, weight),) = METHODS["refl"](velocity, torch.cat([x_T, x_T], 1), times, hyper, seeded(0))
-    assert velocity.pull(x_0, weight)["leash"] == pytest.approx(row["leash"], rel=1e-12)
+    velocity.weight = weight
     velocity.backward(x_0, torch.zeros_like(x_0))
+    assert velocity.log["leash"] == pytest.approx(figures["leash"], rel=1e-12)
     assert (BETA * theta.grad - whole).abs().max() < TOLERANCE
 
 
@@ -239,9 +238,9 @@ def test_v_norm_against_a_hand_calculation():
     """The trained velocity is three times the reference, whose norms are 5 and 13."""
     factor, x_T = torch.tensor(3.0, requires_grad=True), torch.tensor([[3.0, 4.0], [5.0, 12.0]])
     velocity = Leash(lambda x, t: factor * x, lambda x, t: x, 1.0)
-    ((x_0, weight),) = METHODS["refl"](velocity, x_T, grid(1), Hyper(m=1), seeded(0))
-    row = velocity.pull(x_0, weight)
-    assert row == {"v_norm": pytest.approx(3), "leash": pytest.approx((4 * 25 + 4 * 169) / 4)}
+    ((x_0, velocity.weight),) = METHODS["refl"](velocity, x_T, grid(1), Hyper(m=1), seeded(0))
+    velocity.backward(x_0, torch.zeros_like(x_0))
+    assert velocity.log == {"v_norm": pytest.approx(3), "leash": pytest.approx((4 * 25 + 4 * 169) / 4)}
 
 
 @pytest.mark.parametrize("beta", [-1.0, float("nan"), float("inf")])

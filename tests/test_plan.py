@@ -151,16 +151,13 @@ def test_a_joint_backward_needs_the_unsharded_gradients_of_both_leaps(models, mo
     cut = plan.simulate(flags, "")
 
     class Joint:
-        late = 0.0
+        log, weight = {}, None
 
         def __init__(self, velocity):
             self.velocity = velocity
 
         def __call__(self, x, t):
             return self.velocity(x, t)
-
-        def pull(self, x_0, weight):
-            return {}
 
         def backward(self, x_0, gradient, before_last):
             before_last()
