@@ -19,7 +19,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from full_scale import contents, pipeline, rewards, transformer
-from full_scale.prompts import embedding_folders, find_embedding, load_embeddings, read_prompts, text_encoders_content
+from full_scale.prompts import (
+    embedding_folders,
+    few_prompts,
+    find_embedding,
+    load_embeddings,
+    read_prompts,
+    text_encoders_content,
+)
 from full_scale.sheet import draw_sheet
 from leap_align import BadInput, Velocity, rollout, shifted_times
 from runtime.processes import all_gather, rank, run_on_all_ranks, world_size
@@ -28,8 +35,6 @@ from runtime.run_dir import atomic_file
 EVALUATION_SEED = 1_000_003
 IMAGES_PER_PROMPT = 2
 """In an evaluation; the difference between them is the diversity."""
-FEW_PROMPTS = 200
-"""Up to so many distinct prompts are encoded once, before training (4.2 MB each for FLUX.1-dev); text encoders go."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ class DiffusersTask:
             raise BadInput(f"evaluation_images={options.evaluation_images} must be even and at least 2")
         if options.evaluation_T is not None and options.evaluation_T < 1:
             raise BadInput(f"evaluation_T={options.evaluation_T} must be at least 1, or not given for T")
-        self.options, self.dtype, self.device = options, getattr(torch, options.precision), pipeline.gpu_or_cpu()
+        self.options, self.dtype, self.device = options, getattr(torch, options.precision), self.choose_device()
         self.prompts = read_prompts(options.prompts)
         evaluation_source = options.evaluation_prompts or options.prompts
         self.evaluation_prompts = read_prompts(evaluation_source)[: options.evaluation_images // IMAGES_PER_PROMPT]
@@ -124,8 +129,7 @@ class DiffusersTask:
         sources = [(options.prompts, self.prompts), (evaluation_source, self.evaluation_prompts)]
         self.embedding_folders = embedding_folders(sources, self.folder)
         needs_text = len(self.embedding_folders) < len(sources)
-        distinct = list(dict.fromkeys(["", *self.prompts, *self.evaluation_prompts]))  # SD3.5 needs the empty one
-        self.prompts_to_encode_once = distinct if needs_text and len(distinct) <= FEW_PROMPTS else []
+        self.prompts_to_encode_once = few_prompts(self.prompts, self.evaluation_prompts) if needs_text else []
         self.encoded_once: dict[str, dict[str, Tensor]] = {}
         self.reward_model = self.load_reward()
         self.pipeline = self.open_pipeline(needs_text)
@@ -140,6 +144,10 @@ class DiffusersTask:
         """The grid (T+1,) of a sampling run in T steps, on the device."""
         shift = self.options.shift
         return (self.grid(T) if shift is None else shifted_times(T, shift)).to(self.device)
+
+    def choose_device(self) -> torch.device:
+        """Where everything computes."""
+        return pipeline.gpu_or_cpu()
 
     def load_reward(self) -> nn.Module:
         """The reward, with its weights."""

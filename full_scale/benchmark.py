@@ -2,7 +2,7 @@
 
 Pipeline, VAE and reward are tiny, the transformer has the real one's size and trains LoRA adapters.  So this measures
 the transformer's part, 98 % of a step.  Nothing is downloaded, and nothing is learned.  Each row shows the measured
-values beside those predicted from counts of operations and bytes.
+values beside those of `python -m full_scale plan` for the same step.
 """
 
 import gc
@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, get_args
 
 import diffusers
 import torch
@@ -23,36 +23,22 @@ from beyond import Hyper
 from flux_adapter import Flux
 from full_scale import rewards
 from full_scale.architectures import ARCHITECTURES
+from full_scale.plan import Machine, PlanFlags, peak_gib, seconds, simulate
+from full_scale.simulation import TEXT_TOKENS
 from full_scale.tiny import tiny_flux
+from full_scale.transformer import Checkpointing
 from leap_align import BadInput
-from runtime.run_dir import claimed_output_folder, write_csv
+from runtime.cost_counter import FLOP
+from runtime.run_dir import claimed_output_folder, write_csv, write_json
 from train_leap_align import Config, Trainer
 
-TEXT_TOKENS = 512
-"""Tokens of a prompt."""
-FORWARD_FLOP = 37.6e12
-"""Operations of a forward of one sample at 720 px, with adapters."""
-BACKWARD_FORWARDS = 1.2
-"""Cost of a backward in forwards.  LoRA needs gradients to inputs, hardly any to weights; attention's takes 2.5."""
-RECOMPUTED_FORWARDS = {"on": 2, "selective": 1, "off": 0}
-"""Forwards that checkpointing repeats in a step."""
-WEIGHTS_GIB = 23.6
-"""Weights, adapters, optimizer and average."""
-ACTIVATIONS_GIB = {"on": 0.84, "selective": 6.3, "off": 11.9}
-"""What a differentiated forward of one sample keeps, by checkpointing."""
-ASSUMED_FLOPS, PEAK_FLOPS = 400e12, 989e12
-"""Operations a second in bfloat16: the assumption behind the predicted seconds, and the peak of an H100 or H200."""
+CHECKPOINTING = get_args(Checkpointing)
+PEAK_FLOPS = 989e12
+"""Operations a second in bfloat16, of an H100 or H200."""
 
 
 class RandomFlux(Flux):
-    """The task `flux` with a transformer of any size and random weights; prompt embeddings are random numbers."""
-
-    transformer_config: ClassVar[dict[str, Any]] = ARCHITECTURES["flux"]["transformer"]
-
-    def empty_transformer(self) -> nn.Module:
-        """The architecture, on the meta device."""
-        with torch.device("meta"):
-            return diffusers.FluxTransformer2DModel.from_config(self.transformer_config).eval()
+    """The task `flux` with random weights; prompt embeddings are random numbers."""
 
     @torch.no_grad()
     def load_pretrained(self, model: nn.Module) -> None:
@@ -62,33 +48,34 @@ class RandomFlux(Flux):
 
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         """Random text inputs in the shapes of T5's and CLIP's."""
-        options, config = {"device": self.device, "dtype": self.dtype}, self.transformer_config
+        options, config, n = {"device": self.device, "dtype": self.dtype}, self.model.config, len(prompts)
+        tokens = torch.randn(n, TEXT_TOKENS["flux"], config["joint_attention_dim"], **options)
         return {
-            "encoder_hidden_states": torch.randn(len(prompts), TEXT_TOKENS, config["joint_attention_dim"], **options),
-            "pooled_projections": torch.randn(len(prompts), config["pooled_projection_dim"], **options),
+            "encoder_hidden_states": tokens,
+            "pooled_projections": torch.randn(n, config["pooled_projection_dim"], **options),
         }
 
 
 @dataclass(frozen=True)
 class Case:
-    """A step to measure."""
+    """A step to measure, of the pipeline in a folder."""
 
-    checkpointing: str
-    """on, selective (every second block) or off."""
+    folder: Path
+    checkpointing: Checkpointing
     compiled: bool
     batch_size: int
     T: int = 25
     pixels: int = 720
-    task_class: type[RandomFlux] = RandomFlux
 
-    def flop(self) -> float:
-        """Operations of the step, computed from FORWARD_FLOP."""
-        forwards = self.T + 2 * BACKWARD_FORWARDS + RECOMPUTED_FORWARDS[self.checkpointing]
-        return self.batch_size * FORWARD_FLOP * forwards
-
-    def predicted_gib(self) -> float:
-        """Peak memory: the two differentiated forwards keep their activations."""
-        return WEIGHTS_GIB + 2 * self.batch_size * ACTIVATIONS_GIB[self.checkpointing]
+    def flags(self) -> PlanFlags:
+        """The step as flags, with LoRA of rank 64 on one GPU."""
+        options = Flux.Options(
+            model=str(self.folder), prompts=self.folder / "prompts.txt", reward_weights=(str(self.folder / "reward"),),
+            height=self.pixels, width=self.pixels, lora_rank=64, compile=self.compiled,
+            gradient_checkpointing=self.checkpointing,
+        )  # fmt: skip
+        run = Config(task="flux", batch_size=self.batch_size, T=self.T)
+        return PlanFlags(run, Hyper(lam=None), options, Machine(gpus=1, stored_embeddings=True))
 
 
 def benchmark(out: Path = Path("runs/full-size-benchmark")) -> None:
@@ -101,34 +88,37 @@ def benchmark(out: Path = Path("runs/full-size-benchmark")) -> None:
     """
     if not torch.cuda.is_available():
         raise BadInput("benchmark measures a GPU, but there is no CUDA device here")
-    modes, rows = product((False, True), RECOMPUTED_FORWARDS, (1, 2, 3, 4)), []
-    cases = [Case(checkpointing, compiled, batch_size) for compiled, checkpointing, batch_size in modes]
+    modes, rows = list(product((False, True), CHECKPOINTING, (1, 2, 3, 4))), []
     with claimed_output_folder(out, "benchmark", {}), tempfile.TemporaryDirectory() as folder:
-        write_tiny_pipeline(Path(folder))
-        for case in tqdm(cases, "FLUX.1-dev's size"):
-            rows.append(measure(case, Path(folder)))
+        write_pipeline(Path(folder), ARCHITECTURES["flux"]["transformer"])
+        for compiled, checkpointing, batch_size in tqdm(modes, "FLUX.1-dev's size"):
+            rows.append(measure(Case(Path(folder), checkpointing, compiled, batch_size)))
             write_csv(out / "gpu.csv", rows)
             tqdm.write(", ".join(f"{name} {value}" for name, value in rows[-1].items()))
     print(f"the table is {out / 'gpu.csv'}")
 
 
-def write_tiny_pipeline(folder: Path) -> None:
-    """A tiny FLUX pipeline, its reward and prompts; only its transformer is replaced by a large one."""
+def write_pipeline(folder: Path, transformer_config: dict[str, Any]) -> None:
+    """A tiny FLUX pipeline, its reward and prompts; only its transformer has another config, and no weights."""
     diffusers.utils.logging.disable_progress_bar()
     tiny_flux().save_pretrained(folder)
     rewards.tiny("hpsv2.1", folder / "reward")
     (folder / "prompts.txt").write_text("a red cube\ntwo dogs on a beach\n")
+    write_json(folder / "transformer" / "config.json", transformer_config)
 
 
-def measure(case: Case, folder: Path) -> dict[str, Any]:
+def measure(case: Case) -> dict[str, Any]:
     """A row of the table; if the step does not fit or fails, the column GiB says why."""
-    row = {"checkpointing": case.checkpointing, "compiled": case.compiled, "batch": case.batch_size}
-    row |= {"predicted s": case.flop() / ASSUMED_FLOPS, "s": "", "share of peak": ""}
-    row |= {"predicted GiB": case.predicted_gib(), "GiB": ""}
     release_memory()
+    flags = case.flags()
+    costs = simulate(flags, "plan")
+    flop = sum(counts[FLOP] for counts in costs.counts.values())
+    row = {"checkpointing": case.checkpointing, "compiled": case.compiled, "batch": case.batch_size}
+    row |= {"planned s": sum(seconds(counts, flags.machine) for counts in costs.counts.values()), "s": ""}
+    row |= {"share of peak": "", "planned GiB": peak_gib(costs), "GiB": ""}
     try:
-        seconds, gib = step_cost(case, folder)
-        row |= {"s": seconds, "share of peak": case.flop() / seconds / PEAK_FLOPS, "GiB": gib}
+        measured_seconds, gib = step_cost(case)
+        row |= {"s": measured_seconds, "share of peak": flop / measured_seconds / PEAK_FLOPS, "GiB": gib}
     except torch.OutOfMemoryError:
         row["GiB"] = "out of memory"
     except BadInput as error:
@@ -146,24 +136,19 @@ def release_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def step_cost(case: Case, folder: Path) -> tuple[float, float]:
+def step_cost(case: Case) -> tuple[float, float]:
     """Median seconds of three steps after a first one, and peak GiB."""
-    trainer = start_trainer(case, folder)
+    trainer = start_trainer(case.flags())
     rows = [trainer.step() for _ in range(4)]
     if any(row["skipped"] for row in rows):
         raise BadInput("not measured: a gradient was not finite, so a step was skipped")
-    seconds = statistics.median(row["seconds"] for row in rows[1:])
+    median = statistics.median(row["seconds"] for row in rows[1:])
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return seconds, peak / 2**30
+    return median, peak / 2**30
 
 
-def start_trainer(case: Case, folder: Path) -> Trainer:
-    """A trainer for the case; `folder` holds the tiny pipeline."""
-    options = case.task_class.Options(
-        model=str(folder), prompts=folder / "prompts.txt", reward_weights=(str(folder / "reward"),),
-        height=case.pixels, width=case.pixels, lora_rank=64, compile=case.compiled,
-        gradient_checkpointing=case.checkpointing,
-    )  # fmt: skip
-    task = case.task_class(options, case.T)
+def start_trainer(flags: PlanFlags) -> Trainer:
+    """A trainer of random weights."""
+    task = RandomFlux(flags.task, flags.run.T)
     task.parallelize(None)
-    return Trainer(Config(task="flux", batch_size=case.batch_size, T=case.T), Hyper(lam=None), task)
+    return Trainer(flags.run, flags.method, task)

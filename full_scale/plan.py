@@ -4,13 +4,12 @@
     python -m full_scale plan --gpus 1 --lora-rank 64 --gradient-accumulation-steps 64     LoRA on one GPU
     python -m full_scale plan --nodes 2 --gradient-accumulation-steps 4 --json plan.json   two nodes of eight GPUs
 
-All flags of the training are flags here, with the same meaning, but no prompts, reward weights or run's folder are
-read: text is encoded in every step unless --stored-embeddings.  No weights, network or GPU are needed.
+All flags of the training are flags here, with the same meaning.  Text is encoded in every step unless --prompts holds
+few prompts or embeddings.  No weights, network or GPU are needed.
 Operations are those of one step with the timesteps that --seed draws.
 """
 
 import math
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -26,7 +25,8 @@ from torch.profiler import record_function
 from tqdm import tqdm
 
 from full_scale.architectures import ARCHITECTURES
-from full_scale.simulation import SIMULATED_REWARDS, Simulation, simulated, simulated_cluster
+from full_scale.prompts import few_prompts, read_prompts
+from full_scale.simulation import SIMULATED_REWARD, Simulation, simulated, simulated_cluster
 from full_scale.transformer import EXPORT_FILE_BYTES, export_files
 from leap_align import BadInput
 from runtime import processes
@@ -57,7 +57,7 @@ class Machine:
     bandwidth: tuple[float, float] = (400.0, 40.0)
     """GB/s at which a GPU receives from its own node, and from other nodes."""
     stored_embeddings: bool = False
-    """Plan for prompts from `python -m full_scale embed`, or for at most 200 prompts: no text encoders."""
+    """Plan for prompts from `python -m full_scale embed`, or for at most 200 prompts, without giving --prompts."""
     json: Path | None = None
     """File for the plan's numbers."""
 
@@ -294,7 +294,6 @@ def verdict(flags: PlanFlags, costs: Costs) -> str:
 
 def plan(arguments: list[str]) -> None:
     """Compute memory, time and traffic of a full-size run by executing its code on tensors without values."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the simulated GPUs are tensors of the CPU
     diffusers.utils.logging.set_verbosity_error()
     flags = read_flags(arguments)
     machine, costs = flags.machine, simulate(flags, "plan")
@@ -321,10 +320,12 @@ def read_flags(arguments: list[str]) -> PlanFlags:
     published = task_class(flags.run.task).Options.model
     if flags.task.model != published and not (Path(flags.task.model) / "model_index.json").is_file():
         raise BadInput(f"model={flags.task.model}: give a pipeline's folder, or leave it out to plan for {published}")
-    if flags.task.reward not in SIMULATED_REWARDS:
-        raise BadInput(f"reward={flags.task.reward}: plan knows {', '.join(SIMULATED_REWARDS)}; plan with that one")
+    if flags.task.reward != SIMULATED_REWARD:
+        raise BadInput(f"reward={flags.task.reward}: plan knows {SIMULATED_REWARD}; plan with that one")
     check_machine(flags.machine)
     check(flags.run, flags.method, flags.machine.gpus * flags.machine.nodes)
+    if (path := flags.task.prompts) and (path.is_dir() or few_prompts(read_prompts(path))):
+        return replace(flags, machine=replace(flags.machine, stored_embeddings=True))
     return flags
 
 

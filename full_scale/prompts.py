@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,16 @@ def read_prompts(path: Path | None) -> list[str]:
     if not prompts:
         raise BadInput(f"{file} holds no prompt: write one per line")
     return prompts
+
+
+FEW_PROMPTS = 200
+"""Up to so many distinct prompts are encoded once, before training (4.2 MB each for FLUX.1-dev); text encoders go."""
+
+
+def few_prompts(*prompts: list[str]) -> list[str]:
+    """The distinct ones of some lists and the empty one, which SD3.5 needs, if they are few; else none."""
+    distinct = list(dict.fromkeys(["", *chain(*prompts)]))
+    return distinct if len(distinct) <= FEW_PROMPTS else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import diffusers
 import torch
@@ -34,7 +35,7 @@ FACTORIES = {
     aten.empty.memory_format, aten.empty_strided.default, aten.zeros.default, aten.ones.default, aten.full.default,
     aten.rand.default, aten.randn.default, aten.randn.generator,
 }  # fmt: skip
-SIMULATED_REWARDS = {"hpsv2.1": HPSv2}
+SIMULATED_REWARD = "hpsv2.1"
 TEXT_TOKENS = {"flux": 512, "sd3": 77 + 256}
 """Of a prompt, by task."""
 STAND_IN = 0.5
@@ -72,10 +73,10 @@ class Simulation(CostCounter):
 @contextmanager
 def simulated_cluster(nodes: int, gpus: int) -> Iterator[None]:
     """A process group of nodes x gpus ranks, of which this process is rank 0."""
-    os.environ["LOCAL_WORLD_SIZE"] = str(gpus)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=nodes * gpus)
     try:
-        yield
+        with patch.dict(os.environ, {"LOCAL_WORLD_SIZE": str(gpus)}):
+            yield
     finally:
         dist.destroy_process_group()
 
@@ -133,9 +134,14 @@ class WithoutWeights:
     simulation: ClassVar[Simulation]
     stored_embeddings: ClassVar[bool]
 
+    def choose_device(self) -> torch.device:
+        """The CPU, where fake tensors are."""
+        return torch.device("cpu")
+
     def load_reward(self) -> nn.Module:
-        """The reward, with the shapes of its weights."""
-        return self.simulation.empty(SIMULATED_REWARDS[self.options.reward].empty(), torch.float32)
+        """HPSv2.1 with the shapes of its weights, or of those in a local folder."""
+        folders = [Path(path) for path in self.options.reward_weights if Path(path).is_dir()]
+        return self.simulation.empty(HPSv2.empty(*map(HPSv2.read_config, folders)), torch.float32)
 
     def open_pipeline(self, text: bool) -> Any:
         """The pipeline; without text encoders if embeddings are stored."""

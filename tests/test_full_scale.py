@@ -28,7 +28,6 @@ pytest.importorskip("diffusers")
 
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-import flux_adapter
 import train_leap_align as trainer
 from beyond import Hyper
 from full_scale import __main__ as tools
@@ -197,7 +196,7 @@ def brightness():
 
 @every_task
 def test_stored_embeddings_are_those_computed_on_the_fly(models, name, tmp_path, monkeypatch):
-    monkeypatch.setattr(flux_adapter, "FEW_PROMPTS", 0)
+    monkeypatch.setattr("full_scale.prompts.FEW_PROMPTS", 0)
     files = ["--model", models / name, "--prompts", models / "prompts.txt"]
     tool("embed", *files, "--out", tmp_path, "--precision", "float32")
     stored, live = task_of(models, name, prompts=tmp_path), task_of(models, name)
@@ -217,7 +216,7 @@ def test_few_prompts_are_encoded_once_and_free_the_text_encoders(models, name, m
     few.parallelize(None)
     gc.collect()
     assert encoders and not any(encoder() for encoder in encoders)
-    monkeypatch.setattr(flux_adapter, "FEW_PROMPTS", len(PROMPTS))  # one too few: the empty prompt counts
+    monkeypatch.setattr("full_scale.prompts.FEW_PROMPTS", len(PROMPTS))  # one too few: the empty prompt counts
     many = task_of(models, name)
     assert few.text_encoders() == {} and len(few.frozen_modules()) == 2 < len(many.frozen_modules())
     for prompt in PROMPTS:
@@ -231,7 +230,7 @@ def test_a_run_may_encode_its_prompts_once_or_in_every_step(models, tmp_path, mo
     arguments = flags(models, "flux", "--iterations", "2")
     once = train(tmp_path / "once", arguments)
     with monkeypatch.context() as patch:
-        patch.setattr(flux_adapter, "FEW_PROMPTS", 0)
+        patch.setattr("full_scale.prompts.FEW_PROMPTS", 0)
         train(tmp_path / "both", [*arguments, "--iterations", "1"])
     assert train(tmp_path / "both", [*arguments, "--resume"]) == once
 

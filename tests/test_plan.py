@@ -4,10 +4,8 @@ import gc
 import json
 import re
 import shutil
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +17,7 @@ from tests.tiny_pipelines import options_of, refusal, task_of, tool  # first: sk
 
 from beyond import Hyper
 from full_scale import __main__ as tools
-from full_scale import plan, simulation
-from full_scale.rewards.hpsv2 import HPSv2
+from full_scale import plan
 from full_scale.simulation import network_from_config
 from runtime.cost_counter import BETWEEN, FLOP, WITHIN, CostCounter
 from runtime.counters import flop_count
@@ -56,13 +53,9 @@ def peak_of(counter):
     return max(sum(cost.peak.values()) for cost in counter.phases.values())
 
 
-def flags_of(models, name, changes, monkeypatch, **machine):
+def flags_of(models, name, changes, **machine):
     """Flags of a plan for the tiny pipeline and the tiny reward."""
-    folder = models / name / "reward"
-    tiny = HPSv2.empty(json.loads((folder / "open_clip_config.json").read_text())["model_cfg"])
-    monkeypatch.setattr(simulation, "SIMULATED_REWARDS", {"hpsv2.1": SimpleNamespace(empty=lambda: deepcopy(tiny))})
-    run = Config(task=name, batch_size=2, T=4)
-    machine = plan.Machine(**{"gpus": 1} | machine)
+    run, machine = Config(task=name, batch_size=2, T=4), plan.Machine(**{"gpus": 1} | machine)
     return plan.PlanFlags(run, Hyper(lam=None), options_of(models, name, **changes), machine)
 
 
@@ -111,19 +104,19 @@ def test_the_counter_sees_storages_come_and_go():
 
 
 @all_cases
-def test_a_simulated_step_costs_what_a_real_one_costs(models, name, changes, monkeypatch):
+def test_a_simulated_step_costs_what_a_real_one_costs(models, name, changes):
     trainer = trainer_of(models, name, changes)
     counter, _ = count_step(trainer)
     operations = flop_count(trainer.step)
     torch.distributed.destroy_process_group()
-    costs = plan.simulate(flags_of(models, name, changes, monkeypatch), "")
+    costs = plan.simulate(flags_of(models, name, changes), "")
     assert sum(counts[FLOP] for counts in costs.counts.values()) == operations
     assert plan.peak_gib(costs) * plan.GIB == pytest.approx(peak_of(counter), rel=0.03)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_two_nodes_exchange_their_gradients_once_an_iteration(models, monkeypatch, steps):
-    flags = flags_of(models, "flux", {}, monkeypatch, nodes=2, gpus=2)
+def test_two_nodes_exchange_their_gradients_once_an_iteration(models, steps):
+    flags = flags_of(models, "flux", {}, nodes=2, gpus=2)
     run = replace(flags.run, batch_size=4 * steps, gradient_accumulation_steps=steps)
     costs = plan.simulate(replace(flags, run=run), "")
     parameters = sum(p.nbytes for p in task_of(models).model.parameters())
@@ -146,7 +139,7 @@ def test_a_joint_backward_needs_the_unsharded_gradients_of_both_leaps(models, mo
     }
     path = tmp_path / "flux" / "transformer" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | wide))
-    flags = flags_of(models, "flux", {"precision": "bfloat16", "model": str(tmp_path / "flux")}, monkeypatch, gpus=8)
+    flags = flags_of(models, "flux", {"precision": "bfloat16", "model": str(tmp_path / "flux")}, gpus=8)
     flags = replace(flags, run=replace(flags.run, batch_size=8))
     cut = plan.simulate(flags, "")
 
@@ -171,13 +164,13 @@ def test_a_joint_backward_needs_the_unsharded_gradients_of_both_leaps(models, mo
     assert held_longer * plan.GIB > 0.3 * 2 * weights  # bfloat16
 
 
-def test_every_operation_of_every_phase_is_counted(models, monkeypatch):
+def test_every_operation_of_every_phase_is_counted(models):
     """`stratified` evaluates earlier leaps again after the endpoint's backward."""
     trainer = trainer_of(models, "flux", {})
     trainer.method, trainer.hyper = METHODS["stratified"], Hyper(lam=None, K=3, alpha=1.0)
     operations = flop_count(trainer.step)
     torch.distributed.destroy_process_group()
-    flags = flags_of(models, "flux", {}, monkeypatch)
+    flags = flags_of(models, "flux", {})
     run, hyper = replace(flags.run, method="stratified"), replace(flags.method, K=3, alpha=1.0)
     costs = plan.simulate(replace(flags, run=run, method=hyper), "")
     assert sum(counts[FLOP] for counts in costs.counts.values()) == operations
@@ -217,9 +210,9 @@ def test_a_run_that_does_not_fit_is_told_the_cheapest_change_that_helps(models, 
     assert verdict(31).endswith("it still needs 32.0 GiB: use more or larger GPUs")
 
 
-def test_the_plan_is_printed_and_written(models, monkeypatch, tmp_path, capsys):
-    flags_of(models, "flux", {}, monkeypatch)
-    arguments = ["--model", models / "flux", "--gpus", 1, "--height", 64, "--width", 64, "--T", 3, "--batch-size", 2]
+def test_the_plan_is_printed_and_written(models, tmp_path, capsys):
+    files = ["--model", models / "flux", "--reward-weights", models / "flux" / "reward"]
+    arguments = [*files, "--gpus", 1, "--height", 64, "--width", 64, "--T", 3, "--batch-size", 2]
     tool("plan", *arguments, "--json", tmp_path / "plan.json")
     printed = capsys.readouterr().out
     assert all(phase in printed for phase in plan.PHASES) and "fits" in printed
@@ -231,9 +224,19 @@ def test_the_plan_is_printed_and_written(models, monkeypatch, tmp_path, capsys):
     assert numbers["tflop_per_step"] > 0 and set(numbers["phases"]) == set(plan.PHASES)
 
 
+@pytest.mark.parametrize("source", ["few", "many", "folder", "none"])
+def test_few_prompts_and_stored_embeddings_need_no_text_encoders(source, tmp_path):
+    (tmp_path / "few").write_text("a red cube\n")
+    (tmp_path / "many").write_text("".join(f"prompt {i}\n" for i in range(300)))
+    (tmp_path / "folder").mkdir()
+    flags = plan.read_flags([] if source == "none" else ["--prompts", str(tmp_path / source)])
+    assert flags.machine.stored_embeddings == (source in ("few", "folder"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (["--prompts", "/nowhere"], "cannot read prompts from /nowhere"),
         (["--task", "toy"], "plan knows flux, sd3"),
         (["--reward", "pickscore"], "reward=pickscore"),
         (["--model", "/nowhere"], "model=/nowhere: give a pipeline's folder"),

@@ -32,7 +32,7 @@ class HPSv2(TextCachingReward):
         path = local_path(weights) or download(str(weights or REPOSITORY), CHECKPOINT) / CHECKPOINT
         config = open_clip.get_model_config("ViT-H-14")
         if path.is_dir():
-            config = read_json(path / "open_clip_config.json")["model_cfg"]
+            config = cls.read_config(path)
             path = path / "open_clip_model.safetensors"
         state, reward = read_state_dict(path), cls.empty(config)
         model = reward.model
@@ -42,6 +42,11 @@ class HPSv2(TextCachingReward):
         length = model.context_length
         model.register_buffer("attn_mask", torch.full((length, length), -math.inf).triu(1), persistent=False)
         return reward.to(device, torch.float32)
+
+    @staticmethod
+    def read_config(folder: Path) -> dict[str, Any]:
+        """The architecture of a folder in open_clip's layout."""
+        return read_json(folder / "open_clip_config.json")["model_cfg"]
 
     @classmethod
     def empty(cls, config: dict[str, Any] | None = None) -> "HPSv2":
