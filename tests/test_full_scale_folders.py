@@ -140,8 +140,8 @@ def command_of(name, models, tmp_path, out):
 def no_measurement(monkeypatch):
     """The benchmark with a GPU that measures nothing."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(benchmark, "write_tiny_pipeline", lambda folder: None)
-    monkeypatch.setattr(benchmark, "measure", lambda case, folder: {"batch": case.batch_size})
+    monkeypatch.setattr(benchmark, "write_pipeline", lambda folder, config: None)
+    monkeypatch.setattr(benchmark, "measure", lambda case: {"batch": case.batch_size})
 
 
 every_tool = pytest.mark.parametrize("name", ["tiny", "embed", "sample", "score", "benchmark"])
