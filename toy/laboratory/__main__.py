@@ -5,6 +5,7 @@
     python -m toy.laboratory fidelity     each method's gradient compared with that of full backpropagation
     python -m toy.laboratory pairs        one pair of timesteps a batch, as in the paper, or one pair a sample
     python -m toy.laboratory leash        the leash to the pre-trained model, the hinge, and early stopping
+    python -m toy.laboratory beyond       every method since, over T, solver and budget, and policy gradient
     python -m toy.laboratory memory       bytes saved for backward, and the gradient's norm, as T grows
     python -m toy.laboratory all          all of them
 
@@ -23,7 +24,7 @@ import tyro
 
 from leap_align import BadInput
 from runtime.run_dir import claimed_output_folder
-from toy.laboratory import ablations, compare, fidelity, leash, memory, pairs
+from toy.laboratory import ablations, beyond, compare, fidelity, leash, memory, pairs
 from toy.laboratory.laboratory import SMOKE, Laboratory, Scale
 from toy.laboratory.result_cache import ResultCache
 
@@ -33,6 +34,7 @@ EXPERIMENTS: dict[str, Callable[[Laboratory], None]] = {
     "fidelity": fidelity.run,
     "pairs": pairs.run,
     "leash": leash.run,
+    "beyond": beyond.run,
     "memory": memory.run,
 }
 

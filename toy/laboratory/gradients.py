@@ -5,17 +5,19 @@ every distinct draw, or over many seeds where there are too many draws.  All gra
 without a hinge, which would hide the samples above it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from leap_align import METHODS, leap_trajectory, objective, rollout, similarity_weight
+from leap_align import METHODS as PAPER_METHODS
+from leap_align import leap_trajectory, objective, rollout, similarity_weight
 from toy.laboratory.laboratory import Laboratory
-from toy.laboratory.method_measurements import distinct_draws, hyper_for, seeded_generator
+from toy.laboratory.method_measurements import distinct_draws, evaluation_count, hyper_for, seeded_generator
 from toy.laboratory.train_run import fresh_task, train_with_leap_align
+from train_leap_align import METHODS
 
 ALPHAS = (0.0, 0.1, 0.3, 0.5, 0.7, 1.0)
 INPUT_SEED = 1_000_007
@@ -31,7 +33,7 @@ class GradientSampler:
     """A task after some training, with fixed noise and prompts: the gradient of any method for any draw."""
 
     def __init__(self, task: str, T: int, iterations: int, lr: float, batch_size: int, smoke: bool) -> None:
-        self.task, self.hyper = fresh_task(task, T, smoke), hyper_for(T)
+        self.task, self.T = fresh_task(task, T, smoke), T
         train_with_leap_align(self.task, iterations, lr)
         self.sample_inputs(batch_size, INPUT_SEED)
 
@@ -43,15 +45,18 @@ class GradientSampler:
 
     def gradient(self, method: str, seed: int, **changes: object) -> Tensor:
         """A method's gradient in all weights of the model, as one vector; changes: of the hyperparameters."""
-        velocity, hyper = self.task.velocity(self.prompts), replace(self.hyper, **changes)
-        endpoints = METHODS[method](velocity, self.x_T, self.task.times, hyper, seeded_generator(seed))
-        return self.gradient_of(list(endpoints))
+        hyper = replace(hyper_for(self.T, method), **changes)
+        velocity = self.task.velocity(self.prompts)
+        return self.gradient_of(METHODS[method](velocity, self.x_T, self.task.times, hyper, seeded_generator(seed)))
 
-    def gradient_of(self, endpoints: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def gradient_of(self, endpoints: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         """The gradient of the objective of some endpoints (x_0, weight), as one vector."""
-        losses = [objective(self.task.reward(self.task.decode(x_0), self.prompts), w, None) for x_0, w in endpoints]
-        gradients = torch.autograd.grad(sum(losses), list(self.task.model.parameters()))
-        return torch.cat([gradient.flatten() for gradient in gradients])
+        for x_0, weight in endpoints:
+            reward = self.task.reward(self.task.decode(x_0), self.prompts)
+            objective(reward, weight, None).backward()
+        gradient = torch.cat([p.grad.flatten() for p in self.task.model.parameters()])
+        self.task.model.zero_grad()
+        return gradient
 
     def pair_gradients(self) -> Iterator[tuple[int, int, float, Tensor, Tensor]]:
         """Every pair i_k > i_j, its mean weight w_sim, and LeapAlign's gradients at alpha = 0 and alpha = 1.
@@ -62,7 +67,7 @@ class GradientSampler:
         states = rollout(velocity, self.x_T, times)
         for i_j, i_k in combinations(range(1, len(times)), 2):
             leaps_0, leaps_1 = (leap_trajectory(velocity, states, times, i_k, i_j, alpha) for alpha in (0.0, 1.0))
-            weight = similarity_weight(leaps_0, self.hyper.tau)
+            weight = similarity_weight(leaps_0, hyper_for(self.T).tau)
             gradient_0, gradient_1 = (self.gradient_of([(leaps.x_0, weight)]) for leaps in (leaps_0, leaps_1))
             yield i_k, i_j, weight.mean().item(), gradient_0, gradient_1
 
@@ -132,7 +137,7 @@ def compare_gradients(
 
 def gradient_comparisons(lab: Laboratory, cases: list[Case]) -> dict[Case, dict]:
     """compare_gradients for every case and every method."""
-    scale, methods = lab.scale, [name for name in METHODS if name not in ("leap_align", "full_backprop")]
+    scale, methods = lab.scale, [name for name in PAPER_METHODS if name not in ("leap_align", "full_backprop")]
     for task in scale.tasks:
         fresh_task(task, smoke=scale.smoke)  # pre-trains it here, because otherwise every worker would
     shared = {"lr": TRAINING_LR, "max_draws": scale.max_draws, "batch_size": scale.batch_size, "smoke": scale.smoke}
@@ -141,3 +146,26 @@ def gradient_comparisons(lab: Laboratory, cases: list[Case]) -> dict[Case, dict]
     cases = sorted(cases, key=lambda case: -case[1])
     settings = [shared | dict(zip(("task", "T", "iterations"), case)) for case in cases]
     return dict(zip(cases, lab.cache.results(compare_gradients, settings, "gradients")))
+
+
+def step_fidelity(
+    task: str, method: str, T: int, hyper: dict, cost: int, draws: int, batch_size: int, smoke: bool = False
+) -> dict:
+    """A method's gradient compared with the true one, before training.
+
+    On fixed noise and prompts: Moments.values() over the method's draws.  `step_cosine`: the mean cosine of a step on
+    new noise and prompts, with as many samples as `cost` evaluations allow, to the true gradient over 16 batches.
+    hyper: in place of the method's own.
+    """
+    sampler = GradientSampler(task, T, 0, 0.0, batch_size, smoke)
+    moments, (seeds, _) = Moments(sampler.gradient("full_backprop", 0)), distinct_draws(method, T, draws)
+    for seed in seeds:
+        moments.add(sampler.gradient(method, seed, **hyper))
+    sampler.sample_inputs(16 * batch_size, INPUT_SEED)
+    steps = Moments(sampler.gradient("full_backprop", 0))
+    evaluations = evaluation_count(method, T, draws, **hyper)["evaluations"]
+    for seed in range(draws):
+        sampler.sample_inputs(round(cost / evaluations), seed)
+        steps.add(sampler.gradient(method, seed, **hyper))
+    counts = {"evaluations": evaluations, "batch_size": round(cost / evaluations)}
+    return counts | moments.values() | {"step_cosine": steps.values()["one_cosine"]}

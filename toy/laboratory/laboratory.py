@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from leap_align import BadInput
 from runtime.run_dir import write_csv, write_text
 from toy.laboratory.method_measurements import evaluation_count
-from toy.laboratory.result_cache import ResultCache
+from toy.laboratory.result_cache import Function, ResultCache
 from toy.laboratory.tables import Direction, tally, verdicts
 from toy.laboratory.train_run import fresh_task, seconds_per_iteration, train_run
 from toy.summary import mean_and_error
@@ -47,6 +47,8 @@ class Scale:
     """Iterations after which the ablations are evaluated."""
     step_counts: tuple[int, ...] = (5, 10, 25, 50, 100)
     """Values of T at which gradients are compared."""
+    training_step_counts: tuple[int, ...] = (5, 6, 8, 12, 25)
+    """Values of T at which `beyond` trains."""
     training_stages: tuple[int, ...] = (0, 30, 100, 300)
     """Iterations of training after which gradients are compared."""
     max_draws: int = 300
@@ -64,6 +66,7 @@ SMOKE = Scale(
     budgets={"small": 1, "large": 8},
     ablation_iterations=(1, 2),
     step_counts=(3, 5),
+    training_step_counts=(8, 25),
     training_stages=(0, 2),
     max_draws=4,
     batch_size=8,
@@ -80,14 +83,14 @@ class Laboratory:
     scale: Scale
 
     def train_runs(
-        self, settings: dict[Key, Settings], seeds: tuple[int, ...], title: str
+        self, settings: dict[Key, Settings], seeds: tuple[int, ...], title: str, function: Function = train_run
     ) -> dict[Key, list[dict[str, Any]]]:
-        """What train_run returns for each key's settings, a list over the seeds."""
+        """What train_run, or another function, returns for each key's settings, a list over the seeds."""
         for task in {s["task"] for s in settings.values()}:
             fresh_task(task, smoke=self.scale.smoke)  # pre-trains it here, because otherwise every worker would
         shared = {"batch_size": 64, "ema_decay": 0.99, "smoke": self.scale.smoke}
         keys = list(product(settings, seeds))
-        runs = self.cache.results(train_run, [shared | settings[key] | {"seed": seed} for key, seed in keys], title)
+        runs = self.cache.results(function, [shared | settings[key] | {"seed": seed} for key, seed in keys], title)
         run_by_key = dict(zip(keys, runs))
         return {key: [run_by_key[key, seed] for seed in seeds] for key in settings}
 

@@ -8,12 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from leap_align import METHODS, Hyper, uniform_times
+from beyond import DEFAULTS, Hyper
+from leap_align import uniform_times
+from train_leap_align import METHODS
 
 
-def hyper_for(T: int) -> Hyper:
-    """The paper's hyperparameters without hinge; the early stop within the same share of the steps, 11 of 25."""
-    return Hyper(lam=None, m=max(1, round(11 * T / 25)))
+def hyper_for(T: int, method: str = "leap_align") -> Hyper:
+    """A method's own hyperparameters without hinge; the early stop within the paper's share of the steps, 11 of 25."""
+    return Hyper(**{"lam": None, "m": max(1, round(11 * T / 25)), **DEFAULTS.get(method, {})})
 
 
 def seeded_generator(seed: int) -> torch.Generator:
@@ -24,9 +26,12 @@ def seeded_generator(seed: int) -> torch.Generator:
 def timesteps_drawn(method: str, T: int, seed: int) -> tuple[int, ...]:
     """The indices that a method draws with this seed; empty for a method that draws only noise."""
     generator = seeded_generator(seed)
-    endpoints = METHODS[method](lambda x, t: 0 * x, torch.zeros(1, 1), uniform_times(T), hyper_for(T), generator)
-    list(endpoints)
-    return tuple(value for value in endpoints.log.values() if isinstance(value, int))
+    hyper = hyper_for(T, method)
+    endpoints = METHODS[method](lambda x, t: 0 * x, torch.zeros(1, 1), uniform_times(T), hyper, generator)
+    with torch.no_grad():
+        list(endpoints)
+    indices = (value if isinstance(value, tuple) else (value,) for value in endpoints.log.values())
+    return tuple(value for values in indices for value in values if isinstance(value, int))
 
 
 def distinct_draws(method: str, T: int, max_draws: int) -> tuple[list[int], bool]:
@@ -61,11 +66,12 @@ def effective_weights(method: str, T: int, max_draws: int) -> dict:
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         return theta[int(torch.searchsorted(times, t))].expand_as(x)
 
-    (seeds, _), total = distinct_draws(method, T, max_draws), torch.zeros(T + 1)
+    seeds, _ = distinct_draws(method, T, max_draws)
     for seed in seeds:
-        endpoints = METHODS[method](velocity, torch.zeros(1, 1), times, hyper_for(T), seeded_generator(seed))
-        total -= torch.autograd.grad(sum(x_0.sum() for x_0, _ in endpoints), theta)[0]
-    return {"weights": (total / len(seeds))[1:].tolist()}
+        hyper = hyper_for(T, method)
+        for x_0, _ in METHODS[method](velocity, torch.zeros(1, 1), times, hyper, seeded_generator(seed)):
+            x_0.sum().backward()
+    return {"weights": (-theta.grad / len(seeds))[1:].tolist()}
 
 
 def evaluation_count(method: str, T: int, max_draws: int, **changes: object) -> dict:
@@ -73,14 +79,15 @@ def evaluation_count(method: str, T: int, max_draws: int, **changes: object) -> 
 
     changes: of the hyperparameters.
     """
-    count, hyper = 0, replace(hyper_for(T), **changes)
+    count, hyper, theta = 0, replace(hyper_for(T, method), **changes), torch.zeros((), requires_grad=True)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         nonlocal count
         count += 3 if torch.is_grad_enabled() else 1
-        return 0 * x
+        return theta * x
 
     seeds, _ = distinct_draws(method, T, max_draws)
     for seed in seeds:
-        list(METHODS[method](velocity, torch.zeros(1, 1), uniform_times(T), hyper, seeded_generator(seed)))
+        for x_0, _ in METHODS[method](velocity, torch.zeros(1, 1), uniform_times(T), hyper, seeded_generator(seed)):
+            x_0.sum().backward()
     return {"evaluations": count / len(seeds)}

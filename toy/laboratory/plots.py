@@ -235,6 +235,60 @@ def _frontiers(axis: Axes, method: str, rows: Rows, name: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# beyond
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def beyond(path: Path, rows: Rows, shown: dict[str, tuple[str, ...]], small: int) -> None:
+    """A row for each task: held-out evaluators against evaluations, a line for each method at its chosen setting.
+
+    Left of `small` evaluations are the runs with the rate for the small budget, right of it those for the large one.
+    The published setting is thick.  Bands are standard errors.
+    """
+    tasks = _unique(rows, "task")
+    figure = Figure(figsize=(15, 4.6 * len(tasks)), layout="constrained")
+    grid = figure.subplots(len(tasks), 3, squeeze=False)
+    for task, axes in zip(tasks, grid):
+        task_rows = [row for row in rows if row["task"] == task and row["evaluations"] > 0]
+        for axis, name in zip(axes, shown[task]):
+            for number, setting in enumerate(dict.fromkeys(map(_setting, task_rows))):
+                _budget_lines(axis, number, [row for row in task_rows if _setting(row) == setting], name)
+            axis.axvline(small, color="0.5", lw=0.8, ls=":")
+            axis.set(xlabel="velocity evaluations a sample", ylabel=f"{name} (held out)", title=task, xscale="log")
+            axis.set_ylim(*_range([row[name] for row in task_rows]))
+            axis.grid(alpha=0.3)
+        axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=9, frameon=False)
+    _save(figure, path)
+
+
+def _setting(row: dict[str, Any]) -> tuple:
+    """What makes a line of its own in the figure of `beyond`."""
+    return row["line"], row["option"], row["T"], row["solver"]
+
+
+def _budget_lines(axis: Axes, number: int, rows: Rows, name: str) -> None:
+    """Draws one setting: a line for each budget.  The first setting of a task is the published one."""
+    line, option, T, solver = _setting(rows[0])
+    label = ", ".join(text for text in (line, option if option not in line else "", f"T = {T}", solver) if text)
+    look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+    look |= {"linestyle": "-" if number < len(COLORS) else "--", "lw": 1.2, "ms": 4}
+    if number == 0:
+        look |= {"color": "black", "lw": 3.5, "ms": 7}
+        label = "published: " + label
+    for budget in _unique(rows, "budget"):
+        points = [row for row in rows if row["budget"] == budget]
+        x, y, error = (np.array([row[key] for row in points]) for key in ("evaluations", name, f"{name}_error"))
+        axis.plot(x, y, label=label if budget == rows[0]["budget"] else None, **look)
+        axis.fill_between(x, y - error, y + error, color=look["color"], alpha=0.2, lw=0)
+
+
+def _range(values: list[float]) -> tuple[float, float]:
+    """Axis limits that leave out the lowest tenth: runs that diverge would flatten all others."""
+    low, high = np.quantile(values, 0.1), max(values)
+    return low - 0.05 * (high - low), high + 0.05 * (high - low)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # memory
 # ---------------------------------------------------------------------------------------------------------------------
 

@@ -6,8 +6,12 @@ from contextlib import redirect_stdout
 from functools import cache
 from io import StringIO
 
-from beyond import Hyper
+from torch import Tensor, nn
+
+from beyond import DEFAULTS, Hyper
 from toy.digits import Digits
+from toy.laboratory.method_measurements import hyper_for
+from toy.laboratory.other_trainers import TRAINERS
 from toy.laboratory.variants import VARIANTS
 from toy.modes import Modes
 from toy.task import ToyOptions, ToyTask
@@ -38,10 +42,12 @@ def fresh_task(name: str, T: int = 25, smoke: bool = False) -> ToyTask:
 def make_trainer(
     task: ToyTask, method: str, lr: float, batch_size: int, seed: int, ema_decay: float, hyper: Hyper
 ) -> Trainer:
-    """A trainer before its first step, with a method of the paper or a variant of LeapAlign."""
+    """A trainer before its first step: with a method, a variant of LeapAlign, or one of the other trainers."""
     if hyper.beta:
         task.keep_reference()
     config = Config(task=task.name, batch_size=batch_size, lr=lr, seed=seed, ema_decay=ema_decay)
+    if method in TRAINERS:
+        return TRAINERS[method](config, hyper, task)
     return Trainer(config, hyper, task, (METHODS | VARIANTS)[method])
 
 
@@ -77,6 +83,63 @@ def train_run(
                     norms.append(row["grad_norm"])
                 v_norms += [row["v_norm"]] if "v_norm" in row else []
     except ValueError as broken:  # BadInput, or an evaluator that received infinite samples
+        error = str(broken)
+    return {"metrics": metrics, "error": error}
+
+
+class EvaluationCounter:
+    """Counts a trainer's velocity evaluations a sample while it is entered; one with gradient counts as three.
+
+    On a leash, the evaluations of the reference count too, and a second backward to the input as one.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.batch_size, self.count = trainer.config.batch_size, 0.0
+        self.has_second_backward = trainer.hyper.beta > 0
+        self.models = [trainer.task.model, *([trainer.task.reference] if trainer.hyper.beta else [])]
+
+    def __enter__(self) -> None:
+        self.hooks = [model.register_forward_hook(self.add) for model in self.models]
+
+    def __exit__(self, *exception: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def add(self, model: nn.Module, inputs: tuple[Tensor, ...], v: Tensor) -> None:
+        """Counts one call."""
+        passes = 3 + (self.has_second_backward and inputs[0].requires_grad) if v.requires_grad else 1
+        self.count += passes * len(v) / self.batch_size
+
+
+def budget_run(
+    task: str,
+    method: str,
+    T: int,
+    lr: float,
+    seed: int,
+    budgets: list[int],
+    hyper: dict,
+    batch_size: int = 64,
+    ema_decay: float = 0.99,
+    smoke: bool = False,
+) -> dict:
+    """Trains on sampling runs of T steps, and evaluates (on 25) where each budget of evaluations a sample is used up.
+
+    hyper: in place of the method's own defaults, at lambda = 0.  Returns {"metrics": a list over the budgets, "error":
+    why the run broke, or ""}.  The metrics are the task's evaluators, `evaluations` and `iterations`.
+    """
+    values = {"lam": 0.0, "m": hyper_for(T).m} | DEFAULTS.get(method, {}) | hyper
+    trainer = make_trainer(fresh_task(task, T, smoke), method, lr, batch_size, seed, ema_decay, Hyper(**values))
+    counter, iterations, metrics, error = EvaluationCounter(trainer), 0, [], ""
+    try:
+        for budget in budgets:
+            # An iteration more would be farther from the budget; all cost the same, but for those that stop early.
+            while counter.count + counter.count / max(1, iterations) / 2 < budget:
+                with redirect_stdout(StringIO()), counter:
+                    trainer.step()
+                iterations += 1
+            metrics.append(trainer.evaluate() | {"evaluations": counter.count, "iterations": iterations})
+    except ValueError as broken:
         error = str(broken)
     return {"metrics": metrics, "error": error}
 

@@ -1,0 +1,270 @@
+"""beyond: every method, over the steps T, the solver and the budget: quality against velocity evaluations.
+
+Each setting gets the learning rate with the best held-out utility on the tuning seeds, for either budget.  The steps of
+an evaluation are 25 whatever a run trains on.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise, product
+from typing import Any
+
+from runtime.run_dir import write_csv
+from toy.laboratory import plots
+from toy.laboratory.gradients import step_fidelity
+from toy.laboratory.laboratory import EVALUATORS, Laboratory, Settings, T
+from toy.laboratory.other_trainers import TRAINERS
+from toy.laboratory.tables import summarize
+from toy.laboratory.train_run import budget_run
+from toy.summary import markdown_table, mean_and_error
+
+COST = 29
+"""Evaluations a sample of an iteration of the published LeapAlign: 25 steps, two of them with gradient."""
+ADAPTABLE = ("leap_align", "sparse", "bridge", "lagrange", "stratified")
+"""Methods that estimate recorded states, whatever solver made them."""
+LEASHES = {"toy": 0.3, "digits": 3.0}
+"""beta, as `leash` found it."""
+LEARNING_RATES = {"toy": (3e-4, 1e-3, 3e-3, 1e-2), "digits": (3e-4, 1e-3, 3e-3)}
+LOW_LEARNING_RATES = {"toy": (3e-4, 1e-3, 3e-3, 1e-2), "digits": (1e-4, 3e-4, 1e-3)}
+"""Of policy gradient and replay."""
+CURVE_FRACTIONS = {"small": (0, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1), "large": (1 / 3, 2 / 3, 1)}
+"""Fractions of a budget after which a run is evaluated."""
+SHOWN = {"toy": ("utility", "log_density", "spread"), "digits": ("utility", "nearest_real", "diversity")}
+"""Held-out evaluators in the figure."""
+FIDELITY: dict[str, tuple[str, dict[str, Any]]] = {
+    "leap_align": ("leap_align", {}),
+    "leap_align, alpha 1": ("leap_align", {"alpha": 1.0}),
+    **{name: (name, {}) for name in ("refl", "draft_lv", "drtune", "sparse", "bridge", "lagrange")},
+    **{f"stratified, K {K}": ("stratified", {"K": K}) for K in (2, 3, 4, 6, 8)},
+}
+"""Methods and hyperparameters of which the gradient is compared with the true one."""
+
+Runs = dict[tuple["Setting", str], list[dict[str, Any]]]
+"""(setting, budget) -> for each seed what budget_run returned."""
+Rates = dict[tuple["Setting", str], float]
+"""(setting, budget) -> its learning rate."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a row of the table trains with."""
+
+    task: str
+    method: str
+    option: str
+    """A changed hyperparameter, `alpha 1` or `K 4`; `leash`, with K = 3; or nothing."""
+    T: int
+    solver: str = "euler"
+
+    @property
+    def hyper(self) -> dict[str, Any]:
+        """The hyperparameters that differ from the method's own."""
+        if self.option == "leash":
+            return {"K": 3, "lam": None, "beta": LEASHES[self.task], "solver": self.solver}
+        name, _, value = self.option.partition(" ")
+        changed = {"alpha": float, "K": int}
+        return {"solver": self.solver} | ({name: changed[name](value)} if name else {})
+
+    @property
+    def line(self) -> str:
+        """The method's name in the figure; a leash makes it another one."""
+        return f"{self.method}, leash" if self.option == "leash" else self.method
+
+    @property
+    def is_published(self) -> bool:
+        """Whether it is the paper's own: T = 25, alpha = 0.3, Euler."""
+        return (self.method, self.option, self.T, self.solver) == ("leap_align", "", 25, "euler")
+
+
+SETTING = [field.name for field in fields(Setting)]
+
+
+def settings_of(task: str, step_counts: tuple[int, ...]) -> Iterator[Setting]:
+    """All settings of a task."""
+    paper = ("refl", "draft_lv", "drtune", "full_backprop")
+    flowbp = ("sparse", "bridge", "lagrange")
+    trained = [("leap_align", ""), ("leap_align", "alpha 1"), *((name, "") for name in (*paper, *flowbp))]
+    trained += [("stratified", f"K {K}") for K in (2, 3, 4)]
+    for (method, option), steps in product(trained, step_counts):
+        yield Setting(task, method, option, steps)
+        if method in ADAPTABLE and (method, option) != ("leap_align", ""):
+            yield Setting(task, method, option, steps, "ab2")
+    others = (("dancegrpo", ""), ("mixgrpo", ""), ("replay", "alpha 1"), ("stratified", "leash"))
+    for (method, option), steps in product(others, (8, 25)):
+        yield Setting(task, method, option, steps)
+
+
+def run(lab: Laboratory) -> None:
+    """Tunes, trains and measures gradients, and writes the tables and the figure."""
+    settings = [setting for task in lab.scale.tasks for setting in settings_of(task, lab.scale.training_step_counts)]
+    rates = learning_rates(lab, settings)
+    runs, chosen = training_runs(lab, settings, rates), chosen_settings(lab, settings, rates)
+    published = {s.task: s for s in settings if s.is_published}
+    thresholds = {task: mean_at_end(runs[setting, "large"], "utility") for task, setting in published.items()}
+    rows = [row | cost_to_reach(thresholds, *key, runs[key]) for key, row in table_rows(runs, rates).items()]
+    curves = curve_rows(runs, [*published.values(), *chosen])
+    headline, gradients = headline_rows(rows, chosen, thresholds), gradient_rows(lab)
+    for name, table in {"headline": headline, "fidelity": gradients, "curves": curves}.items():
+        write_csv(lab.out / f"beyond-{name}.csv", table)
+    lab.publish("beyond", rows, tables(rows, headline, gradients))
+    plots.beyond(lab.out / "beyond.png", curves, SHOWN, lab.scale.budgets["small"] * COST)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_settings(setting: Setting, lr: float, budgets: list[int]) -> Settings:
+    """The arguments of budget_run apart from the seed."""
+    own = {"task": setting.task, "method": setting.method, "T": setting.T, "hyper": setting.hyper}
+    return own | {"lr": lr, "budgets": budgets}
+
+
+def learning_rates(lab: Laboratory, settings: list[Setting]) -> Rates:
+    """The learning rate of each setting and budget with the highest mean utility on the tuning seeds.
+
+    Both solvers share it: their iterations cost the same and train on nearly the same states.
+    """
+    ends = [n * COST for n in lab.scale.budgets.values()]
+    euler = [setting for setting in settings if setting.solver == "euler"]
+    tried = {(s, lr): run_settings(s, lr, ends) for s in euler for lr in candidate_rates(lab, s)}
+    runs, best = lab.train_runs(tried, lab.scale.tuning_seeds, "learning rates", budget_run), {}
+    for setting, (position, budget) in product(settings, enumerate(lab.scale.budgets)):
+        tuned = replace(setting, solver="euler")
+        utility = {lr: mean_utility(runs[tuned, lr], position) for lr in candidate_rates(lab, setting)}
+        best[setting, budget] = max(utility, key=utility.get)
+    return best
+
+
+def candidate_rates(lab: Laboratory, setting: Setting) -> tuple[float, ...]:
+    """The learning rates to choose from."""
+    if lab.scale.smoke:
+        return lab.scale.learning_rates
+    return (LOW_LEARNING_RATES if setting.method in TRAINERS else LEARNING_RATES)[setting.task]
+
+
+def mean_utility(runs: list[dict[str, Any]], position: int) -> float:
+    """The mean utility of tuning runs at a budget; a run that broke counts as worse than any other."""
+    return mean_and_error([-1e9 if run["error"] else run["metrics"][position]["utility"] for run in runs])[0]
+
+
+def training_runs(lab: Laboratory, settings: list[Setting], rates: Rates) -> Runs:
+    """The runs of the tables: for each budget with the rate chosen for it, evaluated along it."""
+    planned = {}
+    for setting, (budget, n) in product(settings, lab.scale.budgets.items()):
+        points = [round(n * COST * fraction) for fraction in CURVE_FRACTIONS[budget]]
+        planned[setting, budget] = run_settings(setting, rates[setting, budget], points)
+    return lab.train_runs(planned, lab.scale.seeds, "beyond", budget_run)
+
+
+def chosen_settings(lab: Laboratory, settings: list[Setting], rates: Rates) -> list[Setting]:
+    """The setting of each task and method with the highest utility at the small budget on the tuning seeds."""
+    end = lab.scale.budgets["small"] * COST
+    planned = {setting: run_settings(setting, rates[setting, "small"], [end]) for setting in settings}
+    runs, best = lab.train_runs(planned, lab.scale.tuning_seeds, "choice of settings", budget_run), {}
+    for setting in settings:
+        utility, key = mean_utility(runs[setting], 0), (setting.task, setting.line)
+        if key not in best or utility > best[key][0]:
+            best[key] = utility, setting
+    return [setting for _, setting in best.values()]
+
+
+def mean_at_end(runs: list[dict[str, Any]], name: str) -> float:
+    """The mean of an evaluator over the seeds, at the end of the budget."""
+    return mean_and_error([run["metrics"][-1][name] for run in runs])[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def table_rows(runs: Runs, rates: Rates) -> dict[tuple[Setting, str], dict[str, Any]]:
+    """(setting, budget) -> its metrics at the end of the budget; no metrics and n = 0 if a run of it broke."""
+    rows = {}
+    for (setting, budget), seed_runs in runs.items():
+        row = vars(setting) | {"budget": budget, "lr": rates[setting, budget], "n": 0}
+        if not any(run["error"] for run in seed_runs):
+            row |= summarize([run["metrics"][-1] for run in seed_runs])
+        rows[setting, budget] = row
+    return rows
+
+
+def cost_to_reach(thresholds: dict[str, float], setting: Setting, budget: str, runs: list[dict]) -> dict[str, Any]:
+    """For the small budget: how many seeds reach the published utility, and after how many evaluations if all do."""
+    if budget != "small":
+        return {}
+    needed = [evaluations_to(thresholds[setting.task], run["metrics"]) for run in runs]
+    reached = [value for value in needed if value is not None]
+    columns = {"reached": len(reached)}
+    if len(reached) == len(needed):
+        columns["needed"], columns["needed_error"] = mean_and_error(reached)
+    return columns
+
+
+def evaluations_to(threshold: float, metrics: list[dict[str, float]]) -> float | None:
+    """Evaluations at which the utility first reaches the threshold, interpolated; None if it never does."""
+    for before, after in pairwise(metrics):
+        if after["utility"] >= threshold:
+            share = (threshold - before["utility"]) / (after["utility"] - before["utility"])
+            return before["evaluations"] + share * (after["evaluations"] - before["evaluations"])
+    return None
+
+
+def headline_rows(rows: list[dict], chosen: list[Setting], thresholds: dict[str, float]) -> list[dict[str, Any]]:
+    """For each task and method, the chosen setting's evaluations to the published utility and their share of 8,700."""
+    by_setting = {(Setting(*(row[name] for name in SETTING)), row["budget"]): row for row in rows}
+    published = {s.task: row["evaluations"] for (s, budget), row in by_setting.items() if s.is_published}
+    columns = [*SETTING, "lr", "n", "utility", "utility_error", "reached", "needed", "needed_error"]
+    headline = []
+    for setting in chosen:
+        row, cost = by_setting[setting, "small"], published[setting.task]
+        result = {name: row.get(name, "") for name in columns}
+        result |= {"threshold": thresholds[setting.task], "published": cost, "share": "", "share_error": ""}
+        if "needed" in row:
+            result |= {"share": row["needed"] / cost, "share_error": row["needed_error"] / cost}
+        headline.append(result)
+    return headline
+
+
+def curve_rows(runs: Runs, settings: list[Setting]) -> list[dict[str, Any]]:
+    """The metrics along both budgets of some settings."""
+    rows = []
+    for setting, budget in product(settings, CURVE_FRACTIONS):
+        metrics = [run["metrics"] for run in runs[setting, budget]]
+        for values in zip(*metrics):
+            rows.append(vars(setting) | {"line": setting.line, "budget": budget} | summarize(list(values)))
+    return rows
+
+
+def gradient_rows(lab: Laboratory) -> list[dict[str, Any]]:
+    """The gradient of each method compared with the true one: its expectation, and a step of equal cost."""
+    scale = lab.scale
+    shared = {"T": T, "cost": COST * 64, "draws": scale.max_draws // 3, "batch_size": scale.batch_size}
+    keys = list(product(scale.tasks, FIDELITY))
+    settings = [
+        shared | {"task": task, "method": FIDELITY[name][0], "hyper": FIDELITY[name][1], "smoke": scale.smoke}
+        for task, name in keys
+    ]
+    results = lab.cache.results(step_fidelity, settings, "gradients")
+    return [{"task": task, "method": name} | result for (task, name), result in zip(keys, results)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tables(rows: list[dict], headline: list[dict], gradients: list[dict]) -> str:
+    """Tables of the headline, of all settings for each task and budget, and of the gradients."""
+    columns = ["task", "method", "option", "T", "solver", "lr", "utility", "threshold", "reached", "needed", "share"]
+    blocks = ["### Evaluations to the published utility", markdown_table(headline, columns)]
+    for task, budget in dict.fromkeys((row["task"], row["budget"]) for row in rows):
+        table = [row for row in rows if (row["task"], row["budget"]) == (task, budget)]
+        columns = ["method", "option", "T", "solver", "lr", "evaluations", *EVALUATORS[task]]
+        n = max(row["n"] for row in table)
+        blocks.append(f"### {task}, {budget} budget (n = {n}, mean ± standard error)")
+        blocks.append(markdown_table(table, columns))
+    columns = ["task", "method", "evaluations", "batch_size", "cosine", "ratio", "one_cosine", "step_cosine"]
+    return "\n\n".join([*blocks, "### Gradients, T = 25, before training", markdown_table(gradients, columns)])
