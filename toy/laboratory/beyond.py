@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import pairwise, product
 from typing import Any
 
+from beyond import SOLVERS
 from runtime.run_dir import write_csv
 from toy.laboratory import plots
 from toy.laboratory.gradients import step_fidelity
@@ -20,8 +21,6 @@ from toy.summary import markdown_table, mean_and_error
 
 COST = 29
 """Evaluations a sample of an iteration of the published LeapAlign: 25 steps, two of them with gradient."""
-ADAPTABLE = ("leap_align", "sparse", "bridge", "lagrange", "stratified")
-"""Methods that estimate recorded states, whatever solver made them."""
 LEASHES = {"toy": 0.3, "digits": 3.0}
 """beta, as `leash` found it."""
 LEARNING_RATES = {"toy": (3e-4, 1e-3, 3e-3, 1e-2), "digits": (3e-4, 1e-3, 3e-3)}
@@ -85,10 +84,8 @@ def settings_of(task: str, step_counts: tuple[int, ...]) -> Iterator[Setting]:
     flowbp = ("sparse", "bridge", "lagrange")
     trained = [("leap_align", ""), ("leap_align", "alpha 1"), *((name, "") for name in (*paper, *flowbp))]
     trained += [("stratified", f"K {K}") for K in (2, 3, 4)]
-    for (method, option), steps in product(trained, step_counts):
-        yield Setting(task, method, option, steps)
-        if method in ADAPTABLE and (method, option) != ("leap_align", ""):
-            yield Setting(task, method, option, steps, "ab2")
+    for (method, option), steps, solver in product(trained, step_counts, SOLVERS):
+        yield Setting(task, method, option, steps, solver)
     others = (("dancegrpo", ""), ("mixgrpo", ""), ("replay", "alpha 1"), ("stratified", "leash"))
     for (method, option), steps in product(others, (8, 25)):
         yield Setting(task, method, option, steps)
