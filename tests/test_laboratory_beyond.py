@@ -11,7 +11,7 @@ from leap_align import rollout, uniform_times
 from tests.problems import randn, seeded
 from toy.laboratory import beyond, other_trainers, plots
 from toy.laboratory.beyond import Setting
-from toy.laboratory.gradients import GradientSampler, step_fidelity
+from toy.laboratory.gradients import INPUT_SEED, GradientSampler, step_fidelity
 from toy.laboratory.laboratory import SMOKE, Laboratory, Scale
 from toy.laboratory.other_trainers import GROUP, TRAINERS, NoisyStep, advantages, noisy_mean
 from toy.laboratory.result_cache import ResultCache
@@ -179,6 +179,14 @@ def test_a_step_of_the_exact_gradient_has_the_cosine_1():
     # The weight is 1 / (4 tau), and that of full backpropagation 1.
     assert found["ratio"] == pytest.approx(1 / 0.4, rel=1e-4)
     assert 0 < found["step_cosine"] < 1 - 1e-3
+
+
+def test_a_step_of_equal_cost_has_new_noise_and_as_many_samples_as_its_cost_allows(monkeypatch):
+    drawn, sample_inputs = [], GradientSampler.sample_inputs
+    record = lambda self, n, seed: drawn.append((n, seed)) or sample_inputs(self, n, seed)  # noqa: E731
+    monkeypatch.setattr(GradientSampler, "sample_inputs", record)
+    step_fidelity("toy", "leap_align", 4, {}, cost=80, draws=3, batch_size=8, smoke=True)
+    assert drawn == [(8, INPUT_SEED), (16 * 8, INPUT_SEED), (10, 0), (10, 1), (10, 2)]
 
 
 def test_a_gradient_leaves_nothing_behind():
