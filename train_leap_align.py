@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import torch
 import tyro
@@ -67,7 +67,7 @@ METRICS = tuple("loss reward grad_norm weight d_j d_0 hinge_active i_k i_j leash
 """The columns of metrics.csv, after `iteration` and before those of the task."""
 CHANGEABLE_ON_RESUME = frozenset(
     "iterations gradient_accumulation_steps evaluate_every checkpoint_every checkpoints_total_limit max_skipped_steps "
-    "out resume".split()
+    "tracker out resume".split()
 )
 """Fields of Config that may change on --resume: no iteration depends on them."""
 
@@ -107,6 +107,8 @@ class Config:
     """Consecutive steps with a loss or gradient that is not finite before the run stops."""
     seed: int = 0
     """Seed of noise, prompts and timesteps."""
+    tracker: Literal["tensorboard", "wandb"] | None = None
+    """Where to watch the run: every metric, evaluation and image, besides the files in the run's folder."""
     out: Path | None = None
     """The run's folder; runs/TASK-METHOD if not given."""
     resume: bool = False
@@ -374,7 +376,7 @@ def build_task(flags: Flags) -> Task:
     return task
 
 
-def train(trainer: Trainer, folder: Path, stop_request: processes.StopRequest) -> None:
+def train(trainer: Trainer, folder: Path, stop_request: processes.StopRequest, tracker: Any) -> None:
     """Iterates, evaluating and saving as often as the configuration says; saves the averaged model at the end."""
     config, task, progress, is_rank0 = trainer.config, trainer.task, trainer.progress, rank() == 0
     results_folder = folder if is_rank0 else None
@@ -382,6 +384,8 @@ def train(trainer: Trainer, folder: Path, stop_request: processes.StopRequest) -
         trainer.evaluate(results_folder)
     columns = (*METRICS, *task.step_metric_names)
     log = CsvLog(folder / "metrics.csv", columns, progress.iteration) if is_rank0 else None
+    if tracker:
+        tracker.replay(progress.evaluations)
     counts = {"total": config.iterations, "initial": progress.iteration}
     # mininterval: at most one line a second where the output is a file.
     with tqdm(desc=config.method, **counts, mininterval=1, disable=not is_rank0) as bar:
@@ -389,9 +393,13 @@ def train(trainer: Trainer, folder: Path, stop_request: processes.StopRequest) -
             row = trainer.step()
             if log:
                 log.add({"iteration": progress.iteration, **row})
+            if tracker:
+                tracker.add("train", progress.iteration, {name: row[name] for name in columns if name in row})
             last = progress.iteration == config.iterations
             if progress.iteration % config.evaluate_every == 0 or last:
-                trainer.evaluate(results_folder)
+                evaluation = trainer.evaluate(results_folder)
+                if tracker:
+                    tracker.add("evaluation", progress.iteration, evaluation)
             stop, is_good = max(processes.all_gather(stop_request.signal)), progress.consecutive_skips == 0
             if is_good and (progress.iteration % config.checkpoint_every == 0 or last or stop):
                 trainer.save(folder)
@@ -404,16 +412,19 @@ def train(trainer: Trainer, folder: Path, stop_request: processes.StopRequest) -
         task.save(folder)
 
 
-def write_report(trainer: Trainer, folder: Path) -> None:
-    """Draws the figures, writes result.json, prints the evaluators before and after."""
+def write_report(trainer: Trainer, folder: Path, tracker: Any) -> None:
+    """Draws and tracks the figures, writes result.json, prints the evaluators before and after."""
     trainer.task.draw_figures(folder)
     report.write_report(folder, trainer.progress)
+    if tracker:
+        tracker.add_figures(trainer.progress.iteration)
 
 
 def run(flags: Flags, stop_request: processes.StopRequest) -> None:
     """Checks, claims the folder, builds or restores, trains, reports."""
     config, hyper = flags.run, flags.method
     run_on_rank0(lambda: check(config, hyper, world_size()))
+    open_tracker = run_on_all_ranks(lambda: report.tracker_class(config.tracker))
     folder = config.out or Path("runs") / f"{config.task}-{config.method}"
     settings = {"tool": TOOL, **asdict(config), **asdict(hyper), **asdict(flags.task), "out": folder}
     changeable = CHANGEABLE_ON_RESUME | task_class(config.task).changeable_on_resume
@@ -426,10 +437,11 @@ def run(flags: Flags, stop_request: processes.StopRequest) -> None:
             run_on_rank0(lambda: check_contents(folder, contents))
             trainer.restore(folder)
         run_on_rank0(lambda: write_settings(folder / "config.json", settings | {"contents": contents}))
-        stop_request.is_deferred = True  # from here on a signal ends the iteration and saves
-        train(trainer, folder, stop_request)
-        # The other ranks wait for the report: torchrun ends every process as soon as one has failed.
-        run_on_rank0(lambda: write_report(trainer, folder))
+        with run_on_all_ranks(lambda: open_tracker(folder, settings)) as tracker:
+            stop_request.is_deferred = True  # from here on a signal ends the iteration and saves
+            train(trainer, folder, stop_request, tracker)
+            # The other ranks wait for the report: torchrun ends every process as soon as one has failed.
+            run_on_rank0(lambda: write_report(trainer, folder, tracker))
 
 
 def main(arguments: list[str] | None = None) -> None:

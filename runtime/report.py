@@ -1,11 +1,15 @@
-"""A run's report: result.json, curves.png, signs of reward hacking, and the table printed at its end."""
+"""A run's report: result.json, curves.png, signs of reward hacking, the table printed at its end, and its tracker."""
 
 import math
+import pkgutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from runtime.checkpoint import Progress
+from runtime.processes import rank
 from runtime.run_dir import atomic_file, read_csv, write_json
 
 Evaluation = dict[str, float]
@@ -75,3 +79,13 @@ def print_summary(folder: Path, evaluations: list[Evaluation], seconds: float, s
 
 def _evaluators(row: Evaluation) -> dict[str, float]:
     return {name: value for name, value in row.items() if name != "iteration"}
+
+
+def tracker_class(name: str | None) -> Callable[..., AbstractContextManager]:
+    """The class of a tracker, imported now; without a name, and on all ranks but the first, a context that gives None.
+
+    Its objects are Tracker(folder, settings), for a `with` statement.  Raises BadInput if its library is not installed.
+    """
+    if name is None or rank() > 0:
+        return lambda folder, settings: nullcontext()
+    return pkgutil.resolve_name("runtime.tracker:installed_tracker")(name)

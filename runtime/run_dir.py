@@ -268,6 +268,7 @@ class CsvLog:
         self.writer = csv.DictWriter(self.file, ("iteration", *columns), restval="", extrasaction="ignore")
         self.writer.writeheader()
         self.writer.writerows(rows)
+        self.file.flush()
 
     def add(self, row: dict[str, float]) -> None:
         """Appends a row; a column without a value stays empty."""

@@ -70,7 +70,7 @@ class Task(Protocol):
         """All evaluators, `reward` and those of held_out among them, always on the same noise and prompts.
 
         Every rank calls it.  Rank 0 passes the run's folder, where the task may write what its figures need; the
-        others pass None.
+        others pass None.  A tracker shows samples/ITERATION.png, six digits, if the task writes it.
         """
 
     def draw_figures(self, folder: Path) -> None:
