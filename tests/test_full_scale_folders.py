@@ -140,7 +140,7 @@ def command_of(name, models, tmp_path, out):
 def no_measurement(monkeypatch):
     """The benchmark with a GPU that measures nothing."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(benchmark, "write_pipeline", lambda folder, config: None)
+    monkeypatch.setattr(benchmark, "write_pipeline", lambda *_: None)
     monkeypatch.setattr(benchmark, "measure", lambda case: {"batch": case.batch_size})
 
 
