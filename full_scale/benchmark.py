@@ -1,8 +1,8 @@
 """A model's architecture with random weights on a GPU: what the trainer's own step costs at full size.
 
 Pipeline, VAE and reward are tiny, the transformer has the real one's size and trains LoRA adapters.  So this measures
-the transformer's part, 98 % of a step of FLUX.1-dev.  Nothing is downloaded, and nothing is learned.  Each row shows the measured
-values beside those of `python -m full_scale plan` for the same step.
+the transformer's part, 98 % of a step of FLUX.1-dev.  Nothing is downloaded, and nothing is learned.  Each row shows
+the measured values beside those of `python -m full_scale plan` for the same step.
 """
 
 import gc

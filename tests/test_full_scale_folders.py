@@ -190,7 +190,7 @@ def test_tiny_writes_the_same_model_again_and_keeps_other_files(models, tmp_path
     before = content_of(tmp_path / "tiny")
     tool("tiny", tmp_path / "tiny")
     assert content_of(tmp_path / "tiny") == before
-    assert "sd3 was False, is True" in refusal(["tiny", tmp_path / "tiny", "--sd3"], tools.main)
+    assert "task was flux, is sd3" in refusal(["tiny", tmp_path / "tiny", "--sd3"], tools.main)
     assert content_of(tmp_path / "tiny") == before
 
 

@@ -26,6 +26,7 @@ from train_leap_align import METHODS, Config, Trainer
 pytestmark = pytest.mark.usefixtures("one_process")
 
 CASES = [("flux", {"precision": "bfloat16"}), ("flux", {"precision": "bfloat16", "lora_rank": 4}), ("sd3", {})]
+CASES += [("klein", {"precision": "bfloat16", "lora_rank": 4})]
 all_cases = pytest.mark.parametrize(("name", "changes"), CASES, ids=str)
 
 
@@ -237,7 +238,7 @@ def test_few_prompts_and_stored_embeddings_need_no_text_encoders(source, tmp_pat
     ("arguments", "expected"),
     [
         (["--prompts", "/nowhere"], "cannot read prompts from /nowhere"),
-        (["--task", "toy"], "plan knows flux, sd3"),
+        (["--task", "toy"], "plan knows flux, sd3, klein"),
         (["--reward", "pickscore"], "reward=pickscore"),
         (["--model", "/nowhere"], "model=/nowhere: give a pipeline's folder"),
         (["--json", "/nowhere/plan.json"], "json: /nowhere does not exist"),
