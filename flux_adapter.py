@@ -1,4 +1,4 @@
-"""FLUX.1-dev and SD3.5-M as tasks of the trainer: diffusers' pipelines behind the Task protocol.
+"""FLUX.1-dev, SD3.5-M and FLUX.2-klein as tasks of the trainer: diffusers' pipelines behind the Task protocol.
 
     python train_leap_align.py --task flux --prompts prompts.txt     trains; --help lists every flag
     python -m full_scale --help                                      the tools around a run
@@ -14,11 +14,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from full_scale import contents, pipeline, rewards, transformer
+from full_scale.models import FAMILIES, Family
 from full_scale.prompts import (
     embedding_folders,
     few_prompts,
@@ -39,9 +41,9 @@ IMAGES_PER_PROMPT = 2
 
 @dataclass(frozen=True)
 class Options:
-    """Flags of FLUX.1-dev and SD3.5-M."""
+    """Flags that all models have, with the defaults of FLUX.1-dev."""
 
-    model: str = "black-forest-labs/FLUX.1-dev"
+    model: str = FAMILIES["flux"].model
     """Pipeline: a local folder in diffusers' layout, or a hub id."""
     prompts: Path | None = None
     """Training prompts: a text file with one per line, or a folder that `python -m full_scale embed` filled."""
@@ -53,8 +55,8 @@ class Options:
     """Pixels, a multiple of 16."""
     width: int = 720
     """Pixels, a multiple of 16."""
-    guidance: float = 3.5
-    """Guidance scale: an input of FLUX.1-dev, classifier-free guidance in SD3.5-M."""
+    guidance: float = FAMILIES["flux"].guidance
+    """Guidance scale: an input of FLUX.1-dev, classifier-free guidance in SD3.5-M and FLUX.2-klein."""
     shift: float | None = None
     """Shift s of the time grid; the pipeline's own scheduler decides if not given."""
     precision: pipeline.Precision = "bfloat16"
@@ -81,12 +83,24 @@ class Options:
 class SD3Options(Options):
     """Flags of SD3.5-M."""
 
-    model: str = "stabilityai/stable-diffusion-3.5-medium"
+    model: str = FAMILIES["sd3"].model
     """Pipeline: a local folder in diffusers' layout, or a hub id."""
     height: int = 512
     """Pixels, a multiple of 16."""
     width: int = 512
     """Pixels, a multiple of 16."""
+
+
+@dataclass(frozen=True)
+class KleinOptions(Options):
+    """Flags of FLUX.2-klein."""
+
+    model: str = FAMILIES["klein"].model
+    """Pipeline of a base model: a local folder in diffusers' layout, or a hub id."""
+    guidance: float = FAMILIES["klein"].guidance
+    """Scale of classifier-free guidance; up to 1 there is none, which halves the cost."""
+    lora_targets: tuple[str, ...] = (*Options.lora_targets, "to_qkv_mlp_proj")
+    """Linear layers that get an adapter, by the end of their names."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,9 +109,12 @@ class SD3Options(Options):
 
 
 class DiffusersTask:
-    """The Task protocol over a diffusers pipeline.  A subclass defines grid, noise, unpack, inputs, velocity_of."""
+    """The Task protocol over a diffusers pipeline.
 
-    family: ClassVar[pipeline.Family]
+    A subclass defines log_shift (or grid), noise, unpack, inputs and velocity_of.
+    """
+
+    family: ClassVar[Family]
     Options: ClassVar[type] = Options
     held_out: ClassVar[dict[str, float]] = {"diversity": 0.02}
     step_metric_names: ClassVar[tuple[str, ...]] = ("saturated",)
@@ -145,6 +162,12 @@ class DiffusersTask:
         shift = self.options.shift
         return (self.grid(T) if shift is None else shifted_times(T, shift)).to(self.device)
 
+    def grid(self, T: int) -> Tensor:
+        """The pipeline's own noise levels, ascending (T+1,): an even grid, shifted by exp(log_shift)."""
+        scheduler = self.pipeline.scheduler
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / T, T), mu=self.log_shift(T))
+        return scheduler.sigmas.flip(0)
+
     def choose_device(self) -> torch.device:
         """Where everything computes."""
         return pipeline.gpu_or_cpu()
@@ -156,7 +179,9 @@ class DiffusersTask:
 
     def open_pipeline(self, text: bool) -> Any:
         """The pipeline without its transformer; without its text encoders unless text."""
-        return pipeline.open_pipeline(self.family, self.folder, self.dtype, text=text, transformer=None)
+        opened = pipeline.open_pipeline(self.family, self.folder, self.dtype, text=text, transformer=None)
+        pipeline.check_trainable(self.folder)
+        return opened
 
     def frozen_modules(self) -> list[nn.Module]:
         """What training keeps besides the transformer: reward, VAE, and text encoders if they are needed all along."""
@@ -272,7 +297,24 @@ class DiffusersTask:
         factor = self.pipeline.vae_scale_factor
         return self.pipeline.vae.config.latent_channels, self.options.height // factor, self.options.width // factor
 
+    @cached_property
+    def empty_prompt(self) -> dict[str, Tensor]:
+        """The text inputs of the empty prompt, which classifier-free guidance needs."""
+        return self.encode([""])
+
+    def encode_empty(self, prompted: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The text inputs of as many empty prompts as there are prompts."""
+        return {name: self.empty_prompt[name].expand_as(value) for name, value in prompted.items()}
+
     # The velocity
+
+    def rounded_time(self, x: Tensor, t: Tensor) -> Tensor:
+        """The time (B,) that a FLUX sees: times 1000, rounded and back, as in training and in its pipelines."""
+        return (1000 * t).expand(len(x)).to(self.dtype) / 1000
+
+    def guided(self, v_u: Tensor, v_c: Tensor) -> Tensor:
+        """v = v_u + g (v_c - v_u): classifier-free guidance from the velocities without and with the prompts."""
+        return v_u + self.options.guidance * (v_c - v_u)
 
     def velocity(self, condition: list[str]) -> Velocity:
         """v_theta under these prompts, with the current weights."""
@@ -290,8 +332,12 @@ class DiffusersTask:
     def decode(self, x_0: Tensor) -> Tensor:
         """Images (B, 3, H, W), black at 0 and white at 1, with gradient; some pixels may lie outside of [0, 1]."""
         vae = self.pipeline.vae
-        z = self.unpack(x_0) / vae.config.scaling_factor + vae.config.shift_factor
-        return vae.decode(z.to(vae.dtype), return_dict=False)[0].to(x_0.dtype) / 2 + 0.5
+        return vae.decode(self.unpack(x_0).to(vae.dtype), return_dict=False)[0].to(x_0.dtype) / 2 + 0.5
+
+    def unscale(self, z: Tensor) -> Tensor:
+        """What the VAE decodes, from latents that its config's scale and shift have brought to unit variance."""
+        config = self.pipeline.vae.config
+        return z / config.scaling_factor + config.shift_factor
 
     def step_metrics(self, sample: Tensor) -> dict[str, float]:
         """saturated: the fraction of pixel values outside of [0, 1], which get no gradient."""
@@ -346,14 +392,11 @@ class DiffusersTask:
 class Flux(DiffusersTask):
     """FLUX.1-dev: packed latents, guidance as an input."""
 
-    family = pipeline.FAMILIES["flux"]
+    family = FAMILIES["flux"]
 
-    def grid(self, T: int) -> Tensor:
-        """FluxPipeline's own noise levels, ascending (T+1,)."""
-        scheduler = self.pipeline.scheduler
-        mu = pipeline.log_shift(scheduler, self.latent_size(), 1.15)
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / T, T), mu=mu)
-        return scheduler.sigmas.flip(0)
+    def log_shift(self, T: int) -> float:
+        """FluxPipeline's mu."""
+        return pipeline.log_shift(self.pipeline.scheduler, self.latent_size(), 1.15)
 
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
         """x_T (n, tokens, 64): a token is a 2x2 patch of the latents."""
@@ -362,9 +405,9 @@ class Flux(DiffusersTask):
         return self.pipeline._pack_latents(latents, n, channels, height, width)
 
     def unpack(self, x_0: Tensor) -> Tensor:
-        """The VAE's latents (B, channels, height, width)."""
+        """What the VAE decodes (B, channels, height, width)."""
         size = self.options.height, self.options.width
-        return self.pipeline._unpack_latents(x_0, *size, self.pipeline.vae_scale_factor)
+        return self.unscale(self.pipeline._unpack_latents(x_0, *size, self.pipeline.vae_scale_factor))
 
     def inputs(self, condition: list[str]) -> dict[str, Any]:
         """What the transformer reads beside latents and time: text, positions, guidance."""
@@ -382,9 +425,7 @@ class Flux(DiffusersTask):
         """The velocity that a transformer gives."""
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            # Times 1000, rounded and back, as in FluxPipeline: the model was trained with this rounding.
-            timestep = (1000 * t).expand(len(x)).to(self.dtype) / 1000
-            return network(x.to(self.dtype), timestep=timestep, **inputs)[0].to(x.dtype)
+            return network(x.to(self.dtype), timestep=self.rounded_time(x, t), **inputs)[0].to(x.dtype)
 
         return velocity
 
@@ -392,7 +433,7 @@ class Flux(DiffusersTask):
 class SD3(DiffusersTask):
     """SD3.5-M: classifier-free guidance, both evaluations in one batch."""
 
-    family = pipeline.FAMILIES["sd3"]
+    family = FAMILIES["sd3"]
     Options = SD3Options
 
     @classmethod
@@ -412,27 +453,76 @@ class SD3(DiffusersTask):
         return torch.randn(n, *self.latent_size(), generator=generator)
 
     def unpack(self, x_0: Tensor) -> Tensor:
-        """The VAE's latents: the states themselves."""
-        return x_0
-
-    @cached_property
-    def empty_prompt(self) -> dict[str, Tensor]:
-        """The text inputs of the empty prompt."""
-        return self.encode([""])
+        """What the VAE decodes: the states, but for scale and shift."""
+        return self.unscale(x_0)
 
     def inputs(self, condition: list[str]) -> dict[str, Any]:
         """The transformer's text inputs, without and with these prompts."""
-        empty, prompted = self.empty_prompt, self.encode(condition)
-        text = {name: torch.cat([empty[name].expand_as(value), value]) for name, value in prompted.items()}
+        prompted = self.encode(condition)
+        empty = self.encode_empty(prompted)
+        text = {name: torch.cat([empty[name], value]) for name, value in prompted.items()}
         return {"return_dict": False, **text}
 
     def velocity_of(self, network: Callable[..., Any], inputs: dict[str, Any]) -> Velocity:
-        """v = v_u + g (v_c - v_u): what a transformer gives without and with the prompts."""
+        """Guided, from what a transformer gives without and with the prompts."""
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             timestep = (1000 * t).expand(len(x)).repeat(2)
             v = network(x.to(self.dtype).repeat(2, 1, 1, 1), timestep=timestep, **inputs)[0]
-            v_u, v_c = v.to(x.dtype).chunk(2)
-            return v_u + self.options.guidance * (v_c - v_u)
+            return self.guided(*v.to(x.dtype).chunk(2))
+
+        return velocity
+
+
+class Klein(DiffusersTask):
+    """FLUX.2-klein: classifier-free guidance in two evaluations, as in its pipeline.
+
+    States (B, 4 channels, height / 2, width / 2) are 2x2 patches of the VAE's latents, brought to unit variance by
+    the statistics of the VAE's batch norm.
+    """
+
+    family = FAMILIES["klein"]
+    Options = KleinOptions
+
+    def patches(self) -> tuple[int, int, int]:
+        """Numbers in a patch, and its rows and columns: the shape of a state."""
+        channels, height, width = self.latent_size()
+        return 4 * channels, height // 2, width // 2
+
+    def log_shift(self, T: int) -> float:
+        """Flux2KleinPipeline's mu, which depends on the number of steps."""
+        _, rows, columns = self.patches()
+        return compute_empirical_mu(rows * columns, T)
+
+    def noise(self, n: int, generator: torch.Generator) -> Tensor:
+        """x_T (n, 4 channels, height / 2, width / 2)."""
+        return torch.randn(n, *self.patches(), generator=generator)
+
+    def unpack(self, x_0: Tensor) -> Tensor:
+        """What the VAE decodes (B, channels, height, width)."""
+        vae = self.pipeline.vae
+        mean, variance = (value.view(1, -1, 1, 1).to(x_0.dtype) for value in (vae.bn.running_mean, vae.bn.running_var))
+        return self.pipeline._unpatchify_latents(x_0 * (variance + vae.config.batch_norm_eps).sqrt() + mean)
+
+    def inputs(self, condition: list[str]) -> dict[str, Any]:
+        """The transformer's text inputs with and, for guidance, without these prompts; positions (1, tokens, 4)."""
+        prompted = self.encode(condition)
+        texts = [prompted, self.encode_empty(prompted)] if self.options.guidance > 1 else [prompted]
+        ids = {
+            "img_ids": self.pipeline._prepare_latent_ids(torch.empty(1, *self.patches())).to(self.device),
+            "txt_ids": self.pipeline._prepare_text_ids(prompted["encoder_hidden_states"][:1]).to(self.device),
+        }
+        return {"texts": texts, "return_dict": False, **ids}
+
+    def velocity_of(self, network: Callable[..., Any], inputs: dict[str, Any]) -> Velocity:
+        """Guided, from what a transformer gives with and without the prompts; unguided up to a scale of 1."""
+        texts = inputs["texts"]
+        others = {name: value for name, value in inputs.items() if name != "texts"}
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            tokens, timestep = self.pipeline._pack_latents(x.to(self.dtype)), self.rounded_time(x, t)
+            v = [network(tokens, timestep=timestep, **text, **others)[0].to(x.dtype) for text in texts]
+            v = self.guided(v[1], v[0]) if len(v) == 2 else v[0]
+            return v.transpose(1, 2).reshape_as(x)
 
         return velocity

@@ -59,6 +59,7 @@ TASKS = {
     "digits": "toy.digits:Digits",
     "flux": "flux_adapter:Flux",
     "sd3": "flux_adapter:SD3",
+    "klein": "flux_adapter:Klein",
 }
 """Where each task's class is; it is imported only when the task is chosen."""
 METHODS = {**leap_align.METHODS, **beyond.METHODS}
@@ -77,7 +78,7 @@ class Config:
     """The run."""
 
     task: str = "toy"
-    """Model and reward: toy, digits, flux (FLUX.1-dev) or sd3 (SD3.5-M)."""
+    """Model and reward: toy, digits, flux (FLUX.1-dev), sd3 (SD3.5-M) or klein (FLUX.2-klein)."""
     method: str = "leap_align"
     """How the reward's gradient reaches the model: leap_align, refl, draft_lv, drtune, full_backprop; beyond the paper
     sparse, bridge, lagrange, stratified, whose own defaults --help shows beside --method."""

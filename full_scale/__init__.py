@@ -1,9 +1,9 @@
 """Everything around a run with a diffusers model.  `python -m full_scale` lists the tools.
 
-architectures.py    the numbers of the published networks, without their weights
+models/             the table of models, one file each: classes, text encoding, published configs, a tiny pipeline
 components.py       check and load one component of a pipeline
 contents.py         digests of weights, prompts, images and rewards
-pipeline.py         open a pipeline, and what differs between FLUX.1-dev and SD3.5-M outside of training
+pipeline.py         open a pipeline: its folder, its family, its components
 transformer.py      build, shard, load and export the transformer, all of it or LoRA adapters
 prompts.py          read prompts, embed them, find embeddings
 sheet.py            images with their prompts on a sheet
@@ -12,6 +12,6 @@ score.py            a reward of every image
 check_reward.py     whether a reward keeps the contract
 geneval_prompts.py  training prompts in GenEval's templates
 tiny.py             tiny random pipelines and rewards for a rehearsal
-benchmark.py        seconds and memory of a training step of FLUX.1-dev's size on a GPU
+benchmark.py        seconds and memory of a training step of a model's size on a GPU
 rewards/            differentiable rewards behind one contract
 """

@@ -1,4 +1,4 @@
-"""The tools around a run with FLUX.1-dev or SD3.5-M, in the order of their use.
+"""The tools around a run with FLUX.1-dev, SD3.5-M or FLUX.2-klein, in the order of their use.
 
     python -m full_scale tiny tiny                                   a tiny random model, to rehearse on a laptop
     python -m full_scale embed --model M --prompts P --out E         for cards that cannot hold the text encoders

@@ -1,8 +1,8 @@
-"""FLUX.1-dev's architecture with random weights on a GPU: what the trainer's own step costs at full size.
+"""A model's architecture with random weights on a GPU: what the trainer's own step costs at full size.
 
 Pipeline, VAE and reward are tiny, the transformer has the real one's size and trains LoRA adapters.  So this measures
-the transformer's part, 98 % of a step.  Nothing is downloaded, and nothing is learned.  Each row shows the measured
-values beside those of `python -m full_scale plan` for the same step.
+the transformer's part, 98 % of a step of FLUX.1-dev.  Nothing is downloaded, and nothing is learned.  Each row shows
+the measured values beside those of `python -m full_scale plan` for the same step.
 """
 
 import gc
@@ -20,46 +20,40 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from beyond import Hyper
-from flux_adapter import Flux
 from full_scale import rewards
-from full_scale.architectures import ARCHITECTURES
+from full_scale.models import FAMILIES
 from full_scale.plan import Machine, PlanFlags, peak_gib, seconds, simulate
-from full_scale.simulation import TEXT_TOKENS
-from full_scale.tiny import tiny_flux
 from full_scale.transformer import Checkpointing
 from leap_align import BadInput
 from runtime.cost_counter import FLOP
 from runtime.run_dir import claimed_output_folder, write_csv, write_json
-from train_leap_align import Config, Trainer
+from train_leap_align import Config, Trainer, task_class
 
 CHECKPOINTING = get_args(Checkpointing)
 PEAK_FLOPS = 989e12
 """Operations a second in bfloat16, of an H100 or H200."""
 
 
-class RandomFlux(Flux):
-    """The task `flux` with random weights; prompt embeddings are random numbers."""
+class RandomWeights:
+    """What a task with random weights does instead of reading them; it stands in front of the task's own class."""
 
     @torch.no_grad()
     def load_pretrained(self, model: nn.Module) -> None:
-        """Random weights, small enough to stay finite through 57 blocks."""
+        """Random weights, small enough to stay finite through FLUX.1-dev's 57 blocks."""
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.02)
 
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Random text inputs in the shapes of T5's and CLIP's."""
-        options, config, n = {"device": self.device, "dtype": self.dtype}, self.model.config, len(prompts)
-        tokens = torch.randn(n, TEXT_TOKENS["flux"], config["joint_attention_dim"], **options)
-        return {
-            "encoder_hidden_states": tokens,
-            "pooled_projections": torch.randn(n, config["pooled_projection_dim"], **options),
-        }
+        """Random text inputs in the shapes of the text encoders'."""
+        options, shapes = {"device": self.device, "dtype": self.dtype}, self.family.text_shapes(self.model.config)
+        return {name: torch.randn(len(prompts), *shape, **options) for name, shape in shapes.items()}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A step to measure, of the pipeline in a folder."""
+    """A step to measure, of a task and its pipeline in a folder."""
 
+    task: str
     folder: Path
     checkpointing: Checkpointing
     compiled: bool
@@ -69,39 +63,42 @@ class Case:
 
     def flags(self) -> PlanFlags:
         """The step as flags, with LoRA of rank 64 on one GPU."""
-        options = Flux.Options(
+        options = task_class(self.task).Options(
             model=str(self.folder), prompts=self.folder / "prompts.txt", reward_weights=(str(self.folder / "reward"),),
             height=self.pixels, width=self.pixels, lora_rank=64, compile=self.compiled,
             gradient_checkpointing=self.checkpointing,
         )  # fmt: skip
-        run = Config(task="flux", batch_size=self.batch_size, T=self.T)
+        run = Config(task=self.task, batch_size=self.batch_size, T=self.T)
         return PlanFlags(run, Hyper(lam=None), options, Machine(gpus=1, stored_embeddings=True))
 
 
-def benchmark(out: Path = Path("runs/full-size-benchmark")) -> None:
-    """Measure seconds and memory of a training step of FLUX.1-dev's size on one GPU, with random weights.
+def benchmark(task: str = "flux", out: Path = Path("runs/full-size-benchmark")) -> None:
+    """Measure seconds and memory of a training step of a model's size on one GPU, with random weights.
 
     Every combination of checkpointing, compilation and batch size 1 to 4, with LoRA of rank 64 at 720 px.
 
     Args:
+        task: The model: flux, sd3 or klein.
         out: Folder for the table, gpu.csv; an older table there is replaced.
     """
+    if task not in FAMILIES:
+        raise BadInput(f"task={task}: benchmark knows {', '.join(FAMILIES)}")
     if not torch.cuda.is_available():
         raise BadInput("benchmark measures a GPU, but there is no CUDA device here")
     modes, rows = list(product((False, True), CHECKPOINTING, (1, 2, 3, 4))), []
-    with claimed_output_folder(out, "benchmark", {}), tempfile.TemporaryDirectory() as folder:
-        write_pipeline(Path(folder), ARCHITECTURES["flux"]["transformer"])
-        for compiled, checkpointing, batch_size in tqdm(modes, "FLUX.1-dev's size"):
-            rows.append(measure(Case(Path(folder), checkpointing, compiled, batch_size)))
+    with claimed_output_folder(out, "benchmark", {"task": task}), tempfile.TemporaryDirectory() as folder:
+        write_pipeline(Path(folder), task, FAMILIES[task].configs["transformer"])
+        for compiled, checkpointing, batch_size in tqdm(modes, f"the size of {FAMILIES[task].title}"):
+            rows.append(measure(Case(task, Path(folder), checkpointing, compiled, batch_size)))
             write_csv(out / "gpu.csv", rows)
             tqdm.write(", ".join(f"{name} {value}" for name, value in rows[-1].items()))
     print(f"the table is {out / 'gpu.csv'}")
 
 
-def write_pipeline(folder: Path, transformer_config: dict[str, Any]) -> None:
-    """A tiny FLUX pipeline, its reward and prompts; only its transformer has another config, and no weights."""
+def write_pipeline(folder: Path, task: str, transformer_config: dict[str, Any]) -> None:
+    """A task's tiny pipeline, its reward and prompts; only its transformer has another config, and no weights."""
     diffusers.utils.logging.disable_progress_bar()
-    tiny_flux().save_pretrained(folder)
+    FAMILIES[task].tiny().save_pretrained(folder)
     rewards.tiny("hpsv2.1", folder / "reward")
     (folder / "prompts.txt").write_text("a red cube\ntwo dogs on a beach\n")
     write_json(folder / "transformer" / "config.json", transformer_config)
@@ -149,6 +146,7 @@ def step_cost(case: Case) -> tuple[float, float]:
 
 def start_trainer(flags: PlanFlags) -> Trainer:
     """A trainer of random weights."""
-    task = RandomFlux(flags.task, flags.run.T)
+    kind = task_class(flags.run.task)
+    task = type(kind.__name__, (RandomWeights, kind), {})(flags.task, flags.run.T)
     task.parallelize(None)
     return Trainer(flags.run, flags.method, task)

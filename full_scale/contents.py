@@ -35,7 +35,9 @@ def pipeline_content(folder: Path, *subfolders: str) -> str:
 
 def _files_content(folder: Path, *patterns: str) -> str:
     """The digest of the files that diffusers and transformers read; others may lie beside them."""
-    suffixes = ".json", ".txt", ".model", ".safetensors"
+    suffixes = [".json", ".txt", ".model", ".safetensors"]
+    if any(template for name in patterns for template in folder.glob(name + ".jinja")):
+        suffixes.append(".jinja")  # a tokenizer's chat template; digests of folders without one stay what they were
     digests = [digest_folder(folder, name + suffix, "*.fp16.*") for name in patterns for suffix in suffixes]
     return _short(digest("".join(digests).encode()))
 

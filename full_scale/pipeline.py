@@ -1,10 +1,8 @@
-"""Open a diffusers pipeline, and what differs between the families of pipelines outside of training."""
+"""Open a diffusers pipeline: its folder, its family, its components."""
 
 import importlib
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +10,9 @@ import diffusers
 import torch
 import transformers
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from torch import Tensor
 
 from full_scale.components import LOADING_ERRORS, load_component
+from full_scale.models import FAMILIES, Family
 from full_scale.rewards.weights import download
 from leap_align import BadInput
 from runtime.processes import one_line, rank
@@ -26,50 +24,8 @@ TEXT_SUBFOLDERS = ("text_encoder", "text_encoder_[23]", "tokenizer", "tokenizer_
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Families
+# Folders and pipelines
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def encode_flux(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
-    """T5's tokens and CLIP's pooled text.  Padding stays, because FLUX was trained with it."""
-    tokens, pooled, _ = pipeline.encode_prompt(prompts, device=device)
-    return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
-
-
-def encode_sd3(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
-    """The tokens of all three encoders and the pooled text of the two CLIPs."""
-    encoded = pipeline.encode_prompt(prompts, prompts, prompts, device=device, do_classifier_free_guidance=False)
-    tokens, _, pooled, _ = encoded
-    return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
-
-
-@dataclass(frozen=True)
-class Family:
-    """The pipelines of one diffusers class."""
-
-    pipeline_name: str
-    """The pipeline's class in diffusers."""
-    transformer_name: str
-    """The transformer's class in diffusers."""
-    encode_text: Callable[[Any, list[str], torch.device], dict[str, Tensor]]
-    """(pipeline, prompts, device) to the transformer's text inputs by name, each (B, ...)."""
-
-    @property
-    def pipeline_class(self) -> Any:
-        """The pipeline's class."""
-        return getattr(diffusers, self.pipeline_name)
-
-    @property
-    def transformer_class(self) -> Any:
-        """The transformer's class."""
-        return getattr(diffusers, self.transformer_name)
-
-
-FAMILIES: dict[str, Family] = {
-    "flux": Family("FluxPipeline", "FluxTransformer2DModel", encode_flux),
-    "sd3": Family("StableDiffusion3Pipeline", "SD3Transformer2DModel", encode_sd3),
-}
-"""By the name of the family's task."""
 
 
 def family_of(folder: Path) -> Family:
@@ -80,11 +36,6 @@ def family_of(folder: Path) -> Family:
             return family
     known = ", ".join(family.pipeline_name for family in FAMILIES.values())
     raise BadInput(f"{folder} holds a {name}: choose a pipeline of class {known}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Folders and pipelines
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def pipeline_folder(model: str, subfolders: tuple[str, ...] = (*TEXT_SUBFOLDERS, "transformer", "vae")) -> Path:
@@ -149,6 +100,21 @@ def check_image_size(height: int, width: int) -> None:
     for name, pixels in {"height": height, "width": width}.items():
         if pixels < 16 or pixels % 16:
             raise BadInput(f"{name}={pixels} must be a multiple of 16 pixels: 512, 720, 1024, ...")
+
+
+def has_guidance(folder: Path) -> bool:
+    """Whether a guidance scale changes what the pipeline in a folder draws: not for models distilled to few steps."""
+    config = folder / "transformer" / "config.json"
+    if family_of(folder).guidance_is_input and config.is_file():
+        return read_json(config).get("guidance_embeds", False)
+    return not _index(folder).get("is_distilled", False)
+
+
+def check_trainable(folder: Path) -> None:
+    """Refuses a model that was distilled to few steps, whose pipeline has no guidance."""
+    if not has_guidance(folder):
+        base = family_of(folder).model
+        raise BadInput(f"{folder} holds a model that is distilled to few steps: train its base model, such as {base}")
 
 
 def check_guidance(guidance: float) -> None:

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.profiler import record_function
 from tqdm import tqdm
 
-from full_scale.architectures import ARCHITECTURES
+from full_scale.models import FAMILIES
+from full_scale.pipeline import check_trainable
 from full_scale.prompts import few_prompts, read_prompts
 from full_scale.simulation import SIMULATED_REWARD, Simulation, simulated, simulated_cluster
 from full_scale.transformer import EXPORT_FILE_BYTES, export_files
@@ -315,11 +316,13 @@ def read_flags(arguments: list[str]) -> PlanFlags:
     if not any(argument.startswith("--task") for argument in arguments):
         arguments = ["--task", "flux", *arguments]
     flags = parse(arguments, PlanFlags, __doc__, "python -m full_scale plan")
-    if flags.run.task not in ARCHITECTURES:
-        raise BadInput(f"task={flags.run.task}: plan knows {', '.join(ARCHITECTURES)}")
+    if flags.run.task not in FAMILIES:
+        raise BadInput(f"task={flags.run.task}: plan knows {', '.join(FAMILIES)}")
     published = task_class(flags.run.task).Options.model
     if flags.task.model != published and not (Path(flags.task.model) / "model_index.json").is_file():
         raise BadInput(f"model={flags.task.model}: give a pipeline's folder, or leave it out to plan for {published}")
+    if flags.task.model != published:
+        check_trainable(Path(flags.task.model))
     if flags.task.reward != SIMULATED_REWARD:
         raise BadInput(f"reward={flags.task.reward}: plan knows {SIMULATED_REWARD}; plan with that one")
     check_machine(flags.machine)

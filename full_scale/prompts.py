@@ -51,7 +51,7 @@ FEW_PROMPTS = 200
 
 
 def few_prompts(*prompts: list[str]) -> list[str]:
-    """The distinct ones of some lists and the empty one, which SD3.5 needs, if they are few; else none."""
+    """The distinct ones of some lists and the empty one, for classifier-free guidance, if they are few; else none."""
     distinct = list(dict.fromkeys(["", *chain(*prompts)]))
     return distinct if len(distinct) <= FEW_PROMPTS else []
 
@@ -62,7 +62,9 @@ def few_prompts(*prompts: list[str]) -> list[str]:
 
 
 def embed(model: str, prompts: Path, out: Path, precision: Precision = "bfloat16") -> None:
-    """Store the text embedding of every prompt, 4.2 MB each for FLUX.1-dev; then train with --prompts OUT.
+    """Store the text embedding of every prompt, 4.2 MB each for FLUX.1-dev, 7.9 MB for FLUX.2-klein.
+
+    Then train with --prompts OUT.
 
     Args:
         model: Pipeline: a local folder in diffusers' layout, or a hub id.
@@ -77,7 +79,7 @@ def embed(model: str, prompts: Path, out: Path, precision: Precision = "bfloat16
     content = run_on_all_ranks(lambda: text_content(folder) if rank() == 0 else None)
     settings = {"model": content, "prompts": prompts_content(texts), "precision": precision}
     with claimed_output_folder(out, EMBED, settings):
-        # SD3.5's guidance also needs the empty prompt.
+        # Classifier-free guidance also needs the empty prompt.
         store_embeddings(family, pipeline, list(dict.fromkeys(["", *texts])), out)
         # The list comes last, so that a training run that finds it also finds every embedding.
         barrier()

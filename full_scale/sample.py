@@ -19,6 +19,7 @@ from full_scale.pipeline import (
     check_image_size,
     family_of,
     gpu_or_cpu,
+    has_guidance,
     open_pipeline,
     pipeline_folder,
     silence_other_ranks,
@@ -42,7 +43,7 @@ def sample(
     images_per_prompt: int = 4,
     height: int = 720,
     width: int = 720,
-    guidance: float = 3.5,
+    guidance: float | None = None,
     batch_size: int = 4,
     precision: Precision = "bfloat16",
 ) -> None:
@@ -61,16 +62,16 @@ def sample(
         images_per_prompt: Images per prompt.
         height: Pixels, a multiple of 16.
         width: Pixels, a multiple of 16.
-        guidance: Guidance scale.
+        guidance: Guidance scale; 4 for FLUX.2-klein and 3.5 for the others if not given.
         batch_size: Images of one prompt that are drawn at once.
         precision: What the networks compute in.
     """
     silence_other_ranks()
     check_image_size(height, width)
-    check_guidance(guidance)
     for name, value in {"steps": steps, "images_per_prompt": images_per_prompt, "batch_size": batch_size}.items():
         if value < 1:
             raise BadInput(f"{name}={value} must be at least 1")
+    guidance = run_on_all_ranks(lambda: choose_guidance(model, guidance))
     layout = run_on_all_ranks(lambda: choose_layout(prompts, geneval, images_per_prompt))
     settings = {"prompts": layout.content(), "steps": steps, "images_per_prompt": images_per_prompt, "height": height}
     settings |= {"width": width, "guidance": guidance, "batch_size": batch_size, "precision": precision}
@@ -85,6 +86,18 @@ def sample(
     if rank() == 0:
         count = sum(map(len, layout.files))
         print(f"{count} images are in {out}: score them with python -m full_scale score --images {out} --out SCORES")
+
+
+def choose_guidance(model: str, guidance: float | None) -> float:
+    """The guidance scale that was given, else the usual one of the model's family; 1 for a model without guidance."""
+    if guidance is not None:
+        check_guidance(guidance)
+    folder = pipeline_folder(model)
+    if has_guidance(folder):
+        return family_of(folder).guidance if guidance is None else guidance
+    if guidance is not None:
+        raise BadInput(f"guidance={guidance}, but {model} is distilled to few steps and has none: leave --guidance out")
+    return 1.0
 
 
 def contents(model: str, transformer: Path | None, lora: Path | None) -> dict[str, str | None]:
@@ -110,7 +123,7 @@ def draw_prompt(draw: Any, i: int, prompt: str, files: list[Path], batch_size: i
     for start in range(0, len(files), batch_size):
         numbers = range(start, min(start + batch_size, len(files)))
         noise = [torch.Generator().manual_seed(i << 16 | number) for number in numbers]
-        images = draw(prompt, num_images_per_prompt=len(numbers), generator=noise).images
+        images = draw(prompt=prompt, num_images_per_prompt=len(numbers), generator=noise).images
         for number, image in zip(numbers, images):
             with atomic_file(files[number]) as temporary:
                 image.save(temporary, format="png")

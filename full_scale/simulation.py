@@ -22,10 +22,8 @@ from torch.profiler import record_function
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 
-from full_scale.architectures import ARCHITECTURES
-from full_scale.pipeline import FAMILIES
+from full_scale.models import FAMILIES
 from full_scale.rewards.hpsv2 import HPSv2
-from full_scale.tiny import tiny_text
 from leap_align import Velocity
 from runtime.cost_counter import CostCounter
 from runtime.run_dir import read_json
@@ -36,8 +34,6 @@ FACTORIES = {
     aten.rand.default, aten.randn.default, aten.randn.generator,
 }  # fmt: skip
 SIMULATED_REWARD = "hpsv2.1"
-TEXT_TOKENS = {"flux": 512, "sd3": 77 + 256}
-"""Of a prompt, by task."""
 STAND_IN = 0.5
 """The value of every number that the code reads from a fake tensor."""
 
@@ -89,9 +85,9 @@ def simulated_cluster(nodes: int, gpus: int) -> Iterator[None]:
 def read_configs(task: str, model: str) -> dict[str, dict[str, Any]]:
     """The config of each component, from a local pipeline's folder, else the published one of the task."""
     if not (Path(model) / "model_index.json").is_file():
-        return ARCHITECTURES[task]
+        return FAMILIES[task].configs
     names = {"scheduler": "scheduler_config.json"}
-    return {name: read_json(Path(model) / name / names.get(name, "config.json")) for name in ARCHITECTURES[task]}
+    return {name: read_json(Path(model) / name / names.get(name, "config.json")) for name in FAMILIES[task].configs}
 
 
 def network_from_config(config: dict[str, Any]) -> nn.Module:
@@ -107,17 +103,15 @@ def pipeline_without_weights(
     task: str, configs: dict[str, dict[str, Any]], simulation: Simulation, dtype: torch.dtype, text: bool
 ) -> Any:
     """A pipeline without its transformer; its tokenizers know few words."""
-    kind = FAMILIES[task].pipeline_class
+    family = FAMILIES[task]
+    kind = family.pipeline_class
     components: dict[str, Any] = dict.fromkeys(kind.__init__.__annotations__)
     components["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler.from_config(configs["scheduler"])
     names = [name for name in configs if name == "vae" or (text and name.startswith("text_encoder"))]
     components |= {name: simulation.empty(network_from_config(configs[name]), dtype) for name in names}
     if text:
-        tokenizers = tiny_text(32, (32,))
-        for name in [name for name in components if name.startswith("tokenizer")]:
-            encoder = components[name.replace("tokenizer", "text_encoder")]
-            is_t5 = encoder.config.model_type == "t5"
-            components[name] = tokenizers["t5_tokenizer" if is_t5 else "clip_tokenizer"]
+        parts = family.tiny().components.items()
+        components |= {name: part for name, part in parts if name.startswith("tokenizer")}
     return kind(**components)
 
 
@@ -162,11 +156,9 @@ class WithoutWeights:
         """The text inputs, computed or as if read from files."""
         if not self.stored_embeddings:
             return super().encode(prompts)
-        config, n = self.configs["transformer"], len(prompts)
+        shapes = self.family.text_shapes(self.configs["transformer"])
         with self.simulation.fake:
-            tokens = torch.empty(n, TEXT_TOKENS[self.task], config["joint_attention_dim"], dtype=self.dtype)
-            pooled = torch.empty(n, config["pooled_projection_dim"], dtype=self.dtype)
-        return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
+            return {name: torch.empty(len(prompts), *shape, dtype=self.dtype) for name, shape in shapes.items()}
 
     def velocity_of(self, network: nn.Module, inputs: dict[str, Any]) -> Velocity:
         """The task's own, but equal evaluations without gradient are executed once."""

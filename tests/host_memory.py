@@ -17,7 +17,7 @@ from transformers import T5Config, T5EncoderModel
 
 from full_scale import transformer
 from full_scale.components import load_component
-from full_scale.pipeline import FAMILIES
+from full_scale.models import FAMILIES
 from runtime import checkpoint
 from runtime.checkpoint import LOGS, Progress
 from runtime.ema import EMA

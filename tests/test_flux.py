@@ -1,6 +1,7 @@
-"""FLUX.1-dev and SD3.5-M as tasks: tiny random pipelines made of the real classes."""
+"""FLUX.1-dev, SD3.5-M and FLUX.2-klein as tasks: tiny random pipelines made of the real classes."""
 
 import json
+import math
 import re
 
 import numpy as np
@@ -28,6 +29,7 @@ from tests.tiny_pipelines import (
     assert_same_run,
     draw,
     every_task,
+    final_latents,
     flags,
     options_of,
     pipeline_of,
@@ -47,13 +49,13 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.mark.parametrize("T", [4, 25])
-@pytest.mark.parametrize("name, tolerance", [("flux", 0.0), ("sd3", 1e-5)])
+@pytest.mark.parametrize("name, tolerance", [("flux", 0.0), ("sd3", 1e-5), ("klein", 0.0)])
 def test_the_rollout_is_the_pipelines(models, name, tolerance, T):
     task = task_of(models, name, T)
     x_T = task.noise(2, seeded())
     states = rollout(task.velocity(PROMPTS[:2]), x_T, task.times)
     pipeline = pipeline_of(models, name)
-    assert (draw(pipeline, x_T, PROMPTS[:2], T) - states[0]).abs().max() <= tolerance
+    assert (draw(pipeline, x_T, PROMPTS[:2], T) - final_latents(task, states[0])).abs().max() <= tolerance
     with torch.no_grad():
         sample = task.decode(states[0])
     # On some processors the VAE's convolutions round by where their input is in memory.
@@ -70,6 +72,25 @@ def test_the_grid_at_720_pixels_is_the_dynamic_shift(models):
     assert task_of(models, shift=3.0).times[2] == pytest.approx(0.75)
 
 
+@pytest.mark.parametrize("T, mu", [(25, 1.9745554), (50, 1.8066816)])
+def test_the_grid_of_klein_shifts_with_the_number_of_steps(models, T, mu):
+    """At 720 pixels, 2025 tokens: mu is 2.0752798 for 10 steps, 0.7994384 for 200 and linear in between."""
+    times = task_of(models, "klein", height=720, width=720, T=T).times
+    u, s = torch.linspace(0, 1, T + 1), math.exp(mu)
+    torch.testing.assert_close(times, s * u / (1 + (s - 1) * u), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("guidance, evaluations", [(0.5, 1), (1.0, 1), (1.5, 2)])
+def test_klein_is_guided_from_a_scale_above_1_as_in_its_pipeline(models, guidance, evaluations):
+    task, seen = task_of(models, "klein", guidance=guidance), []
+    task.model.register_forward_pre_hook(lambda *_: seen.append(1))
+    x_T = task.noise(2, seeded())
+    x_0 = rollout(task.velocity(PROMPTS[:2]), x_T, task.times)[0]
+    assert len(seen) == 4 * evaluations
+    drawn = draw(pipeline_of(models, "klein"), x_T, PROMPTS[:2], 4, guidance=guidance)
+    assert torch.equal(drawn, final_latents(task, x_0))
+
+
 def test_the_grid_of_sd3_is_the_schedulers_and_no_shift_of_an_even_grid(models):
     times = task_of(models, "sd3", T=25).times
     u = torch.linspace(0, 1, 26)
@@ -84,8 +105,9 @@ def test_weights_loaded_through_the_meta_device_are_those_on_disk(models, name):
     assert {name for name, _ in task.model.named_buffers()} <= loaded.keys()  # the file fills every buffer
 
 
-def test_half_precision_computes_in_bfloat16_and_keeps_the_rest_in_float32(models):
-    task = task_of(models, "flux", precision="bfloat16")
+@pytest.mark.parametrize("name", ["flux", "klein"])
+def test_half_precision_computes_in_bfloat16_and_keeps_the_rest_in_float32(models, name):
+    task = task_of(models, name, precision="bfloat16")
     seen = {}
 
     def look(block, args, kwargs):
@@ -129,8 +151,9 @@ def test_sd3_sees_times_that_no_precision_has_rounded(models):
     assert seen[0].dtype == torch.float32 and torch.equal(seen[0], 1000 * task.times[1].expand(2))
 
 
-def test_flux_reads_512_tokens_with_padding(models):
-    assert task_of(models).encode(["a"])["encoder_hidden_states"].shape == (1, 512, 32)
+@pytest.mark.parametrize("name, width", [("flux", 32), ("klein", 3 * 16)])
+def test_a_flux_reads_512_tokens_with_padding(models, name, width):
+    assert task_of(models, name).encode(["a"])["encoder_hidden_states"].shape == (1, 512, width)
 
 
 def test_prompts_are_drawn_from_the_whole_list(models):
@@ -217,7 +240,9 @@ def test_every_block_is_sharded_by_itself(models, name):
     """Otherwise a forward would gather the whole transformer at once."""
     model = task_of(models, name).model
     blocks = [block for kind, blocks in model.named_children() if kind.endswith("blocks") for block in blocks]
-    assert len(blocks) == {"flux": 3, "sd3": 2}[name] and all(isinstance(block, FSDPModule) for block in blocks)
+    assert len(blocks) == {"flux": 3, "sd3": 2, "klein": 3}[name] and all(
+        isinstance(block, FSDPModule) for block in blocks
+    )
 
 
 @pytest.mark.slow
@@ -234,11 +259,13 @@ def test_compilation_does_not_change_the_gradient(models, name, lora_rank, gradi
     assert_close(compiled, eager, 1e-4, 1e-7)
 
 
-def test_lora_trains_only_the_adapters(models):
-    task = task_of(models, lora_rank=2)
+@pytest.mark.parametrize("name", ["flux", "klein"])
+def test_lora_trains_only_the_adapters_and_adapts_every_block(models, name):
+    task = task_of(models, name, lora_rank=2)
     by_name = gradients(task)
     assert by_name and all(".lora_" in name for name in by_name)
     assert all(g.any() == (".lora_B." in name) for name, g in by_name.items())  # B starts at zero, which hides A
+    assert len({name.split(".attn.")[0] for name in by_name}) == 3
     frozen = [p for p in task.model.parameters() if not p.requires_grad]
     assert frozen and all(p.grad is None for p in frozen)
 
@@ -328,7 +355,7 @@ def test_lora_needs_no_second_transformer_and_full_training_one_frozen_in_half_p
     assert {(p.dtype, p.requires_grad) for p in full.reference.parameters()} == {(torch.bfloat16, False)}
 
 
-@pytest.mark.parametrize("name", ["flux", pytest.param("sd3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd3", "klein"))])
 @pytest.mark.parametrize("more", [[], LORA], ids=["full", "lora"])
 def test_a_resumed_run_on_a_leash_equals_an_uninterrupted_one(models, tmp_path, name, more):
     arguments = [*flags(models, name, *more), "--beta", "1"]
@@ -361,6 +388,8 @@ def test_two_processes_on_a_leash_equal_one(models, tmp_path, name, more):
             id="lora on two nodes with gradient accumulation",
         ),
         pytest.param("sd3", [], 1, id="sd3", marks=pytest.mark.slow),
+        pytest.param("klein", ["--lora-rank", "2"], 1, id="klein with lora"),
+        pytest.param("klein", [], 1, id="klein", marks=pytest.mark.slow),
         pytest.param(
             "flux",
             ["--method", "stratified", "--gradient-accumulation-steps", "2"],
@@ -377,7 +406,7 @@ def test_two_processes_equal_one(models, tmp_path, name, more, nodes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, more", [("flux", ["--lora-rank", "2"]), ("sd3", [])])
+@pytest.mark.parametrize("name, more", [("flux", ["--lora-rank", "2"]), ("sd3", []), ("klein", [])])
 def test_a_compiled_run_equals_an_eager_one_on_one_process_and_on_two(models, tmp_path, name, more):
     """In an empty cache, whose files show that the run compiled; the second run may find the code of the first."""
     arguments, cache = flags(models, name, *more), tmp_path / "cache"
@@ -517,7 +546,8 @@ def test_diffusers_draws_from_the_export_what_the_trained_model_draws(models, tm
     else:
         kind = TASKS[name].family.transformer_class
         pipeline = pipeline_of(models, name, transformer=kind.from_pretrained(tmp_path / "transformer"))
-    torch.testing.assert_close(draw(pipeline, x_T, PROMPTS[:1], 4), trained, rtol=0, atol=1e-4)
+    drawn = draw(pipeline, x_T, PROMPTS[:1], 4)
+    torch.testing.assert_close(drawn, final_latents(task, trained), rtol=0, atol=1e-4)
     assert (trained - untrained).abs().max() > 1e-2
 
 
@@ -582,6 +612,13 @@ def test_a_flag_that_cannot_work_is_named(models, tmp_path, arguments, expected)
     if "guidance" in arguments:
         assert expected in refusal([*sampling, *arguments.split()], tools.main)
         assert not (tmp_path / "i").exists()
+
+
+def test_the_settings_of_klein_are_those_of_flux_with_its_own_guidance():
+    klein, flux = trainer.parse(["--task", "klein"]), trainer.parse(["--task", "flux"])
+    assert (klein.task.model, klein.task.guidance) == ("black-forest-labs/FLUX.2-klein-base-4B", 4.0)
+    assert (klein.task.height, klein.task.width) == (720, 720) and klein.method == flux.method
+    assert (klein.run.lr, klein.run.iterations, klein.run.T) == (flux.run.lr, flux.run.iterations, flux.run.T)
 
 
 def test_the_settings_of_sd3_are_those_of_supplement_a2():

@@ -31,8 +31,9 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 import train_leap_align as trainer
 from beyond import Hyper
 from full_scale import __main__ as tools
-from full_scale import geneval_prompts, pipeline, rewards, tiny, transformer
+from full_scale import geneval_prompts, pipeline, rewards, transformer
 from full_scale.components import weight_shapes
+from full_scale.models import FAMILIES
 from full_scale.prompts import read_prompts
 from leap_align import BadInput
 from runtime.processes import UserCodeError, exit_process
@@ -51,6 +52,7 @@ from tests.tiny_pipelines import (
     refusal,
     seeded,
     task_of,
+    tiny_flags,
     tool,
     torchrun,
     train,
@@ -97,6 +99,7 @@ def test_the_whole_path_on_two_processes_and_on_one(tmp_path):
 SMALL = {
     "flux": {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "axes_dims_rope": [4, 4, 8]},
     "sd3": {"num_layers": 2, "dual_attention_layers": [0], "attention_head_dim": 16, "caption_projection_dim": 32},
+    "klein": {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "axes_dims_rope": [4, 4, 4, 4]},
 }
 """What is left of the real architectures, which keep the widths of their inputs, with two heads."""
 
@@ -104,15 +107,16 @@ SMALL = {
 @every_task
 def test_a_pipeline_of_the_real_size_trains_and_samples(tmp_path, monkeypatch, name):
     """The path of `tiny --full-size`, with fewer and narrower blocks in place of the real ones."""
-    networks = tiny.ARCHITECTURES[name]
+    networks = FAMILIES[name].configs
     monkeypatch.setitem(networks, "transformer", networks["transformer"] | SMALL[name] | {"num_attention_heads": 2})
     monkeypatch.setitem(networks, "vae", networks["vae"] | {"block_out_channels": [32] * 4, "layers_per_block": 1})
     model, prompts = tmp_path / "model", tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS[:2]))
-    command = ["tiny", model, "--full-size", *(["--sd3"] if name == "sd3" else [])]
+    command = ["tiny", model, "--full-size", *tiny_flags(name)]
     tool(*command)
     first = [load_file(file) for folder in ("transformer", "vae") for file in (model / folder).glob("*.safetensors")]
-    assert {tensor.dtype for tensors in first for tensor in tensors.values()} == {torch.bfloat16}
+    dtypes = {tensor.dtype for tensors in first for tensor in tensors.values() if tensor.is_floating_point()}
+    assert dtypes == {torch.bfloat16}
     tool(*command)
     again = [load_file(file) for folder in ("transformer", "vae") for file in (model / folder).glob("*.safetensors")]
     for tensors, same in zip(first, again, strict=True):
@@ -426,6 +430,9 @@ def test_flags_that_cannot_be_right(models, tmp_path):
     assert "cannot read prompts" in refusal([*usual, *out, "--prompts", tmp_path / "none.txt"])
     assert "no/such/folder" in refusal([*usual, *out, "--model", "no/such/folder"])
     assert "StableDiffusion3Pipeline" in refusal([*usual, *out, "--model", models / "sd3"])
+    line = refusal([*usual, *out, "--model", models / "klein"])
+    assert "holds a Flux2KleinPipeline, not a FluxPipeline: FluxPipeline is --task flux" in line
+    assert "Flux2KleinPipeline is --task klein" in line
     line = refusal([*usual, *out, "--reward-weights", broken_reward(models, tmp_path / "reward")])
     assert "logit_scale" in line and "missing" in line
     assert "cannot read prompts" in refusal([*usual, *out, "--prompts", models / "flux"])
@@ -447,6 +454,44 @@ def test_a_pipeline_of_an_unknown_class(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "SomePipeline"}')
     with pytest.raises(BadInput, match="holds a SomePipeline: choose a pipeline of class FluxPipeline, Stable"):
         pipeline.family_of(tmp_path)
+
+
+@pytest.fixture
+def distilled(models, tmp_path):
+    """A folder with FLUX.1's and FLUX.2-klein's tiny pipelines, as their distilled relatives describe themselves."""
+    for name, file, entry in (
+        ("flux", "transformer/config.json", {"guidance_embeds": False}),
+        ("klein", "model_index.json", {"is_distilled": True}),
+    ):
+        shutil.copytree(models / name, tmp_path / name)
+        path = tmp_path / name / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | entry))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["flux", "klein"])
+def test_a_model_without_guidance_is_drawn_from_but_not_trained(models, distilled, name):
+    base = {"flux": "black-forest-labs/FLUX.1-dev", "klein": "black-forest-labs/FLUX.2-klein-base-4B"}[name]
+    expected = f"{distilled / name} holds a model that is distilled to few steps: train its base model, such as {base}"
+    model = ["--model", distilled / name]
+    assert expected in refusal([*flags(models, name), *model, "--out", distilled / "run"])
+    plan = ["plan", "--task", name, *model, "--reward-weights", models / name / "reward"]
+    assert expected in refusal(plan, tools.main)
+    command = ["sample", *model, "--prompts", models / "prompts.txt", *SAMPLING, "--out", distilled / "images"]
+    line = refusal([*command, "--guidance", "3.5"], tools.main)
+    assert f"guidance=3.5, but {distilled / name} is distilled to few steps and has none: leave --guidance out" in line
+
+
+@every_task
+def test_sample_takes_the_usual_guidance_of_its_model(models, tmp_path, name):
+    tool("sample", "--model", models / name, "--prompts", models / "prompts.txt", *SAMPLING, "--out", tmp_path)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert settings["guidance"] == {"flux": 3.5, "sd3": 3.5, "klein": 4.0}[name]
+
+
+def test_tiny_writes_one_pipeline(tmp_path):
+    line = refusal(["tiny", tmp_path / "tiny", "--sd3", "--klein"], tools.main)
+    assert "give --sd3 or --klein, not both" in line and not (tmp_path / "tiny").exists()
 
 
 def test_too_little_memory_says_what_to_change(models, monkeypatch):

@@ -140,7 +140,7 @@ def command_of(name, models, tmp_path, out):
 def no_measurement(monkeypatch):
     """The benchmark with a GPU that measures nothing."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(benchmark, "write_pipeline", lambda folder, config: None)
+    monkeypatch.setattr(benchmark, "write_pipeline", lambda *_: None)
     monkeypatch.setattr(benchmark, "measure", lambda case: {"batch": case.batch_size})
 
 
@@ -190,7 +190,7 @@ def test_tiny_writes_the_same_model_again_and_keeps_other_files(models, tmp_path
     before = content_of(tmp_path / "tiny")
     tool("tiny", tmp_path / "tiny")
     assert content_of(tmp_path / "tiny") == before
-    assert "sd3 was False, is True" in refusal(["tiny", tmp_path / "tiny", "--sd3"], tools.main)
+    assert "task was flux, is sd3" in refusal(["tiny", tmp_path / "tiny", "--sd3"], tools.main)
     assert content_of(tmp_path / "tiny") == before
 
 

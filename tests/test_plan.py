@@ -18,6 +18,7 @@ from tests.tiny_pipelines import options_of, refusal, task_of, tool  # first: sk
 from beyond import Hyper
 from full_scale import __main__ as tools
 from full_scale import plan
+from full_scale.models import FAMILIES
 from full_scale.simulation import network_from_config
 from runtime.cost_counter import BETWEEN, FLOP, WITHIN, CostCounter
 from runtime.counters import flop_count
@@ -26,6 +27,7 @@ from train_leap_align import METHODS, Config, Trainer
 pytestmark = pytest.mark.usefixtures("one_process")
 
 CASES = [("flux", {"precision": "bfloat16"}), ("flux", {"precision": "bfloat16", "lora_rank": 4}), ("sd3", {})]
+CASES += [("klein", {"precision": "bfloat16", "lora_rank": 4})]
 all_cases = pytest.mark.parametrize(("name", "changes"), CASES, ids=str)
 
 
@@ -237,7 +239,7 @@ def test_few_prompts_and_stored_embeddings_need_no_text_encoders(source, tmp_pat
     ("arguments", "expected"),
     [
         (["--prompts", "/nowhere"], "cannot read prompts from /nowhere"),
-        (["--task", "toy"], "plan knows flux, sd3"),
+        (["--task", "toy"], "plan knows flux, sd3, klein"),
         (["--reward", "pickscore"], "reward=pickscore"),
         (["--model", "/nowhere"], "model=/nowhere: give a pipeline's folder"),
         (["--json", "/nowhere/plan.json"], "json: /nowhere does not exist"),
@@ -267,5 +269,27 @@ def test_the_page_shows_what_the_plan_computes(flags, training, every, step, tmp
     assert numbers["seconds_per_step"] == pytest.approx(float(number) * (60 if unit == "min" else 1), abs=1.01 * digits)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "verdict"), [("klein", "fits"), ("flux", "does not fit; with all changes of flags")])
+def test_klein_fits_on_24_gb_and_flux_does_not(task, verdict, tmp_path):
+    arguments = "--gpus 1 --lora-rank 64 --stored-embeddings --gradient-accumulation-steps 64 --gpu-memory 24".split()
+    tool("plan", "--task", task, *arguments, "--json", tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text())["verdict"].startswith(verdict)
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "parameters"),
+    [
+        ("flux", "transformer", 11_901_408_320),
+        ("klein", "transformer", 408 * 3072**2 + 8192 * 3072 + 60 * 128),  # by hand: squares, inputs and output, norms
+        ("klein", "vae", 84_046_115),
+        ("klein", "text_encoder", 4_022_468_096),
+    ],
+)
+def test_the_configs_have_the_numbers_of_weights_of_the_published_models(task, name, parameters):
+    network = network_from_config(FAMILIES[task].configs[name])
+    assert sum(p.numel() for p in network.parameters()) == parameters
+
+
 def test_the_page_has_its_rows():
-    assert len(ROWS) == 10
+    assert len(ROWS) == 12

@@ -95,7 +95,7 @@ def test_every_test_that_a_page_names_exists(page):
 
 @pytest.mark.parametrize("command", TRAINER, ids=" ".join)
 def test_every_command_of_the_trainer_parses(command):
-    if {"flux", "sd3"} & set(command):
+    if {"flux", "sd3", "klein"} & set(command):
         pytest.importorskip("diffusers")
     if "--help" not in command:
         flags = trainer.parse(command)

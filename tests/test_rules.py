@@ -14,7 +14,7 @@ import leap_align
 ROOT = Path(__file__).parents[1]
 TOP_LEVEL = {"leap_align.py", "beyond.py", "train_leap_align.py", "flux_adapter.py", "runtime", "full_scale", "toy"}
 TOP_LEVEL |= {"tests", "requirements.txt", "README.md"}
-TASKS = {"toy", "digits", "flux", "sd3"}
+TASKS = {"toy", "digits", "flux", "sd3", "klein"}
 PATTERNS = ("*.py", "runtime/**/*.py", "full_scale/**/*.py", "toy/**/*.py")
 FILES = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
 TREES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in FILES}

@@ -4,6 +4,7 @@
 
 import csv
 import os
+import pkgutil
 import socket
 import subprocess
 import sys
@@ -17,14 +18,13 @@ from safetensors.torch import load_file
 for library in ("diffusers", "transformers", "peft", "open_clip", "torchvision"):
     pytest.importorskip(library)
 
-import flux_adapter
 import train_leap_align as trainer
 from full_scale import __main__ as tools
-from full_scale.pipeline import FAMILIES
+from full_scale.models import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["a red cube", "two dogs on a beach", "an old clock in the rain", "a photo of a bench", "a"]
-TASKS = {"flux": flux_adapter.Flux, "sd3": flux_adapter.SD3}
+TASKS = {name: pkgutil.resolve_name(trainer.TASKS[name]) for name in FAMILIES}
 every_task = pytest.mark.parametrize("name", TASKS)
 SAMPLING = "--height 32 --width 48 --steps 2 --images-per-prompt 3 --batch-size 2 --precision float32".split()
 
@@ -34,10 +34,15 @@ def tool(*arguments):
     tools.main(list(map(str, arguments)))
 
 
+def tiny_flags(name):
+    """The flag of `tiny` that chooses a task's model."""
+    return [] if name == "flux" else [f"--{name}"]
+
+
 def write_models(folder):
     """A tiny pipeline of each task in a folder of its name, and prompts.txt."""
-    tool("tiny", folder / "flux")
-    tool("tiny", folder / "sd3", "--sd3")
+    for name in TASKS:
+        tool("tiny", folder / name, *tiny_flags(name))
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
     return folder
 
@@ -48,6 +53,7 @@ def write_models(folder):
 def options_of(models, name, **changes):
     settings = {"model": str(models / name), "prompts": models / "prompts.txt", "height": 64, "width": 96}
     settings |= {"reward_weights": (str(models / name / "reward"),), "precision": "float32", "evaluation_images": 2}
+    settings |= {"guidance": 3.5}
     return TASKS[name].Options(**settings | changes)
 
 
@@ -67,10 +73,15 @@ def pipeline_of(models, name, **components):
     return pipeline
 
 
-def draw(pipeline, x_T, prompts, T, output_type="latent"):
+def draw(pipeline, x_T, prompts, T, output_type="latent", guidance=3.5):
     """What diffusers' own pipeline draws from this noise."""
-    arguments = {"height": 64, "width": 96, "num_inference_steps": T, "guidance_scale": 3.5}
-    return pipeline(prompts, latents=x_T, output_type=output_type, **arguments).images
+    arguments = {"height": 64, "width": 96, "num_inference_steps": T, "guidance_scale": guidance}
+    return pipeline(prompt=prompts, latents=x_T, output_type=output_type, **arguments).images
+
+
+def final_latents(task, x_0):
+    """A final state as the pipeline returns it for output_type="latent": FLUX.2-klein's is ready for the VAE."""
+    return task.unpack(x_0) if task.family is FAMILIES["klein"] else x_0
 
 
 def seeded(seed=0):

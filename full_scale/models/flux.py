@@ -1,0 +1,74 @@
+"""FLUX.1-dev."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from torch import Tensor, nn
+
+from full_scale.models.family import Family
+from full_scale.models.parts import CLIP_L, SCHEDULER, T5_XXL, VAE, tiny_text, tiny_vae
+
+# fmt: off
+CONFIGS = {
+    "scheduler": SCHEDULER | {
+        "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
+        "max_image_seq_len": 4096,
+    },
+    "transformer": {
+        "_class_name": "FluxTransformer2DModel", "patch_size": 1, "in_channels": 64, "num_layers": 19,
+        "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768, "guidance_embeds": True, "axes_dims_rope": [16, 56, 56],
+    },
+    "vae": VAE | {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+    "text_encoder": CLIP_L,
+    "text_encoder_2": T5_XXL,
+}
+# fmt: on
+
+
+def encode_text(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+    """T5's tokens and CLIP's pooled text.  Padding stays, because FLUX was trained with it."""
+    tokens, pooled, _ = pipeline.encode_prompt(prompts, device=device)
+    return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
+
+
+def tiny(t5_width: int = 32, clip_widths: Sequence[int] = (32,), **networks: nn.Module) -> Any:
+    """FLUX.1-dev's pipeline with one double and two single blocks.
+
+    networks: replace the tiny transformer or VAE.
+    """
+    text = tiny_text(t5_width, clip_widths)
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    networks = {"transformer": transformer, "vae": tiny_vae(0.3611, 0.1159)} | networks
+    return diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        text_encoder=transformers.CLIPTextModel(text["clips"][0]),
+        tokenizer=text["clip_tokenizer"],
+        text_encoder_2=text["t5"],
+        tokenizer_2=text["t5_tokenizer"],
+        **networks,
+    )
+
+
+FAMILY = Family(
+    title="FLUX.1-dev",
+    model="black-forest-labs/FLUX.1-dev",
+    pipeline_name="FluxPipeline",
+    transformer_name="FluxTransformer2DModel",
+    encode_text=encode_text,
+    text_inputs={
+        "encoder_hidden_states": (512, "joint_attention_dim"),
+        "pooled_projections": ("pooled_projection_dim",),
+    },
+    configs=CONFIGS,
+    tiny=tiny,
+    widths={"t5_width": T5_XXL["d_model"], "clip_widths": (CLIP_L["hidden_size"],)},
+    guidance_is_input=True,
+)

@@ -1,0 +1,75 @@
+"""SD3.5-M."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from torch import Tensor, nn
+
+from full_scale.models.family import Family
+from full_scale.models.parts import CLIP_G, CLIP_L, SCHEDULER, T5_XXL, VAE, tiny_text, tiny_vae
+
+# fmt: off
+CONFIGS = {
+    "scheduler": SCHEDULER,
+    "transformer": {
+        "_class_name": "SD3Transformer2DModel", "sample_size": 128, "patch_size": 2, "in_channels": 16,
+        "out_channels": 16, "num_layers": 24, "attention_head_dim": 64, "num_attention_heads": 24,
+        "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048,
+        "pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": list(range(13)),
+    },
+    "vae": VAE | {"scaling_factor": 1.5305, "shift_factor": 0.0609},
+    "text_encoder": CLIP_L | {"architectures": ["CLIPTextModelWithProjection"]},
+    "text_encoder_2": CLIP_G | {"architectures": ["CLIPTextModelWithProjection"]},
+    "text_encoder_3": T5_XXL,
+}
+# fmt: on
+
+
+def encode_text(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+    """The tokens of all three encoders and the pooled text of the two CLIPs."""
+    encoded = pipeline.encode_prompt(prompts, prompts, prompts, device=device, do_classifier_free_guidance=False)
+    tokens, _, pooled, _ = encoded
+    return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
+
+
+def tiny(t5_width: int = 64, clip_widths: Sequence[int] = (32, 32), **networks: nn.Module) -> Any:
+    """SD3.5-M's pipeline with two blocks, the first with dual attention.
+
+    networks: replace the tiny transformer or VAE.
+    """
+    text = tiny_text(t5_width, clip_widths)
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=32, patch_size=2, in_channels=16, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64, out_channels=16,
+        pos_embed_max_size=96, qk_norm="rms_norm", dual_attention_layers=(0,),
+    )  # fmt: skip
+    networks = {"transformer": transformer, "vae": tiny_vae(1.5305, 0.0609)} | networks
+    return diffusers.StableDiffusion3Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=transformers.CLIPTextModelWithProjection(text["clips"][0]),
+        tokenizer=text["clip_tokenizer"],
+        text_encoder_2=transformers.CLIPTextModelWithProjection(text["clips"][1]),
+        tokenizer_2=text["clip_tokenizer"],
+        text_encoder_3=text["t5"],
+        tokenizer_3=text["t5_tokenizer"],
+        **networks,
+    )
+
+
+FAMILY = Family(
+    title="SD3.5-M",
+    model="stabilityai/stable-diffusion-3.5-medium",
+    pipeline_name="StableDiffusion3Pipeline",
+    transformer_name="SD3Transformer2DModel",
+    encode_text=encode_text,
+    text_inputs={
+        "encoder_hidden_states": (77 + 256, "joint_attention_dim"),
+        "pooled_projections": ("pooled_projection_dim",),
+    },
+    configs=CONFIGS,
+    tiny=tiny,
+    widths={"t5_width": T5_XXL["d_model"], "clip_widths": (CLIP_L["hidden_size"], CLIP_G["hidden_size"])},
+)
