@@ -67,6 +67,8 @@ class Options:
     """LoRA's scale times its rank; the rank itself if not given."""
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Linear layers that get an adapter, by the end of their names."""
+    load_in_4bit: bool = False
+    """With LoRA on one GPU: keep the frozen weights of the transformer's blocks in four bits (NF4, by torchao)."""
     gradient_checkpointing: transformer.Checkpointing = "on"
     """Which of the transformer's blocks the backward recomputes: all (on), every second one (selective), or none."""
     compile: bool = False
@@ -134,6 +136,8 @@ class DiffusersTask:
         pipeline.check_image_size(options.height, options.width)
         pipeline.check_guidance(options.guidance)
         transformer.check_lora(options.lora_rank, options.lora_alpha)
+        if options.load_in_4bit:
+            transformer.check_4bit(options.lora_rank, options.compile)
         if options.evaluation_images < 2 or options.evaluation_images % IMAGES_PER_PROMPT:
             raise BadInput(f"evaluation_images={options.evaluation_images} must be even and at least 2")
         if options.evaluation_T is not None and options.evaluation_T < 1:
@@ -234,9 +238,14 @@ class DiffusersTask:
         transformer.load_weights(model, self.folder / "transformer")
         transformer.reset_lora(model)
 
+    def quantize(self, model: nn.Module) -> None:
+        """Gives the frozen weights four bits."""
+        transformer.quantize(model, self.device)
+
     def check_memory(self, shards: int) -> None:
         """Refuses a device on which not even weights and optimizer fit."""
-        transformer.check_memory(self.transformers(), self.frozen_modules(), self.device, shards)
+        in_4bit = self.options.load_in_4bit
+        transformer.check_memory(self.transformers(), self.frozen_modules(), self.device, shards, in_4bit)
 
     def parallelize(self, mesh: DeviceMesh | None) -> None:
         """Moves everything to the device, shards the transformers over the mesh and loads their weights.
@@ -253,6 +262,8 @@ class DiffusersTask:
             if self.options.compile:
                 transformer.compile_blocks(model)
             transformer.shard(model, mesh, self.dtype)
+            if self.options.load_in_4bit:
+                self.quantize(model)
             model.to_empty(device=self.device)
             self.load_pretrained(model)
 

@@ -14,6 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -271,8 +272,12 @@ def remedies(flags: PlanFlags) -> Iterator[tuple[str, PlanFlags]]:
         changes.append("--stored-embeddings (prompts from `embed`, or at most 200)")
         yield " ".join(changes), flags
     if not flags.task.lora_rank:
+        flags = replace(flags, task=replace(flags.task, lora_rank=64))
         changes.append("--lora-rank 64 --lr 1e-4")
-        yield " ".join(changes), replace(flags, task=replace(flags.task, lora_rank=64))
+        yield " ".join(changes), flags
+    if machine.gpus * machine.nodes == 1 and not flags.task.load_in_4bit and find_spec("torchao"):
+        changes.append("--load-in-4bit")
+        yield " ".join(changes), replace(flags, task=replace(flags.task, load_in_4bit=True))
 
 
 def verdict(flags: PlanFlags, costs: Costs) -> str:

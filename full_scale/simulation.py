@@ -149,6 +149,11 @@ class WithoutWeights:
     def check_memory(self, shards: int) -> None:
         """Nothing: a simulated weight takes no memory."""
 
+    def quantize(self, model: nn.Module) -> None:
+        """The task's own, on shapes alone, integers included."""
+        with self.simulation.fake:
+            super().quantize(model)
+
     def load_pretrained(self, model: nn.Module) -> None:
         """Nothing: a simulated weight has no value."""
 

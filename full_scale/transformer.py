@@ -25,11 +25,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from full_scale.components import LOADING_ERRORS, REMEDY, weight_shapes
 from full_scale.pipeline import Family
 from leap_align import BadInput
-from runtime.processes import full_value, one_line, rank, run_on_all_ranks, run_on_rank0
+from runtime.processes import full_value, one_line, rank, run_on_all_ranks, run_on_rank0, world_size
 from runtime.run_dir import atomic_folder, read_json, write_errors_named, write_json
 
 EXPORT_FILE_BYTES = 2 * 10**9
 """The most in a file of an export, unless a single weight is larger; the first process holds one file at a time."""
+
+NF4_BLOCKS = 64, 16
+"""Weights that share a scale, and scales that share one: their product divides the size of every layer."""
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Build
@@ -84,6 +87,29 @@ def _check_targets(model: nn.Module, lora_rank: int, targets: Sequence[str]) -> 
         raise BadInput("lora_targets is empty: name at least one linear layer")
     if lora_rank > min(widths):
         raise BadInput(f"lora_rank={lora_rank} must be at most {min(widths)}, the width of the narrowest target layer")
+
+
+def check_4bit(lora_rank: int, compiled: bool) -> None:
+    """Refuses four-bit weights that would be trained, compiled or sharded."""
+    if not lora_rank:
+        raise BadInput("load_in_4bit keeps frozen weights, but every weight is trained: give --lora-rank, too")
+    if compiled:
+        raise BadInput("load_in_4bit: torch cannot compile these weights: leave out --compile")
+    if world_size() > 1:
+        raise BadInput("load_in_4bit does not shard the weights: start one process, or leave it out")
+
+
+def quantize(model: nn.Module, device: torch.device) -> None:
+    """Gives the frozen linear weights of the blocks four bits (NF4); whatever is loaded into them is then rounded.
+
+    The gradient through a layer is that of its rounded weight.  No weight has its value yet.
+    """
+    from torchao.quantization import to_nf4
+
+    for layer in [layer for block in repeated_blocks(model) for layer in block.modules()]:
+        if isinstance(layer, nn.Linear) and not layer.weight.requires_grad:
+            weight = torch.empty_like(layer.weight, device=device)  # torchao cannot quantise on the meta device
+            layer.weight = nn.Parameter(to_nf4(weight, *NF4_BLOCKS), requires_grad=False)
 
 
 def freeze(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -149,15 +175,19 @@ def mesh_of_one(device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, (1,))
 
 
-def check_memory(model: nn.Module, frozen: Sequence[nn.Module], device: torch.device, shards: int) -> None:
+def check_memory(
+    model: nn.Module, frozen: Sequence[nn.Module], device: torch.device, shards: int, in_4bit: bool = False
+) -> None:
     """Refuses a GPU, or a computer without one, on which not even weights and optimizer fit.
 
     A trained parameter needs five times its size: float32 weight, gradient, two moments and average.
     model: on the meta device, to be divided by `shards`.  frozen: modules that every process holds in full.
+    in_4bit: whether `quantize` will follow.
     """
     frozen_parameters = [p for module in frozen for p in module.parameters()]
     needed = sum(p.nbytes for p in frozen_parameters if p.device.type != device.type)
-    needed += sum(p.nbytes * (5 if p.requires_grad else 1) for p in model.parameters()) / shards
+    for p in model.parameters():
+        needed += (5 * p.nbytes if p.requires_grad else p.numel() / 2 if in_4bit else p.nbytes) / shards
     free = _free_memory(device)
     if needed > free:
         where, remedy = ("GPU", "use more GPUs") if device.type == "cuda" else ("process on the CPU", "use GPUs")

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
@@ -60,6 +60,9 @@ class CostCounter(TorchDispatchMode):
     def label(self, kind: str, tensors: Iterable[Tensor]) -> None:
         """The storages of these tensors are of this kind from now on."""
         for tensor in tensors:
+            if is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, DTensor):  # a quantised weight
+                self.label(kind, [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]])
+                continue
             storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
             self._track(storage, kind)
             self._set(storage._cdata, kind, storage.nbytes())
@@ -81,7 +84,7 @@ class CostCounter(TorchDispatchMode):
         if func.namespace == "c10d":
             self._add_traffic(cost, func, args)
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor):
+            if isinstance(tensor, Tensor) and not is_traceable_wrapper_subclass(tensor):
                 self._track(tensor.untyped_storage(), None, func, tensor)
         return out
 

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,10 @@ from train_leap_align import METHODS, Config, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
-CASES = [("flux", {"precision": "bfloat16"}), ("flux", {"precision": "bfloat16", "lora_rank": 4}), ("sd3", {})]
-CASES += [("klein", {"precision": "bfloat16", "lora_rank": 4})]
+LORA = {"precision": "bfloat16", "lora_rank": 4}
+needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+CASES = [("flux", {"precision": "bfloat16"}), ("flux", LORA), ("sd3", {}), ("klein", LORA)]
+CASES += [pytest.param("flux", LORA | {"load_in_4bit": True}, marks=needs_torchao)]
 all_cases = pytest.mark.parametrize(("name", "changes"), CASES, ids=str)
 
 
@@ -102,6 +105,18 @@ def test_the_counter_sees_storages_come_and_go():
     assert sum(counter.alive.values()) == 0
 
 
+@needs_torchao
+def test_a_quantised_weight_counts_its_four_bits_and_no_alias_of_it():
+    to_nf4 = pytest.importorskip("torchao.quantization").to_nf4
+    weight, counter = to_nf4(torch.randn(64, 64), 64, 16), CostCounter()
+    counter.label("weights", [weight])
+    weights, scales, scales_of_scales, levels, mean = 64 * 64 // 2, 64, 4 * 4, 4 * 16, 4
+    assert counter.alive["weights"] == weights + scales + scales_of_scales + levels + mean
+    with counter:
+        alias = weight.detach()
+    assert alias is not weight and sum(counter.alive.values()) == counter.alive["weights"]
+
+
 # The simulation
 
 
@@ -114,6 +129,7 @@ def test_a_simulated_step_costs_what_a_real_one_costs(models, name, changes):
     costs = plan.simulate(flags_of(models, name, changes), "")
     assert sum(counts[FLOP] for counts in costs.counts.values()) == operations
     assert plan.peak_gib(costs) * plan.GIB == pytest.approx(peak_of(counter), rel=0.03)
+    assert costs.peaks["backward"]["weights"] == counter.phases["backward"].peak["weights"]
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -210,6 +226,14 @@ def test_a_run_that_does_not_fit_is_told_the_cheapest_change_that_helps(models, 
     assert verdict(43) == f"does not fit; with {steps} {stored} it does (42.0 GiB)"
     assert verdict(33) == f"does not fit; with {steps} {stored} --lora-rank 64 --lr 1e-4 it does (32.0 GiB)"
     assert verdict(31).endswith("it still needs 32.0 GiB: use more or larger GPUs")
+
+
+@pytest.mark.parametrize(("gpus", "package", "offered"), [(1, "torchao", True), (2, "torchao", False), (1, None, False)])
+def test_four_bits_are_the_last_change_and_one_gpus_alone(models, monkeypatch, gpus, package, offered):
+    monkeypatch.setattr(plan, "find_spec", lambda name: package)
+    flags = plan.PlanFlags(Config(task="flux"), Hyper(), options_of(models, "flux"), plan.Machine(gpus=gpus))
+    *_, (change, changed) = plan.remedies(flags)
+    assert changed.task.load_in_4bit == change.endswith(" --lora-rank 64 --lr 1e-4 --load-in-4bit") == offered
 
 
 def test_the_plan_is_printed_and_written(models, tmp_path, capsys):

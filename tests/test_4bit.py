@@ -1,0 +1,157 @@
+"""Frozen weights in four bits under LoRA: what is loaded, its gradient, and a whole run."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+pytest.importorskip("diffusers")
+pytest.importorskip("torchao")
+
+from full_scale import __main__ as tools
+from full_scale import transformer
+from leap_align import BadInput, rollout
+from tests.test_flux import gradients
+from tests.tiny_pipelines import (
+    PROMPTS,
+    TASKS,
+    assert_close,
+    draw,
+    every_task,
+    flags,
+    options_of,
+    pipeline_of,
+    refusal,
+    seeded,
+    task_of,
+    train,
+)
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+BELOW = "1 0.6962 0.5251 0.3949 0.2844 0.1848 0.0911"
+ABOVE = "0 0.0796 0.1609 0.2461 0.3379 0.4407 0.5626 0.723 1"
+NF4 = torch.tensor([*(-float(level) for level in BELOW.split()), *map(float, ABOVE.split())])
+"""The levels of QLoRA (arXiv:2305.14314, appendix E)."""
+FILE = "transformer/diffusion_pytorch_model.safetensors"
+FOUR_BITS = ["--lora-rank", "2", "--load-in-4bit"]
+
+
+def rounded(weight):
+    """Each weight at the nearest level of its block of 64, whose scale is its largest weight."""
+    blocks = weight.reshape(-1, 64)
+    scale = blocks.abs().amax(1, keepdim=True)
+    return (NF4[(blocks / scale).unsqueeze(-1).sub(NF4).abs().argmin(-1)] * scale).view(weight.shape)
+
+
+def stored(model):
+    """The weights as layers use them, by the name in the pipeline's file; frozen linear layers of the blocks alone."""
+    layers = [layer for block in transformer.repeated_blocks(model) for layer in block.modules()]
+    frozen = {layer.weight for layer in layers if isinstance(layer, nn.Linear) and not layer.weight.requires_grad}
+    named = [(name.replace(".base_layer", ""), p) for name, p in model.named_parameters() if p in frozen]
+    return {name: p.get_original_weight() if hasattr(p, "get_original_weight") else p for name, p in named}
+
+
+def with_dequantised_weights(models, name, task, **changes):
+    """The same task without four bits, with the weights that four bits stand for."""
+    plain, weights = task_of(models, name, **changes), stored(task.model)
+    with torch.no_grad():
+        for key, p in plain.model.named_parameters():
+            if (value := weights.get(key.replace(".base_layer", ""))) is not None:
+                p.copy_(value)
+    return plain
+
+
+def train_b(task):
+    """B of the adapters is zero at first, which hides the gradient of A."""
+    generator = seeded(1)
+    for name, p in task.model.named_parameters():
+        if ".lora_B." in name:
+            value = torch.randn(p.shape, generator=generator) / 10
+            (p.to_local() if hasattr(p, "to_local") else p).data.copy_(value)
+
+
+def input_gradient(task):
+    x = task.noise(2, seeded()).requires_grad_()
+    v = task.velocity(PROMPTS[:2])(x, task.times[2])
+    return torch.autograd.grad(v, x, task.noise(2, seeded(2)))
+
+
+@every_task
+def test_what_is_loaded_is_the_rounded_weight_of_the_file(models, name):
+    file = load_file(models / name / FILE)
+    loaded = stored(task_of(models, name, lora_rank=2, load_in_4bit=True).model)
+    linear = [key for key, value in file.items() if "blocks." in key and value.ndim == 2]
+    assert sorted(loaded) == sorted(linear)
+    for key, weight in loaded.items():
+        assert (weight - rounded(file[key])).abs().max() <= 0.01 * file[key].abs().max()  # a scale has eight bits
+        assert (weight - file[key]).abs().max() > 0.03 * file[key].abs().max()
+
+
+@pytest.mark.parametrize("checkpointing", ["on", "off"])
+@every_task
+def test_the_gradient_is_that_of_the_dequantised_weights(models, name, checkpointing):
+    changes = {"lora_rank": 2, "gradient_checkpointing": checkpointing}
+    task = task_of(models, name, load_in_4bit=True, **changes)
+    train_b(task)
+    by_name, by_input = gradients(task), input_gradient(task)
+    plain = with_dequantised_weights(models, name, task, **changes)
+    train_b(plain)
+    assert_close(gradients(plain), by_name, 1e-4, 1e-7)
+    torch.testing.assert_close(input_gradient(plain), by_input, rtol=1e-4, atol=1e-6)
+    unrounded = task_of(models, name, **changes)
+    train_b(unrounded)
+    assert (input_gradient(unrounded)[0] - by_input[0]).abs().max() > 1e-3 * by_input[0].abs().max()
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(models, tmp_path):
+    arguments = flags(models, "flux", *FOUR_BITS, "--precision", "bfloat16", "--beta", "1e-3")
+    uninterrupted = train(tmp_path / "uninterrupted", arguments)
+    train(tmp_path / "resumed", [*arguments, "--iterations", "2"])
+    assert train(tmp_path / "resumed", [*arguments, "--resume"]) == uninterrupted
+    assert all(row["grad_norm"] > 0 for row in uninterrupted)
+    file = "lora/pytorch_lora_weights.safetensors"
+    assert_close(load_file(tmp_path / "resumed" / file), load_file(tmp_path / "uninterrupted" / file), 0, 0)
+
+
+@every_task
+def test_diffusers_draws_from_the_adapters_on_the_dequantised_weights_what_was_trained(models, tmp_path, name):
+    train(tmp_path, flags(models, name, "--iterations", "2", "--lr", "0.02", *FOUR_BITS))
+    task = task_of(models, name, lora_rank=2, load_in_4bit=True)
+    x_T = task.noise(1, seeded())
+    task.load(tmp_path)
+    trained = rollout(task.velocity(PROMPTS[:1]), x_T, task.times)[0]
+    pipeline = pipeline_of(models, name)
+    pipeline.transformer.load_state_dict(stored(task.model), strict=False)
+    untrained = draw(pipeline, x_T, PROMPTS[:1], 4)
+    pipeline.load_lora_weights(tmp_path / "lora")
+    torch.testing.assert_close(draw(pipeline, x_T, PROMPTS[:1], 4), trained, rtol=0, atol=1e-4)
+    assert (untrained - trained).abs().max() > 0.01
+
+
+def test_four_bits_that_cannot_work_are_refused(models, tmp_path, monkeypatch):
+    out = ["--out", tmp_path / "run"]
+    line = refusal([*flags(models, "flux", "--load-in-4bit"), *out])
+    assert "every weight is trained: give --lora-rank, too" in line
+    line = refusal([*flags(models, "flux", *FOUR_BITS, "--compile"), *out])
+    assert "torch cannot compile these weights: leave out --compile" in line
+    line = refusal(["plan", "--gpus", "2", "--lora-rank", "64", "--load-in-4bit"], tools.main)
+    assert "load_in_4bit does not shard the weights: start one process" in line
+    for module in [name for name in sys.modules if name.split(".")[0] == "torchao"]:
+        monkeypatch.setitem(sys.modules, module, None)
+    line = refusal([*flags(models, "flux", *FOUR_BITS), *out])
+    assert line == "error: torchao is not installed: pip install -r requirements.txt"
+
+
+def test_the_memory_check_counts_half_a_byte_of_a_frozen_weight(models, monkeypatch):
+    task = TASKS["flux"](options_of(models, "flux", lora_rank=2, load_in_4bit=True), 4)
+    weights = list(task.model.parameters())
+    needed = sum(5 * p.nbytes if p.requires_grad else p.numel() / 2 for p in weights)
+    monkeypatch.setattr(transformer, "shard", lambda *_: pytest.fail("it fits"))
+    for free, outcome in ((needed - 1, BadInput), (needed, pytest.fail.Exception)):
+        monkeypatch.setattr(transformer, "_free_memory", lambda device, free=free: free)
+        with pytest.raises(outcome):
+            task.parallelize(SimpleNamespace(size=lambda dim: 1))
