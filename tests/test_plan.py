@@ -227,7 +227,9 @@ def test_a_run_that_does_not_fit_is_told_the_cheapest_change_that_helps(models, 
     assert verdict(31).endswith("it still needs 32.0 GiB: use more or larger GPUs")
 
 
-@pytest.mark.parametrize(("gpus", "package", "offered"), [(1, "torchao", True), (2, "torchao", False), (1, None, False)])
+@pytest.mark.parametrize(
+    ("gpus", "package", "offered"), [(1, "torchao", True), (2, "torchao", False), (1, None, False)]
+)
 def test_four_bits_are_the_last_change_and_one_gpus_alone(models, monkeypatch, gpus, package, offered):
     monkeypatch.setattr(plan, "find_spec", lambda name: package)
     flags = plan.PlanFlags(Config(task="flux"), Hyper(), options_of(models, "flux"), plan.Machine(gpus=gpus))
