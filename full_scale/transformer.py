@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,13 +91,15 @@ def _check_targets(model: nn.Module, lora_rank: int, targets: Sequence[str]) -> 
 
 
 def check_4bit(lora_rank: int, compiled: bool) -> None:
-    """Refuses four-bit weights that would be trained, compiled or sharded."""
+    """Refuses four-bit weights that would be trained, compiled or sharded, or that no library can make."""
     if not lora_rank:
         raise BadInput("load_in_4bit keeps frozen weights, but every weight is trained: give --lora-rank, too")
     if compiled:
         raise BadInput("load_in_4bit: torch cannot compile these weights: leave out --compile")
     if world_size() > 1:
         raise BadInput("load_in_4bit does not shard the weights: start one process, or leave it out")
+    if find_spec("torchao") is None:
+        raise BadInput("load_in_4bit needs torchao: pip install torchao==0.18.0")
 
 
 def quantize(model: nn.Module, device: torch.device) -> None:

@@ -184,7 +184,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 
 PACKAGES = {name: name for name in "diffusers transformers peft accelerate sentencepiece safetensors".split()}
-PACKAGES |= {name: name for name in "torchvision tokenizers huggingface_hub matplotlib hpsv2 psutil torchao".split()}
+PACKAGES |= {name: name for name in "torchvision tokenizers huggingface_hub matplotlib hpsv2 psutil".split()}
 PACKAGES |= {"sklearn": "scikit-learn", "open_clip": "open_clip_torch"}
 """Packages that requirements.txt installs, by the name under which Python imports them."""
 
