@@ -12,6 +12,7 @@ pytest.importorskip("diffusers")
 
 from full_scale import __main__ as tools
 from full_scale import benchmark
+from full_scale.contents import text_content
 from runtime.run_dir import claimed_output_folder
 from tests.tiny_pipelines import PROMPTS, SAMPLING, every_task, flags, refusal, tool, train
 
@@ -282,3 +283,11 @@ def test_half_precision_files_beside_the_weights_do_not_count(models, tmp_path):
     (folder / "notes.md").write_text("mine")
     arguments = [*flags(models, "flux"), "--model", tmp_path / "model", "--prompts", tmp_path / "e"]
     assert train(tmp_path / "run", [*arguments, "--iterations", "1"])
+
+
+def test_another_chat_template_makes_other_text_encoders(models, tmp_path):
+    shutil.copytree(models / "klein", tmp_path / "klein")
+    template = tmp_path / "klein" / "tokenizer" / "chat_template.jinja"
+    assert text_content(tmp_path / "klein") == text_content(models / "klein")
+    template.write_text(template.read_text() + "!")
+    assert text_content(tmp_path / "klein") != text_content(models / "klein")
