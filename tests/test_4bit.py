@@ -129,7 +129,7 @@ def test_diffusers_draws_from_the_adapters_on_the_dequantised_weights_what_was_t
     untrained = draw(pipeline, x_T, PROMPTS[:1], 4)
     pipeline.load_lora_weights(tmp_path / "lora")
     torch.testing.assert_close(draw(pipeline, x_T, PROMPTS[:1], 4), trained, rtol=0, atol=1e-4)
-    assert (untrained - trained).abs().max() > 0.01
+    assert (untrained - trained).abs().max() > 30e-4
 
 
 def test_four_bits_that_cannot_work_are_refused(models, tmp_path, monkeypatch):
