@@ -39,9 +39,11 @@ class RandomWeights:
 
     @torch.no_grad()
     def load_pretrained(self, model: nn.Module) -> None:
-        """Random weights, small enough to stay finite through FLUX.1-dev's 57 blocks."""
+        """Random weights, small enough to stay finite through FLUX.1-dev's 57 blocks; SD3's position table is zero."""
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.02)
+        for buffer in model.buffers():
+            buffer.zero_()
 
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         """Random text inputs in the shapes of the text encoders'."""
