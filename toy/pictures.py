@@ -42,7 +42,7 @@ def is_right(samples: np.ndarray, prompt: np.ndarray, centres: np.ndarray) -> np
 def points(axis: Axes, samples: np.ndarray, right: np.ndarray, size: float = 6) -> None:
     """Draws samples (N, 2): those in the prompt's mode as dots, the others as larger crosses."""
     axis.scatter(*samples[right].T, s=size, c=RIGHT, label="sample in the prompt's mode")
-    axis.scatter(*samples[~right].T, s=2.3 * size, c=WRONG, marker="x", lw=1, label="sample in another mode")
+    axis.scatter(*samples[~right].T, s=7 / 3 * size, c=WRONG, marker="x", lw=1, label="sample in another mode")
 
 
 def scatter(folder: Path, real: np.ndarray, centres: np.ndarray) -> None:

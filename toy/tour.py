@@ -22,8 +22,9 @@ from toy import pictures
 from toy.modes import CENTRES, Modes
 from toy.task import ToyOptions, ToyTask
 
-LEAP, FIRST, NESTED, TRUE = pictures.COLORS[2], pictures.COLORS[4], pictures.COLORS[3], "black"
-"""Colors of leaps, of the gradient of the first leap, of the nested gradient, and of what is true."""
+LEAP = TRUE = "black"
+FIRST, SECOND, NESTED = pictures.COLORS[4], pictures.COLORS[2], pictures.COLORS[3]
+"""Colors of leaps, of true gradients, of the gradients of the first and the second leap, and of the nested one."""
 
 
 CAPTIONS = (
@@ -140,13 +141,13 @@ def _legend(figure: Figure) -> None:
     marks = {
         "in the prompt's mode": {"marker": "o", "color": pictures.RIGHT, "ms": 4},
         "in another mode": {"marker": "x", "color": pictures.WRONG, "ms": 5},
-        "rollout": {"marker": ".", "color": "0.35", "lw": 0.8, "ls": "-"},
+        "rollout": {"marker": ".", "color": "0.5", "lw": 0.8, "ls": "-"},
         "leap": {"marker": r"$\rightarrow$", "color": LEAP, "ms": 14},
         "connector": {"color": "k", "ls": ":", "lw": 1.8},
-        "the rollout's prompt": {"marker": "o", "color": "k", "mfc": "none", "ms": 9},
+        "its prompt's mode": {"marker": "o", "color": "k", "mfc": "none", "ms": 9},
     }
     lines = [axis.plot([], [], label=name, **{"ls": "none"} | mark)[0] for name, mark in marks.items()]
-    figure.legend(handles=lines, loc="lower center", ncols=6, frameon=False, fontsize=9, columnspacing=1.2)
+    figure.legend(handles=lines, loc="lower center", ncols=6, frameon=False, fontsize=9, columnspacing=1)
 
 
 def _clearest_rollout(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> int:
@@ -171,7 +172,7 @@ def _frame(axis: Axes, evaluation: dict[str, np.ndarray], real: np.ndarray, i: i
     pictures.plane(axis, real, f"{title}: {right.mean():.0%} right")
     pictures.points(axis, states[i], right[: states.shape[1]], size=16)
     axis.plot(*CENTRES[prompt[n]], "o", ms=45, mfc="none", mec="k", mew=1)
-    axis.plot(*states[i:, n].T, ".-", color="0.35", lw=0.8, ms=4)
+    axis.plot(*states[i:, n].T, ".-", color="0.5", lw=0.8, ms=4)
     joined = _joined_states(evaluation, n)
     _, x_k, x_j, x_0, x_hat_j, x_hat_0 = joined
     for i_start, i_end, start, predicted, end in ((i_k, i_j, x_k, x_hat_j, x_j), (i_j, 0, x_j, x_hat_0, x_0)):
