@@ -15,7 +15,7 @@ from torch import nn
 
 from leap_align import BadInput, uniform_times
 from tests.toy_runs import ROOT, run
-from toy import pictures, tour
+from toy import animation, pictures, tour
 
 NOTEBOOK = ROOT / "toy" / "tour.ipynb"
 CELLS = json.loads(NOTEBOOK.read_text())["cells"]
@@ -129,13 +129,27 @@ def test_the_animation_of_a_run(tmp_path, monkeypatch):
     run(tmp_path / "run", "--iterations", "60", "--lr", "1e-3", "--batch-size", "64", "--evaluation-T", "5")
     drawn = []
     monkeypatch.setattr(pictures, "leaps", lambda axis, pairs, color: drawn.extend(pairs))
-    tour.animate(tmp_path / "run", tmp_path / "a.gif", np.zeros((1, 2)), fps=1)
+    animation.animate(tmp_path / "run", tmp_path / "a.gif", np.zeros((1, 2)), fps=1)
     # k = 4, j = 2.  A panel draws: at 4 and 3 one open leap; at 2 and 1 it is closed and one is open; at 0 both closed.
     is_open = [bool((predicted == real).all()) for _, predicted, real in drawn]
     assert is_open == [True] * 4 + [False, True] * 4 + [False] * 4
     assert Image.open(tmp_path / "a.gif").n_frames == 6
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(BadInput, match=r"holds 0 evaluations: give the folder of a finished run of task toy$"):
-        tour.animate(tmp_path, tmp_path / "a.gif", np.zeros((1, 2)))
+def save(folder, iteration, samples):
+    (folder / "samples").mkdir(exist_ok=True)
+    some = {"states": samples[None], "x_hat_j": samples, "x_hat_0": samples, "pair": (2, 1)}
+    np.savez(folder / "samples" / f"{iteration:06d}.npz", samples=samples, prompt=np.zeros(len(samples), int), **some)
+
+
+@pytest.mark.parametrize(("shape", "count", "message"), [
+    ((4, 2), 0, "must be the folder of a finished run of task toy"),
+    ((4, 2), 1, "must be the folder of a finished run of task toy"),
+    ((4, 1, 8, 8), 2, "must be the folder of a finished run of task toy"),
+    ((4, 2), 2, "no drawn sample is wrong before training and right after: give a run with more iterations"),
+])  # fmt: skip
+def test_a_run_that_cannot_be_shown_is_refused(shape, count, message, tmp_path):
+    for iteration in range(count):
+        save(tmp_path, iteration, np.full(shape, 9.0))
+    with pytest.raises(BadInput, match=f"{message}$"):
+        animation.animate(tmp_path, tmp_path / "a.gif", np.zeros((1, 2)))
