@@ -65,11 +65,12 @@ METHODS = {**leap_align.METHODS, **beyond.METHODS}
 """The methods of the paper, and those beyond it."""
 METRICS = tuple("loss reward grad_norm weight d_j d_0 hinge_active i_k i_j leash v_norm seconds skipped".split())
 """The columns of metrics.csv, after `iteration` and before those of the task."""
-NEXT_COMMANDS = {
-    "toy": "python train_leap_align.py --task digits",
-    "digits": "python train_leap_align.py --task digits --lr 3e-4 --lam None --out runs/digits-hacked",
-    **dict.fromkeys(("flux", "sd3"), "python -m full_scale sample --help"),
-}
+NEXT_COMMANDS = dict(
+    toy="python train_leap_align.py --task digits",
+    digits="python train_leap_align.py --task digits --lr 3e-4 --lam None --out runs/digits-hacked",
+    flux="python -m full_scale sample --help",
+    sd3="python -m full_scale sample --help",
+)
 """What to try after a run of a task."""
 CHANGEABLE_ON_RESUME = frozenset(
     "iterations gradient_accumulation_steps evaluate_every checkpoint_every checkpoints_total_limit max_skipped_steps "
@@ -417,7 +418,8 @@ def announce(trainer: Trainer, folder: Path) -> None:
     sizes = f"{config.iterations} iterations of {config.batch_size} samples, {config.T} steps each"
     print(f"{config.task} is trained to lower {loss}: {sizes}, lr {config.lr:g}.")
     print((trainer.method.__doc__ or config.method).strip().splitlines()[0])
-    print(f"Training never sees {', '.join(trainer.task.held_out)}. Everything is written to {folder}.")
+    unseen = ", ".join(trainer.task.held_out) or "none"
+    print(f"Evaluators that training never sees: {unseen}. Everything is written to {folder}.")
 
 
 def write_report(trainer: Trainer, folder: Path) -> None:
