@@ -419,7 +419,7 @@ def announce(trainer: Trainer, folder: Path) -> None:
     print(f"{config.task} is trained to lower {loss}: {sizes}, lr {config.lr:g}.")
     print((trainer.method.__doc__ or config.method).strip().splitlines()[0])
     unseen = ", ".join(trainer.task.held_out) or "none"
-    print(f"Evaluators that training never sees: {unseen}. Everything is written to {folder}.")
+    print(f"Training never sees these evaluators: {unseen}. The folder is {folder}.")
 
 
 def write_report(trainer: Trainer, folder: Path) -> None:

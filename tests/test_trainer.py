@@ -67,7 +67,7 @@ def test_a_run_says_what_it_will_do_and_what_to_look_at(tmp_path, monkeypatch, c
     assert lines[:3] == [
         "toy is trained to lower max(0, 0.0 - reward): 4 iterations of 16 samples, 21 steps each, lr 0.0001.",
         "ReFL: sample without gradient, stop early at t_min, leap to the image with gradient.",
-        f"Evaluators that training never sees: utility, alignment, log_density, spread. Everything is written to {tmp_path}.",
+        f"Training never sees these evaluators: utility, alignment, log_density, spread. The folder is {tmp_path}.",
     ]
     assert lines[-2:] == [
         f"look at {tmp_path}/a.png, {tmp_path}/curves.png",
