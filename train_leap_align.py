@@ -66,6 +66,14 @@ METHODS = {**leap_align.METHODS, **beyond.METHODS}
 """The methods of the paper, and those beyond it."""
 METRICS = tuple("loss reward grad_norm weight d_j d_0 hinge_active i_k i_j leash v_norm seconds skipped".split())
 """The columns of metrics.csv, after `iteration` and before those of the task."""
+NEXT_COMMANDS = dict(
+    toy="python train_leap_align.py --task digits",
+    digits="python train_leap_align.py --task digits --lr 3e-4 --lam None --out runs/digits-hacked",
+    flux="python -m full_scale sample --help",
+    sd3="python -m full_scale sample --help",
+    klein="python -m full_scale sample --help",
+)
+"""What to try after a run of a task."""
 CHANGEABLE_ON_RESUME = frozenset(
     "iterations gradient_accumulation_steps evaluate_every checkpoint_every checkpoints_total_limit max_skipped_steps "
     "tracker out resume".split()
@@ -413,12 +421,25 @@ def train(trainer: Trainer, folder: Path, stop_request: processes.StopRequest, t
         task.save(folder)
 
 
+def announce(trainer: Trainer, folder: Path) -> None:
+    """Prints in three lines what the run will do."""
+    config, hinge = trainer.config, f"max(0, {trainer.hyper.lam} - reward)"
+    loss = "-reward" if trainer.hyper.lam is None else hinge
+    sizes = f"{config.iterations} iterations of {config.batch_size} samples, {config.T} steps each"
+    print(f"{config.task} is trained to lower {loss}: {sizes}, lr {config.lr:g}.")
+    print((trainer.method.__doc__ or config.method).strip().splitlines()[0])
+    unseen = ", ".join(trainer.task.held_out) or "none"
+    print(f"Training never sees these evaluators: {unseen}. The folder is {folder}.")
+
+
 def write_report(trainer: Trainer, folder: Path, tracker: Any) -> None:
-    """Draws and tracks the figures, writes result.json, prints the evaluators before and after."""
+    """Draws and tracks the figures, writes result.json, prints the evaluators before and after, and what to try."""
     trainer.task.draw_figures(folder)
     report.write_report(folder, trainer.progress)
     if tracker:
         tracker.add_figures(trainer.progress.iteration)
+    print(f"look at {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
+    print(f"next: {NEXT_COMMANDS.get(trainer.config.task, 'python train_leap_align.py --help')}")
 
 
 def run(flags: Flags, stop_request: processes.StopRequest) -> None:
@@ -438,6 +459,7 @@ def run(flags: Flags, stop_request: processes.StopRequest) -> None:
             run_on_rank0(lambda: check_contents(folder, contents))
             trainer.restore(folder)
         run_on_rank0(lambda: write_settings(folder / "config.json", settings | {"contents": contents}))
+        run_on_rank0(lambda: announce(trainer, folder))
         with run_on_all_ranks(lambda: open_tracker(folder, settings)) as tracker:
             stop_request.is_deferred = True  # from here on a signal ends the iteration and saves
             train(trainer, folder, stop_request, tracker)

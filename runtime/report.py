@@ -49,15 +49,15 @@ def write_result(folder: Path, evaluations: list[Evaluation], seconds: float, si
 
 
 def draw_curves(folder: Path, evaluations: list[Evaluation], metrics: list[dict[str, str]]) -> None:
-    """curves.png: the reward of every batch in grey, each evaluator of the averaged weights as red dots."""
+    """curves.png: the reward of every batch in grey, each evaluator of the averaged weights as dots."""
     names = list(_evaluators(evaluations[0]))
     figure = Figure(figsize=(2.8 * len(names), 2.9), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
         if name == "reward":
             iterations, rewards = ([float(row[column]) for row in metrics] for column in ("iteration", "reward"))
-            axis.plot(iterations, rewards, "C7", lw=0.7, alpha=0.7, label="batch, live weights")
+            axis.plot(iterations, rewards, color="0.5", lw=0.7, label="batch, live weights")
         values, label = [row[name] for row in evaluations], "evaluation, averaged weights"
-        axis.plot([row["iteration"] for row in evaluations], values, "C3o-", ms=3, label=label)
+        axis.plot([row["iteration"] for row in evaluations], values, "o-", color="#0072B2", ms=3, label=label)
         axis.set(title=name + (" (trained on)" if name == "reward" else " (held out)"), xlabel="iteration")
         axis.grid(alpha=0.3)
     lines = {line.get_label(): line for axis in figure.axes for line in axis.lines}

@@ -59,6 +59,29 @@ def test_the_progress_bar_prints_at_most_one_line_a_second(tmp_path, capsys):
     assert 2 <= len(lines) <= time.perf_counter() - start + 5
 
 
+def test_a_run_says_what_it_will_do_and_what_to_look_at(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer.report, "draw_curves", lambda folder, *_: (folder / "curves.png").touch())
+    monkeypatch.setattr(trainer.task_class("toy"), "draw_figures", lambda _, folder: (folder / "a.png").touch())
+    run(tmp_path, "--method", "refl")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        "toy is trained to lower max(0, 0.0 - reward): 4 iterations of 16 samples, 21 steps each, lr 0.0001.",
+        "ReFL: sample without gradient, stop early at t_min, leap to the image with gradient.",
+        f"Training never sees these evaluators: utility, alignment, log_density, spread. The folder is {tmp_path}.",
+    ]
+    assert lines[-2:] == [
+        f"look at {tmp_path}/a.png, {tmp_path}/curves.png",
+        "next: python train_leap_align.py --task digits",
+    ]
+
+
+def test_the_next_commands_parse():
+    assert set(trainer.NEXT_COMMANDS) == set(trainer.TASKS)
+    for task in TOYS:
+        flags = trainer.parse(trainer.NEXT_COMMANDS[task].split()[2:])
+        trainer.check(flags.run, flags.method, world_size=1)
+
+
 @pytest.mark.parametrize("task", TOYS)
 @pytest.mark.parametrize("method", trainer.METHODS)
 def test_every_method_runs_on_every_task(task, method, tmp_path):

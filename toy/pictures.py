@@ -1,6 +1,7 @@
 """The figures of a toy run, drawn from what its evaluations left in folder/samples."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ def sample_files(folder: Path) -> dict[int, Path]:
     return {int(file.stem): file for file in sorted(files, key=lambda file: int(file.stem))}
 
 
-def _evaluations(folder: Path) -> dict[int, dict[str, np.ndarray]]:
+def read_evaluations(folder: Path) -> dict[int, dict[str, np.ndarray]]:
     """Iteration -> arrays of each evaluation, in order."""
     return {iteration: dict(np.load(file)) for iteration, file in sample_files(folder).items()}
 
@@ -27,26 +28,42 @@ def _when(iteration: int) -> str:
     return f"after {iteration} iterations" if iteration else "before training"
 
 
-def _plane(axis: Axes, real: np.ndarray, title: str) -> None:
+def plane(axis: Axes, real: np.ndarray, title: str) -> None:
     """A square plot of the plane with the real data in grey."""
     axis.scatter(*real.T, s=2, color="0.85", zorder=0, rasterized=True)
     axis.set(xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[], aspect="equal", title=title)
 
 
+def is_right(samples: np.ndarray, prompt: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Whether the centre nearest to each sample (N, 2) is its prompt's, (N,)."""
+    return np.linalg.norm(samples[:, None] - centres, axis=2).argmin(1) == prompt
+
+
+def points(axis: Axes, samples: np.ndarray, right: np.ndarray, size: float = 6) -> None:
+    """Draws samples (N, 2): those in the prompt's mode as dots, the others as larger crosses."""
+    axis.scatter(*samples[right].T, s=size, c=RIGHT, label="sample in the prompt's mode")
+    axis.scatter(*samples[~right].T, s=7 / 3 * size, c=WRONG, marker="x", lw=1, label="sample in another mode")
+
+
 def scatter(folder: Path, real: np.ndarray, centres: np.ndarray) -> None:
     """samples.png: the first and the last evaluation; a sample is right if the prompt's mode is the nearest."""
-    evaluations = _evaluations(folder)
+    evaluations = read_evaluations(folder)
     figure = Figure(figsize=(8, 4.4), layout="constrained")
     for axis, iteration in zip(figure.subplots(1, 2), (min(evaluations), max(evaluations))):
         samples, prompt = evaluations[iteration]["samples"], evaluations[iteration]["prompt"]
-        nearest = np.linalg.norm(samples[:, None] - centres, axis=2).argmin(1)
-        right = nearest == prompt
-        _plane(axis, real, f"{_when(iteration)}: {right.mean():.1%} right")
-        axis.scatter(*samples[right].T, s=6, c=RIGHT, label="sample in the prompt's mode")
-        axis.scatter(*samples[~right].T, s=14, c=WRONG, marker="x", lw=1, label="sample in another mode")
+        right = is_right(samples, prompt, centres)
+        plane(axis, real, f"{_when(iteration)}: {right.mean():.1%} right")
+        points(axis, samples, right)
         axis.scatter([], [], s=6, color="0.7", label="real data")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(folder / "samples.png", dpi=120)
+
+
+def leaps(axis: Axes, pairs: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], color: str) -> None:
+    """Draws leaps as arrows and connectors as dotted lines; each of pairs is (start, predicted state, real state)."""
+    for start, predicted, real in pairs:
+        axis.annotate("", predicted, start, arrowprops={"arrowstyle": "->", "color": color, "lw": 1.8})
+        axis.plot(*np.stack([predicted, real]).T, ":", color="k", lw=1.8)
 
 
 def trajectories(folder: Path, real: np.ndarray, count: int = 5) -> None:
@@ -54,22 +71,19 @@ def trajectories(folder: Path, real: np.ndarray, count: int = 5) -> None:
 
     The rollout whose states lie farthest apart has labels.
     """
-    evaluations = _evaluations(folder)
+    evaluations = read_evaluations(folder)
     last = evaluations[max(evaluations)]
     i_k, i_j = last["pair"]
     figure = Figure(figsize=(6, 6.4), layout="constrained")
     axis = figure.subplots()
-    _plane(axis, real, f"{_when(max(evaluations))}, k = {i_k}, j = {i_j}")
-    points = []
+    plane(axis, real, f"{_when(max(evaluations))}, k = {i_k}, j = {i_j}")
+    rollouts = []
     for n, color in zip(range(count), COLORS):
         x, x_hat_j, x_hat_0 = last["states"][:, n], last["x_hat_j"][n], last["x_hat_0"][n]
-        points.append(np.stack([x[-1], x[i_k], x[i_j], x[0], x_hat_j, x_hat_0]))
+        rollouts.append(np.stack([x[-1], x[i_k], x[i_j], x[0], x_hat_j, x_hat_0]))
         axis.plot(*x.T, ".-", color=color, lw=0.8, ms=3, alpha=0.6)
-        for start, end in ((x[i_k], x_hat_j), (x[i_j], x_hat_0)):
-            axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": color, "lw": 1.8})
-        for predicted, real_state in ((x_hat_j, x[i_j]), (x_hat_0, x[0])):
-            axis.plot(*np.stack([predicted, real_state]).T, ":", color="k", lw=1.8)
-    _label_states(axis, max(points, key=_least_distance))
+        leaps(axis, ((x[i_k], x_hat_j, x[i_j]), (x[i_j], x_hat_0, x[0])), color)
+    label_states(axis, max(rollouts, key=least_distance))
     axis.plot([], [], ".-", color="0.4", lw=0.8, ms=3, label="rollout")
     axis.plot([], [], "-", color="0.4", lw=1.8, label=r"leap, $x_k \to \hat{x}_{j|k}$ and $x_j \to \hat{x}_{0|j}$")
     axis.plot([], [], ":", color="k", lw=1.8, label="connector")
@@ -77,20 +91,20 @@ def trajectories(folder: Path, real: np.ndarray, count: int = 5) -> None:
     figure.savefig(folder / "trajectories.png", dpi=120)
 
 
-def _least_distance(points: np.ndarray) -> float:
+def least_distance(points: np.ndarray) -> float:
     """The distance of the two points (N, 2) that are closest."""
     distances = np.linalg.norm(points[:, None] - points, axis=2)
     return distances[~np.eye(len(points), dtype=bool)].min()
 
 
-def _label_states(axis: Axes, points: np.ndarray) -> None:
+def label_states(axis: Axes, states: np.ndarray) -> None:
     """Labels x_T, x_k, x_j, x_0, x̂_j and x̂_0 of one rollout (6, 2), a predicted state opposite to the real one."""
     names = ("$x_T$", "$x_k$", "$x_j$", "$x_0$", r"$\hat{x}_{j|k}$", r"$\hat{x}_{0|j}$")
-    along = points[3] - points[0]
+    along = states[3] - states[0]
     normal = np.array([-along[1], along[0]]) / np.linalg.norm(along)
-    sides = np.sign((points[4:] - points[2:4]) @ normal)
+    sides = np.sign((states[4:] - states[2:4]) @ normal)
     sides = np.array([-sides[0], -sides[0], *-sides, *sides])
-    for name, point, side in zip(names, points, sides):
+    for name, point, side in zip(names, states, sides):
         offset, line = 26 * side * normal, {"arrowstyle": "-", "color": "0.5", "lw": 0.7, "shrinkA": 1, "shrinkB": 2}
         axis.annotate(name, point, offset, textcoords="offset points", ha="center", va="center", arrowprops=line)
 
@@ -116,7 +130,7 @@ def sheet(folder: Path, prompts: tuple[int, ...] = (3, 7), noises: int = 2, coun
     Of many evaluations it shows some, the first and the last among them.  The spread is six times the standard
     deviation of each pixel, which is white where all samples of the prompt are alike.
     """
-    evaluations = _evaluations(folder)
+    evaluations = read_evaluations(folder)
     iterations = list(evaluations)
     shown = np.linspace(0, len(iterations) - 1, min(count, len(iterations))).round().astype(int)
     rows = {}
@@ -131,7 +145,7 @@ def sheet(folder: Path, prompts: tuple[int, ...] = (3, 7), noises: int = 2, coun
 
 def leap_sheet(folder: Path, count: int = 10) -> None:
     """trajectories.png: the states that a leap trajectory joins, and its predictions between them."""
-    evaluations = _evaluations(folder)
+    evaluations = read_evaluations(folder)
     last = evaluations[max(evaluations)]
     i_k, i_j = last["pair"]
     states = last["states"]

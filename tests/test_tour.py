@@ -1,0 +1,155 @@
+"""The tour: its committed outputs are those of its code, what it measures is right, and so is the animation."""
+
+import base64
+import io
+import json
+import re
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from leap_align import BadInput, uniform_times
+from tests.toy_runs import ROOT, run
+from toy import animation, pictures, tour
+
+NOTEBOOK = ROOT / "toy" / "tour.ipynb"
+CELLS = json.loads(NOTEBOOK.read_text())["cells"]
+CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
+NUMBER = r"-?\d+(?:\.\d+)?"
+
+
+def text_of(cell):
+    """What a cell printed, and the text of its value."""
+    outputs = [output for output in cell["outputs"] if output.get("name") != "stderr"]
+    values = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs]
+    return "\n".join("".join(value) for value in values if "Figure" not in "".join(value))
+
+
+def images_of(cell):
+    """The cell's figures in grey from 0 to 1, scaled to one size: a tight figure may gain or lose a pixel."""
+    data = [output.get("data", {}).get("image/png") for output in cell["outputs"]]
+    images = [Image.open(io.BytesIO(base64.b64decode(png))).convert("L") for png in data if png]
+    return [np.asarray(image.resize((200, 100), Image.Resampling.BOX)) / 255 for image in images]
+
+
+# The notebook
+
+
+def test_the_notebook_is_committed_as_a_run_from_top_to_bottom():
+    assert NOTEBOOK.stat().st_size <= 2 * 2**20
+    assert [cell["execution_count"] for cell in CODE] == list(range(1, len(CODE) + 1))
+    kinds = {output.get("name", output["output_type"]) for cell in CODE for output in cell["outputs"]}
+    assert kinds == {"stdout", "display_data", "execute_result"}
+    assert sum(len(images_of(cell)) for cell in CODE) >= 10
+
+
+def test_the_notebook_has_all_parts_and_its_links_exist():
+    text = "".join("".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "markdown")
+    assert re.findall(r"## \((\w)\)", text) == list("abcdefghij")
+    links = [target for target in re.findall(r"\]\(([^)#]+)", text) if not target.startswith("http")]
+    assert len(links) > 10 and all((NOTEBOOK.parent / target).exists() for target in links)
+
+
+@pytest.mark.parametrize("skipped", [pytest.param("", marks=pytest.mark.slow), "digits"])
+def test_running_the_notebook_gives_the_committed_outputs(skipped):
+    """Its asserts hold; what it prints is the same to 5 percent, and figures differ in few pixels.
+
+    Without a cache it pre-trains both networks, of which that of the digits takes most of the time.
+    """
+    pytest.importorskip("ipykernel")
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
+    nbclient.NotebookClient(notebook, timeout=600, resources=resources, skip_cells_with_tag=skipped).execute()
+    found = [cell for cell in notebook.cells if cell["cell_type"] == "code"]
+    for committed, fresh in zip(CODE, found, strict=True):
+        if skipped not in committed["metadata"].get("tags", []):
+            check_same_outputs(committed, fresh)
+
+
+def check_same_outputs(committed, fresh):
+    expected, text = text_of(committed), text_of(fresh)
+    assert re.sub(NUMBER, "N", text) == re.sub(NUMBER, "N", expected)
+    numbers, expected_numbers = (list(map(float, re.findall(NUMBER, t))) for t in (text, expected))
+    assert numbers == pytest.approx(expected_numbers, rel=0.05, abs=0.02)
+    for image, expected_image in zip(images_of(fresh), images_of(committed), strict=True):
+        assert abs(image - expected_image).mean() < 0.01
+
+
+# What it measures
+
+
+def test_jacobian_of_a_linear_map():
+    layer, x = nn.Linear(2, 2), torch.tensor([[3.0, 5.0]])
+    # Weights first, row by row, then biases: dy_1/dw_11 = x_1, dy_1/dw_12 = x_2, dy_1/db_1 = 1.
+    expected = torch.tensor([[3.0, 5.0, 0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 3.0, 5.0, 0.0, 1.0]])
+    assert torch.equal(tour.jacobian(layer(x), layer), expected)
+
+
+def test_a_step_of_the_weights_moves_the_images_and_is_taken_back():
+    """With v = theta for every x and t, x_0 is x_T - theta, so a step along -1 of length 0.5 moves it by 0.5."""
+    model = nn.ParameterList([nn.Parameter(torch.tensor([2.0]))])
+    task = SimpleNamespace(model=model, times=uniform_times(4), velocity=lambda c: lambda x, t: model[0].expand_as(x))
+    shift = tour.shift_of_images(task, torch.zeros(3, 2), None, torch.tensor([-7.0]), length=0.5)
+    assert torch.allclose(shift, torch.full((3, 2), 0.5))
+    assert model[0].item() == 2
+
+
+def test_arrows_are_as_long_as_their_vectors():
+    _, axis = plt.subplots()
+    tour.arrows(axis, torch.tensor([1.0, 2.0]), torch.tensor([0.5, -0.25]), "k")
+    (quiver,) = axis.collections
+    assert (quiver.U.item(), quiver.V.item(), quiver.scale) == (0.5, -0.25, 1)
+    assert (quiver.angles, quiver.scale_units, quiver.get_offsets().tolist()) == ("xy", "xy", [[1, 2]])
+    plt.close()
+
+
+# The animation
+
+
+def test_the_committed_animation_is_small_and_stops_four_times():
+    path = ROOT / "toy" / "results" / "tour.gif"
+    frames = Image.open(path)
+    durations = []
+    for n in range(frames.n_frames):
+        frames.seek(n)
+        durations.append(frames.info["duration"])
+    assert path.stat().st_size <= 1.5 * 10**6 and frames.size[0] == 800
+    # T = 25 steps; it stops at the noise, k = 20, j = 10 and the image.
+    assert [n for n, duration in enumerate(durations) if duration == 2000] == [0, 5, 15, 25]
+
+
+def test_the_animation_of_a_run(tmp_path, monkeypatch):
+    """Leaps appear at k and j, connectors only where the real state is reached."""
+    run(tmp_path / "run", "--iterations", "60", "--lr", "1e-3", "--batch-size", "64", "--evaluation-T", "5")
+    drawn = []
+    monkeypatch.setattr(pictures, "leaps", lambda axis, pairs, color: drawn.extend(pairs))
+    animation.animate(tmp_path / "run", tmp_path / "a.gif", np.zeros((1, 2)), fps=1)
+    # k = 4, j = 2.  A panel draws: at 4 and 3 one open leap; at 2 and 1 it is closed and one is open; at 0 both closed.
+    is_open = [bool((predicted == real).all()) for _, predicted, real in drawn]
+    assert is_open == [True] * 4 + [False, True] * 4 + [False] * 4
+    assert Image.open(tmp_path / "a.gif").n_frames == 6
+
+
+def save(folder, iteration, samples):
+    (folder / "samples").mkdir(exist_ok=True)
+    some = {"states": samples[None], "x_hat_j": samples, "x_hat_0": samples, "pair": (2, 1)}
+    np.savez(folder / "samples" / f"{iteration:06d}.npz", samples=samples, prompt=np.zeros(len(samples), int), **some)
+
+
+@pytest.mark.parametrize(("shape", "count", "message"), [
+    ((4, 2), 0, "must be the folder of a finished run of task toy"),
+    ((4, 2), 1, "must be the folder of a finished run of task toy"),
+    ((4, 1, 8, 8), 2, "must be the folder of a finished run of task toy"),
+    ((4, 2), 2, "no drawn sample is wrong before training and right after: give a run with more iterations"),
+])  # fmt: skip
+def test_a_run_that_cannot_be_shown_is_refused(shape, count, message, tmp_path):
+    for iteration in range(count):
+        save(tmp_path, iteration, np.full(shape, 9.0))
+    with pytest.raises(BadInput, match=f"{message}$"):
+        animation.animate(tmp_path, tmp_path / "a.gif", np.zeros((1, 2)))
