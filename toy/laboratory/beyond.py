@@ -79,12 +79,13 @@ SETTING = [field.name for field in fields(Setting)]
 
 
 def settings_of(task: str, step_counts: tuple[int, ...]) -> Iterator[Setting]:
-    """All settings of a task."""
-    paper = ("refl", "draft_lv", "drtune", "full_backprop")
-    flowbp = ("sparse", "bridge", "lagrange")
-    trained = [("leap_align", ""), ("leap_align", "alpha 1"), *((name, "") for name in (*paper, *flowbp))]
-    trained += [("stratified", f"K {K}") for K in (2, 3, 4)]
-    for (method, option), steps, solver in product(trained, step_counts, SOLVERS):
+    """All settings of a task; the paper's own methods keep the paper's solver."""
+    paper = [(name, "") for name in ("leap_align", "refl", "draft_lv", "drtune", "full_backprop")]
+    for (method, option), steps in product(paper, step_counts):
+        yield Setting(task, method, option, steps)
+    newer = [("leap_align", "alpha 1"), ("sparse", ""), ("bridge", ""), ("lagrange", "")]
+    newer += [("stratified", f"K {K}") for K in (2, 3, 4)]
+    for (method, option), steps, solver in product(newer, step_counts, SOLVERS):
         yield Setting(task, method, option, steps, solver)
     others = (("dancegrpo", ""), ("mixgrpo", ""), ("replay", "alpha 1"), ("stratified", "leash"))
     for (method, option), steps in product(others, (8, 25)):
