@@ -210,16 +210,17 @@ def test_cost_to_reach_the_published_utility_against_a_hand_calculation():
     """The mean rises from -10 to -6, and the target is -8."""
     runs, published = runs_with([-10, -5, -4], [-10, -7, -4]), runs_with([0, -9], [0, -7])
     found = beyond.cost_to_reach(runs, published)
-    assert found["needed"] == pytest.approx(50)
+    assert found["needed"] == pytest.approx(50) and found["share"] == pytest.approx(0.5)
     # Without the first seed the target is -7, which the second run reaches after 100; without the second -9, after 20.
     assert found["needed_error"] == pytest.approx(math.sqrt(0.5 * (40**2 + 40**2)))
+    assert found["share_error"] == pytest.approx(found["needed_error"] / 100)
 
 
 def test_a_mean_that_does_not_reach_the_published_utility_has_no_cost():
-    assert beyond.cost_to_reach(runs_with([-10, -9], [-10, -9]), runs_with([-8], [-8])) == {}
+    assert beyond.cost_to_reach(runs_with([-10, -9], [-10, -9]), runs_with([0, -8], [0, -8])) == {}
     # Both together reach -8, the second alone does not.
-    found = beyond.cost_to_reach(runs_with([-10, -5], [-10, -9]), runs_with([-8], [-8]))
-    assert found == {"needed": pytest.approx(200 / 3)}
+    found = beyond.cost_to_reach(runs_with([-10, -5], [-10, -9]), runs_with([0, -8], [0, -8]))
+    assert found == {"needed": pytest.approx(200 / 3), "share": pytest.approx(2 / 3)}
 
 
 def test_every_setting_is_trained_once_and_the_published_one_is_among_them():
@@ -284,7 +285,7 @@ def test_headline_against_a_hand_calculation():
     setting, published = Setting("toy", "refl", "", 8), Setting("toy", "leap_align", "", 25)
     runs = {(setting, "small"): runs_with([-4, -2], [-4, -2]), (published, "large"): runs_with([-4, -3], [-4, -3])}
     (row,) = beyond.headline_rows(runs, {(setting, "small"): 1e-3}, [setting], {"toy": published})
-    assert (row["needed"], row["published"], row["share"], row["lr"]) == (50, 100, 0.5, 1e-3)
+    assert (row["needed"], row["share"], row["lr"], row["method"]) == (50, 0.5, 1e-3, "refl")
 
 
 # The figure

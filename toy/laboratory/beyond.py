@@ -193,18 +193,21 @@ def table_rows(runs: Runs, rates: Rates, published: dict[str, Setting]) -> list[
 
 
 def cost_to_reach(runs: list[dict[str, Any]], published: list[dict[str, Any]]) -> dict[str, float]:
-    """Evaluations after which the mean utility reaches that of the published runs at their end; none if it never does.
+    """`needed`: evaluations after which the mean utility reaches that of the published runs at their end.
 
-    The error is the jackknife's: both means without one seed after the other.
+    `share`: over theirs.  The errors are the jackknife's: both means without one seed after the other.  No error if
+    the means of some seeds never reach it, and nothing if that of all never does.
     """
     seeds = range(len(runs))
     needed, *others = (_needed(runs, published, [s for s in seeds if s != left_out]) for left_out in (None, *seeds))
     if needed is None:
         return {}
-    if None in others:
-        return {"needed": needed}
-    n, mean = len(others), sum(others) / len(others)
-    return {"needed": needed, "needed_error": math.sqrt((n - 1) / n * sum((other - mean) ** 2 for other in others))}
+    cost = {"needed": needed}
+    if None not in others:
+        n, mean = len(others), sum(others) / len(others)
+        cost["needed_error"] = math.sqrt((n - 1) / n * sum((other - mean) ** 2 for other in others))
+    evaluations, _ = mean_and_error([run["metrics"][-1]["evaluations"] for run in published])
+    return cost | {name.replace("needed", "share"): value / evaluations for name, value in cost.items()}
 
 
 def _needed(runs: list[dict[str, Any]], published: list[dict[str, Any]], seeds: list[int]) -> float | None:
@@ -220,16 +223,10 @@ def _needed(runs: list[dict[str, Any]], published: list[dict[str, Any]], seeds: 
 
 def headline_rows(runs: Runs, rates: Rates, chosen: list[Setting], published: dict[str, Setting]) -> list[dict]:
     """For each task and method, what the chosen setting needs to reach the published utility of the large budget."""
-    rows = []
-    for setting in chosen:
-        target = runs[published[setting.task], "large"]
-        row = vars(setting) | {"lr": rates[setting, "small"]} | cost_to_reach(runs[setting, "small"], target)
-        row |= {"published": summarize([run["metrics"][-1] for run in target])["evaluations"]}
-        for name in ("needed", "needed_error"):
-            if name in row:
-                row[name.replace("needed", "share")] = row[name] / row["published"]
-        rows.append(row)
-    return rows
+    return [
+        vars(s) | {"lr": rates[s, "small"]} | cost_to_reach(runs[s, "small"], runs[published[s.task], "large"])
+        for s in chosen
+    ]
 
 
 def curve_rows(runs: Runs, settings: list[Setting]) -> list[dict[str, Any]]:
