@@ -103,7 +103,7 @@ def check_image_size(height: int, width: int) -> None:
 
 
 def has_guidance(folder: Path) -> bool:
-    """Whether a guidance scale changes what the pipeline in a folder draws: not for models distilled to few steps."""
+    """Whether a guidance scale changes what the pipeline in a folder draws: not for a FLUX distilled to few steps."""
     config = folder / "transformer" / "config.json"
     if family_of(folder).guidance_is_input and config.is_file():
         return read_json(config).get("guidance_embeds", False)

@@ -297,7 +297,8 @@ def test_the_page_shows_what_the_plan_computes(flags, training, every, step, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "verdict"), [("klein", "fits"), ("flux", "does not fit; with all changes of flags")])
-def test_klein_fits_on_24_gb_and_flux_does_not(task, verdict, tmp_path):
+def test_klein_fits_on_24_gb_and_flux_does_not(task, verdict, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "find_spec", lambda name: None)  # no four bits
     arguments = "--gpus 1 --lora-rank 64 --stored-embeddings --gradient-accumulation-steps 64 --gpu-memory 24".split()
     tool("plan", "--task", task, *arguments, "--json", tmp_path / "plan.json")
     assert json.loads((tmp_path / "plan.json").read_text())["verdict"].startswith(verdict)
