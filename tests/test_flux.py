@@ -126,6 +126,25 @@ def test_half_precision_computes_in_bfloat16_and_keeps_the_rest_in_float32(model
     assert {p.dtype for p in task.reward_model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("name", ["flux", "klein"])
+def test_half_precision_rounds_the_time_as_the_pipeline_does(models, name):
+    task, pipeline, times = (
+        task_of(models, name, precision="bfloat16"),
+        pipeline_of(models, name),
+        {"task": [], "own": []},
+    )
+    pipeline.to(torch.bfloat16)
+    for key, model in (("task", task.model), ("own", pipeline.transformer)):
+        look = lambda model, args, kwargs, key=key: times[key].append(kwargs["timestep"].float())  # noqa: E731
+        model.register_forward_pre_hook(look, with_kwargs=True)
+    x_T = task.noise(1, seeded())
+    rollout(task.velocity(PROMPTS[:1]), x_T, task.times)
+    draw(pipeline, x_T.to(torch.bfloat16), PROMPTS[:1], 4)
+    assert len(times["own"]) >= 4 and torch.equal(torch.cat(times["task"]), torch.cat(times["own"]))
+    exact = task.times.flip(0)[:-1]
+    assert any((time - exact).abs().min() > 1e-4 for time in torch.cat(times["task"]))
+
+
 @every_task
 def test_a_new_velocity_sees_weights_that_changed_after_a_forward(models, name):
     task = task_of(models, name)

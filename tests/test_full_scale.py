@@ -480,6 +480,9 @@ def test_a_model_without_guidance_is_drawn_from_but_not_trained(models, distille
     command = ["sample", *model, "--prompts", models / "prompts.txt", *SAMPLING, "--out", distilled / "images"]
     line = refusal([*command, "--guidance", "3.5"], tools.main)
     assert f"guidance=3.5, but {distilled / name} is distilled to few steps and has none: leave --guidance out" in line
+    tools.main([str(argument) for argument in command])
+    assert json.loads((distilled / "images" / "settings.json").read_text())["guidance"] == 1
+    assert list((distilled / "images").rglob("*.png"))
 
 
 @every_task
