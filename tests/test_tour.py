@@ -205,7 +205,7 @@ def share_of(image, color):
 def test_frames_show_right_and_wrong_samples_and_a_leap(which, frames):
     """Left before training, right after: the first frame, the image, has fewer crosses, and leaps with labels."""
     shown = frames if which == "fresh" else [frame for frame, _ in COMMITTED]
-    image, noise = ([frame.crop((x, 70, x + 390, 450)) for x in (5, 405)] for frame in shown[:2])
+    image, noise = ([frame.crop((x, 72, x + 370, 442)) for x in (16, 412)] for frame in shown[:2])
     assert share_of(image[0], pictures.WRONG) > 2 * share_of(image[1], pictures.WRONG)
     assert share_of(image[1], pictures.RIGHT) > share_of(image[0], pictures.RIGHT)
     for panel in range(2):
