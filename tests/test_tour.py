@@ -82,16 +82,16 @@ def test_the_notebook_has_all_parts_and_its_links_exist():
 def test_running_the_notebook_gives_the_committed_outputs(skipped):
     """Its asserts hold; what it prints is nearly the same, and figures differ little everywhere.
 
-    Cells that run again after all others give the same again: no cell replaces what an earlier one uses.
+    Cells that run again after all others give the same again: no cell replaces what another one uses.
     Without a cache it pre-trains both networks, of which that of the digits takes most of the time.
     """
     pytest.importorskip("ipykernel")
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     code = [cell for cell in notebook.cells if cell["cell_type"] == "code"]
-    again = code_of_parts("bcdefg")
-    repeated = [cell for cell in code if cell["id"] in [cell["id"] for cell in again]]
-    notebook.cells += [nbformat.v4.new_code_cell(cell["source"]) for cell in repeated]
+    again = code_of_parts("bcdefg")[::-1]  # backwards, because a cell might repair what the next one uses
+    source = {cell["id"]: cell["source"] for cell in code}
+    notebook.cells += [nbformat.v4.new_code_cell(source[cell["id"]]) for cell in again]
     resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
     nbclient.NotebookClient(notebook, timeout=600, resources=resources, skip_cells_with_tag=skipped).execute()
     found = [cell for cell in notebook.cells if cell["cell_type"] == "code"]
@@ -192,7 +192,7 @@ def test_the_committed_animation_has_the_captions_and_the_legend_of_the_code(fra
     """Both are the same for every run; two GIFs round colours differently."""
     for n, n_committed in zip((0, 1, 2, 4), STOPS, strict=True):
         for strip in ((0, 0, 800, 36), (0, 456, 800, 480)):
-            assert largest_difference(frames[n].crop(strip), COMMITTED[n_committed][0].crop(strip)) < 0.15
+            assert largest_difference(frames[n].crop(strip), COMMITTED[n_committed][0].crop(strip), size=4) < 0.2
 
 
 def share_of(image, color):
