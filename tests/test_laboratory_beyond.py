@@ -198,12 +198,29 @@ def test_a_gradient_leaves_nothing_behind():
 # Choices and tables
 
 
-def test_evaluations_to_a_utility_against_a_hand_calculation():
-    metrics = [{"evaluations": e, "utility": u} for e, u in ((0, -10.0), (100, -6.0), (200, -5.0), (300, -7.0))]
-    assert beyond.evaluations_to(-8.0, metrics) == pytest.approx(50)
-    assert beyond.evaluations_to(-5.5, metrics) == pytest.approx(150)
-    assert beyond.evaluations_to(-4.9, metrics) is None
-    assert beyond.evaluations_to(-5.5, [{"evaluations": 0.0, "utility": -9.0}]) is None
+def runs_with(*utilities):
+    """A run for each list of utilities, evaluated after 0, 100, 200, ... evaluations."""
+    return [
+        {"metrics": [{"evaluations": 100.0 * i, "utility": u} for i, u in enumerate(line)], "error": ""}
+        for line in utilities
+    ]
+
+
+def test_cost_to_reach_the_published_utility_against_a_hand_calculation():
+    """The mean rises from -10 to -6, and the target is -8."""
+    runs, published = runs_with([-10, -5, -4], [-10, -7, -4]), runs_with([0, -9], [0, -7])
+    found = beyond.cost_to_reach(runs, published)
+    assert found["needed"] == pytest.approx(50) and found["share"] == pytest.approx(0.5)
+    # Without the first seed the target is -7, which the second run reaches after 100; without the second -9, after 20.
+    assert found["needed_error"] == pytest.approx(math.sqrt(0.5 * (40**2 + 40**2)))
+    assert found["share_error"] == pytest.approx(found["needed_error"] / 100)
+
+
+def test_a_mean_that_does_not_reach_the_published_utility_has_no_cost():
+    assert beyond.cost_to_reach(runs_with([-10, -9], [-10, -9]), runs_with([0, -8], [0, -8])) == {}
+    # Both together reach -8, the second alone does not.
+    found = beyond.cost_to_reach(runs_with([-10, -5], [-10, -9]), runs_with([0, -8], [0, -8]))
+    assert found == {"needed": pytest.approx(200 / 3), "share": pytest.approx(2 / 3)}
 
 
 def test_every_setting_is_trained_once_and_the_published_one_is_among_them():
@@ -255,26 +272,20 @@ def test_the_setting_of_a_method_is_chosen_on_the_tuning_seeds(tmp_path, monkeyp
 
 
 def test_a_setting_with_a_broken_run_has_no_metrics():
-    good = {"metrics": [{"utility": 1.0}], "error": ""}
-    setting = Setting("toy", "refl", "", 8)
-    runs = {(setting, "small"): [good, {"metrics": [], "error": "broke"}], (setting, "large"): [good, good]}
-    rows = beyond.table_rows(runs, dict.fromkeys(runs, 1e-3))
-    assert rows[setting, "small"]["n"] == 0 and "utility" not in rows[setting, "small"]
-    assert rows[setting, "large"]["n"] == 2 and rows[setting, "large"]["utility"] == 1.0
+    setting, published = Setting("toy", "refl", "", 8), Setting("toy", "leap_align", "", 25)
+    good, broken = runs_with([-4.0, -2.0], [-4.0, -2.0]), [*runs_with([-4.0]), {"metrics": [], "error": "broke"}]
+    runs = {(setting, "small"): broken, (published, "small"): good, (published, "large"): good}
+    bad, small, large = beyond.table_rows(runs, dict.fromkeys(runs, 1e-3), {"toy": published})
+    assert bad["n"] == 0 and "utility" not in bad and "needed" not in bad
+    assert small["n"] == 2 and small["utility"] == -2 and small["needed"] == 100
+    assert "needed" not in large
 
 
 def test_headline_against_a_hand_calculation():
     setting, published = Setting("toy", "refl", "", 8), Setting("toy", "leap_align", "", 25)
-    metrics = [{"evaluations": e, "utility": u} for e, u in ((0, -4.0), (100, -2.0))]
-    rows = [
-        vars(setting) | {"budget": "small"} | beyond.cost_to_reach({"toy": -3.0}, setting, "small", runs)
-        for runs in [[{"metrics": metrics}, {"metrics": metrics}]]
-    ]
-    rows.append(vars(published) | {"budget": "large", "evaluations": 500.0})
-    (row,) = beyond.headline_rows(rows, [setting], {"toy": -3.0})
-    assert (row["reached"], row["needed"], row["share"], row["threshold"]) == (2, 50, 0.1, -3.0)
-    assert beyond.cost_to_reach({"toy": -1.0}, setting, "small", [{"metrics": metrics}]) == {"reached": 0}
-    assert beyond.cost_to_reach({"toy": -3.0}, setting, "large", []) == {}
+    runs = {(setting, "small"): runs_with([-4, -2], [-4, -2]), (published, "large"): runs_with([-4, -3], [-4, -3])}
+    (row,) = beyond.headline_rows(runs, {(setting, "small"): 1e-3}, [setting], {"toy": published})
+    assert (row["needed"], row["share"], row["lr"], row["method"]) == (50, 0.5, 1e-3, "refl")
 
 
 # The figure
@@ -302,6 +313,7 @@ def test_the_figure_has_a_line_for_each_setting_and_budget_and_a_thick_published
 
 
 def test_no_tuning_seed_is_in_a_table():
+    assert not set(Scale().seeds) & set(beyond.MORE_TUNING_SEEDS)
     assert not set(Scale().seeds) & set(Scale().tuning_seeds) and not set(SMOKE.seeds) & set(SMOKE.tuning_seeds)
 
 

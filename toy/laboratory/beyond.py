@@ -4,8 +4,9 @@ Each setting gets the learning rate with the best held-out utility on the tuning
 an evaluation are 25 whatever a run trains on.
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from typing import Any
 
@@ -26,6 +27,7 @@ LEASHES = {"toy": 0.3, "digits": 3.0}
 LEARNING_RATES = {"toy": (3e-4, 1e-3, 3e-3, 1e-2), "digits": (3e-4, 1e-3, 3e-3)}
 LOW_LEARNING_RATES = {"toy": (3e-4, 1e-3, 3e-3, 1e-2), "digits": (1e-4, 3e-4, 1e-3)}
 """Of policy gradient and replay."""
+MORE_TUNING_SEEDS = tuple(range(100, 106))
 CURVE_FRACTIONS = {"small": (0, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1), "large": (1 / 3, 2 / 3, 1)}
 """Fractions of a budget after which a run is evaluated."""
 SHOWN = {"toy": ("utility", "log_density", "spread"), "digits": ("utility", "nearest_real", "diversity")}
@@ -75,9 +77,6 @@ class Setting:
         return (self.method, self.option, self.T, self.solver) == ("leap_align", "", 25, "euler")
 
 
-SETTING = [field.name for field in fields(Setting)]
-
-
 def settings_of(task: str, step_counts: tuple[int, ...]) -> Iterator[Setting]:
     """All settings of a task; the paper's own methods keep the paper's solver."""
     paper = [(name, "") for name in ("leap_align", "refl", "draft_lv", "drtune", "full_backprop")]
@@ -98,10 +97,8 @@ def run(lab: Laboratory) -> None:
     rates = learning_rates(lab, settings)
     runs, chosen = training_runs(lab, settings, rates), chosen_settings(lab, settings, rates)
     published = {s.task: s for s in settings if s.is_published}
-    thresholds = {task: mean_at_end(runs[setting, "large"], "utility") for task, setting in published.items()}
-    rows = [row | cost_to_reach(thresholds, *key, runs[key]) for key, row in table_rows(runs, rates).items()]
-    curves = curve_rows(runs, [*published.values(), *chosen])
-    headline, gradients = headline_rows(rows, chosen, thresholds), gradient_rows(lab)
+    rows, curves = table_rows(runs, rates, published), curve_rows(runs, [*published.values(), *chosen])
+    headline, gradients = headline_rows(runs, rates, chosen, published), gradient_rows(lab)
     for name, table in {"headline": headline, "fidelity": gradients, "curves": curves}.items():
         write_csv(lab.out / f"beyond-{name}.csv", table)
     lab.publish("beyond", rows, tables(rows, headline, gradients))
@@ -124,15 +121,21 @@ def learning_rates(lab: Laboratory, settings: list[Setting]) -> Rates:
 
     Both solvers share it: their iterations cost the same and train on nearly the same states.
     """
-    ends = [n * COST for n in lab.scale.budgets.values()]
-    euler = [setting for setting in settings if setting.solver == "euler"]
-    tried = {(s, lr): run_settings(s, lr, ends) for s in euler for lr in candidate_rates(lab, s)}
-    runs, best = lab.train_runs(tried, lab.scale.tuning_seeds, "learning rates", budget_run), {}
-    for setting, (position, budget) in product(settings, enumerate(lab.scale.budgets)):
-        tuned = replace(setting, solver="euler")
-        utility = {lr: mean_utility(runs[tuned, lr], position) for lr in candidate_rates(lab, setting)}
-        best[setting, budget] = max(utility, key=utility.get)
+    best, euler = {}, [setting for setting in settings if setting.solver == "euler"]
+    for budget, end in lab.scale.budgets.items():
+        ends = sorted({n * COST for n in lab.scale.budgets.values() if n <= end})
+        tried = {(s, lr): run_settings(s, lr, ends) for s in euler for lr in candidate_rates(lab, s)}
+        runs = lab.train_runs(tried, tuning_seeds(lab, budget), f"learning rates, {budget} budget", budget_run)
+        for setting in settings:
+            tuned = replace(setting, solver="euler")
+            utility = {lr: mean_utility(runs[tuned, lr]) for lr in candidate_rates(lab, setting)}
+            best[setting, budget] = max(utility, key=utility.get)
     return best
+
+
+def tuning_seeds(lab: Laboratory, budget: str) -> tuple[int, ...]:
+    """Seeds that choose, of which no table has any.  The small budget's short runs vary more, and cost less."""
+    return lab.scale.tuning_seeds if lab.scale.smoke or budget == "large" else MORE_TUNING_SEEDS
 
 
 def candidate_rates(lab: Laboratory, setting: Setting) -> tuple[float, ...]:
@@ -142,9 +145,9 @@ def candidate_rates(lab: Laboratory, setting: Setting) -> tuple[float, ...]:
     return (LOW_LEARNING_RATES if setting.method in TRAINERS else LEARNING_RATES)[setting.task]
 
 
-def mean_utility(runs: list[dict[str, Any]], position: int) -> float:
-    """The mean utility of tuning runs at a budget; a run that broke counts as worse than any other."""
-    return mean_and_error([-1e9 if run["error"] else run["metrics"][position]["utility"] for run in runs])[0]
+def mean_utility(runs: list[dict[str, Any]]) -> float:
+    """The mean utility at the end of tuning runs; a run that broke counts as worse than any other."""
+    return mean_and_error([-1e9 if run["error"] else run["metrics"][-1]["utility"] for run in runs])[0]
 
 
 def training_runs(lab: Laboratory, settings: list[Setting], rates: Rates) -> Runs:
@@ -160,17 +163,12 @@ def chosen_settings(lab: Laboratory, settings: list[Setting], rates: Rates) -> l
     """The setting of each task and method with the highest utility at the small budget on the tuning seeds."""
     end = lab.scale.budgets["small"] * COST
     planned = {setting: run_settings(setting, rates[setting, "small"], [end]) for setting in settings}
-    runs, best = lab.train_runs(planned, lab.scale.tuning_seeds, "choice of settings", budget_run), {}
+    runs, best = lab.train_runs(planned, tuning_seeds(lab, "small"), "choice of settings", budget_run), {}
     for setting in settings:
-        utility, key = mean_utility(runs[setting], 0), (setting.task, setting.line)
+        utility, key = mean_utility(runs[setting]), (setting.task, setting.line)
         if key not in best or utility > best[key][0]:
             best[key] = utility, setting
     return [setting for _, setting in best.values()]
-
-
-def mean_at_end(runs: list[dict[str, Any]], name: str) -> float:
-    """The mean of an evaluator over the seeds, at the end of the budget."""
-    return mean_and_error([run["metrics"][-1][name] for run in runs])[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,52 +176,57 @@ def mean_at_end(runs: list[dict[str, Any]], name: str) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def table_rows(runs: Runs, rates: Rates) -> dict[tuple[Setting, str], dict[str, Any]]:
-    """(setting, budget) -> its metrics at the end of the budget; no metrics and n = 0 if a run of it broke."""
-    rows = {}
+def table_rows(runs: Runs, rates: Rates, published: dict[str, Setting]) -> list[dict[str, Any]]:
+    """The metrics of each setting at the end of each budget; no metrics and n = 0 if a run of it broke.
+
+    Rows of the small budget also have the evaluations to the published utility.
+    """
+    rows = []
     for (setting, budget), seed_runs in runs.items():
         row = vars(setting) | {"budget": budget, "lr": rates[setting, budget], "n": 0}
         if not any(run["error"] for run in seed_runs):
             row |= summarize([run["metrics"][-1] for run in seed_runs])
-        rows[setting, budget] = row
+            if budget == "small":
+                row |= cost_to_reach(seed_runs, runs[published[setting.task], "large"])
+        rows.append(row)
     return rows
 
 
-def cost_to_reach(thresholds: dict[str, float], setting: Setting, budget: str, runs: list[dict]) -> dict[str, Any]:
-    """For the small budget: how many seeds reach the published utility, and after how many evaluations if all do."""
-    if budget != "small":
+def cost_to_reach(runs: list[dict[str, Any]], published: list[dict[str, Any]]) -> dict[str, float]:
+    """`needed`: evaluations after which the mean utility reaches that of the published runs at their end.
+
+    `share`: over theirs.  The errors are the jackknife's: both means without one seed after the other.  No error if
+    the means of some seeds never reach it, and nothing if that of all never does.
+    """
+    seeds = range(len(runs))
+    needed, *others = (_needed(runs, published, [s for s in seeds if s != left_out]) for left_out in (None, *seeds))
+    if needed is None:
         return {}
-    needed = [evaluations_to(thresholds[setting.task], run["metrics"]) for run in runs]
-    reached = [value for value in needed if value is not None]
-    columns = {"reached": len(reached)}
-    if len(reached) == len(needed):
-        columns["needed"], columns["needed_error"] = mean_and_error(reached)
-    return columns
+    cost = {"needed": needed}
+    if None not in others:
+        n, mean = len(others), sum(others) / len(others)
+        cost["needed_error"] = math.sqrt((n - 1) / n * sum((other - mean) ** 2 for other in others))
+    evaluations, _ = mean_and_error([run["metrics"][-1]["evaluations"] for run in published])
+    return cost | {name.replace("needed", "share"): value / evaluations for name, value in cost.items()}
 
 
-def evaluations_to(threshold: float, metrics: list[dict[str, float]]) -> float | None:
-    """Evaluations at which the utility first reaches the threshold, interpolated; None if it never does."""
-    for before, after in pairwise(metrics):
-        if after["utility"] >= threshold:
-            share = (threshold - before["utility"]) / (after["utility"] - before["utility"])
-            return before["evaluations"] + share * (after["evaluations"] - before["evaluations"])
+def _needed(runs: list[dict[str, Any]], published: list[dict[str, Any]], seeds: list[int]) -> float | None:
+    """The evaluations, from these seeds alone, interpolated between two evaluations of the runs."""
+    threshold = mean_and_error([published[seed]["metrics"][-1]["utility"] for seed in seeds])[0]
+    points = zip(*(runs[seed]["metrics"] for seed in seeds))
+    curve = [[mean_and_error([m[name] for m in point])[0] for name in ("evaluations", "utility")] for point in points]
+    for (x, y), (x_next, y_next) in pairwise(curve):
+        if y_next >= threshold:
+            return x + (threshold - y) / (y_next - y) * (x_next - x)
     return None
 
 
-def headline_rows(rows: list[dict], chosen: list[Setting], thresholds: dict[str, float]) -> list[dict[str, Any]]:
-    """For each task and method, the chosen setting's evaluations to the published utility and their share of 8,700."""
-    by_setting = {(Setting(*(row[name] for name in SETTING)), row["budget"]): row for row in rows}
-    published = {s.task: row["evaluations"] for (s, budget), row in by_setting.items() if s.is_published}
-    columns = [*SETTING, "lr", "n", "utility", "utility_error", "reached", "needed", "needed_error"]
-    headline = []
-    for setting in chosen:
-        row, cost = by_setting[setting, "small"], published[setting.task]
-        result = {name: row.get(name, "") for name in columns}
-        result |= {"threshold": thresholds[setting.task], "published": cost, "share": "", "share_error": ""}
-        if "needed" in row:
-            result |= {"share": row["needed"] / cost, "share_error": row["needed_error"] / cost}
-        headline.append(result)
-    return headline
+def headline_rows(runs: Runs, rates: Rates, chosen: list[Setting], published: dict[str, Setting]) -> list[dict]:
+    """For each task and method, what the chosen setting needs to reach the published utility of the large budget."""
+    return [
+        vars(s) | {"lr": rates[s, "small"]} | cost_to_reach(runs[s, "small"], runs[published[s.task], "large"])
+        for s in chosen
+    ]
 
 
 def curve_rows(runs: Runs, settings: list[Setting]) -> list[dict[str, Any]]:
@@ -256,7 +259,7 @@ def gradient_rows(lab: Laboratory) -> list[dict[str, Any]]:
 
 def tables(rows: list[dict], headline: list[dict], gradients: list[dict]) -> str:
     """Tables of the headline, of all settings for each task and budget, and of the gradients."""
-    columns = ["task", "method", "option", "T", "solver", "lr", "utility", "threshold", "reached", "needed", "share"]
+    columns = ["task", "method", "option", "T", "solver", "lr", "needed", "share"]
     blocks = ["### Evaluations to the published utility", markdown_table(headline, columns)]
     for task, budget in dict.fromkeys((row["task"], row["budget"]) for row in rows):
         table = [row for row in rows if (row["task"], row["budget"]) == (task, budget)]

@@ -239,6 +239,9 @@ def _frontiers(axis: Axes, method: str, rows: Rows, name: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+PUBLISHED_COLOR = "#000000"
+
+
 def beyond(path: Path, rows: Rows, shown: dict[str, tuple[str, ...]], small: int) -> None:
     """A row for each task: held-out evaluators against evaluations, a line for each method at its chosen setting.
 
@@ -255,7 +258,7 @@ def beyond(path: Path, rows: Rows, shown: dict[str, tuple[str, ...]], small: int
                 _budget_lines(axis, number, [row for row in task_rows if _setting(row) == setting], name)
             axis.axvline(small, color="0.5", lw=0.8, ls=":")
             axis.set(xlabel="velocity evaluations a sample", ylabel=f"{name} (held out)", title=task, xscale="log")
-            axis.set_ylim(*_range([row[name] for row in task_rows]))
+            axis.set_ylim(*_range([row[name] for row in task_rows], is_cost=name == "nearest_real"))
             axis.grid(alpha=0.3)
         axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=9, frameon=False)
     _save(figure, path)
@@ -270,10 +273,11 @@ def _budget_lines(axis: Axes, number: int, rows: Rows, name: str) -> None:
     """Draws one setting: a line for each budget.  The first setting of a task is the published one."""
     line, option, T, solver = _setting(rows[0])
     label = ", ".join(text for text in (line, option if option not in line else "", f"T = {T}", solver) if text)
-    look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
-    look |= {"linestyle": "-" if number < len(COLORS) else "--", "lw": 1.2, "ms": 4}
+    colors = [color for color in COLORS if color != PUBLISHED_COLOR]
+    style, color = divmod(number - 1, len(colors))
+    look = {"color": colors[color], "marker": MARKERS[color], "linestyle": ("-", "--")[style % 2], "lw": 1.2, "ms": 4}
     if number == 0:
-        look |= {"color": "black", "lw": 3.5, "ms": 7}
+        look |= {"color": PUBLISHED_COLOR, "linestyle": "-", "lw": 3.5, "ms": 7}
         label = "published: " + label
     for budget in _unique(rows, "budget"):
         points = [row for row in rows if row["budget"] == budget]
@@ -282,9 +286,9 @@ def _budget_lines(axis: Axes, number: int, rows: Rows, name: str) -> None:
         axis.fill_between(x, y - error, y + error, color=look["color"], alpha=0.2, lw=0)
 
 
-def _range(values: list[float]) -> tuple[float, float]:
-    """Axis limits that leave out the lowest tenth: runs that diverge would flatten all others."""
-    low, high = np.quantile(values, 0.1), max(values)
+def _range(values: list[float], is_cost: bool) -> tuple[float, float]:
+    """Axis limits that leave out the worst tenth: runs that diverge would flatten all others."""
+    low, high = np.quantile(values, (0, 0.9) if is_cost else (0.1, 1))
     return low - 0.05 * (high - low), high + 0.05 * (high - low)
 
 
