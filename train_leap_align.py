@@ -67,13 +67,17 @@ METHODS = {**leap_align.METHODS, **beyond.METHODS}
 METRICS = tuple("loss reward grad_norm weight d_j d_0 hinge_active i_k i_j leash v_norm seconds skipped".split())
 """The columns of metrics.csv, after `iteration` and before those of the task."""
 NEXT_COMMANDS = dict(
-    toy="python train_leap_align.py --task digits",
-    digits="python train_leap_align.py --task digits --lr 3e-4 --lam None --out runs/digits-hacked",
-    flux="python -m full_scale sample --help",
-    sd3="python -m full_scale sample --help",
-    klein="python -m full_scale sample --help",
+    toy=("python train_leap_align.py --task digits",),
+    digits=(
+        "python train_leap_align.py --task digits --lr 3e-4 --lam None --out runs/digits-hacked",
+        "python train_leap_align.py --task digits --lr 3e-4 --lam None --beta 3 --out runs/digits-leashed",
+        "python -m toy.laboratory leash",
+    ),
+    flux=("python -m full_scale sample --help",),
+    sd3=("python -m full_scale sample --help",),
+    klein=("python -m full_scale sample --help",),
 )
-"""What to try after a run of a task."""
+"""What to try after a run of a task: one command, or one each after a run with hinge, without restraint, on a leash."""
 CHANGEABLE_ON_RESUME = frozenset(
     "iterations gradient_accumulation_steps evaluate_every checkpoint_every checkpoints_total_limit max_skipped_steps "
     "tracker out resume".split()
@@ -421,15 +425,23 @@ def train(trainer: Trainer, folder: Path, stop_request: processes.StopRequest, t
         task.save(folder)
 
 
-def announce(trainer: Trainer, folder: Path) -> None:
-    """Prints in three lines what the run will do."""
-    config, hinge = trainer.config, f"max(0, {trainer.hyper.lam} - reward)"
-    loss = "-reward" if trainer.hyper.lam is None else hinge
+def announce(flags: Flags, folder: Path) -> None:
+    """Prints in three lines what the run will do; `weight` and `leash` are columns of metrics.csv."""
+    config, hyper = flags.run, flags.method
+    loss = "-weight * reward" if hyper.lam is None else f"weight * max(0, {hyper.lam:g} - reward)"
+    leash = f" + {hyper.beta:g} * leash" if hyper.beta else ""
     sizes = f"{config.iterations} iterations of {config.batch_size} samples, {config.T} steps each"
-    print(f"{config.task} is trained to lower {loss}: {sizes}, lr {config.lr:g}.")
-    print((trainer.method.__doc__ or config.method).strip().splitlines()[0])
-    unseen = ", ".join(trainer.task.held_out) or "none"
-    print(f"Training never sees these evaluators: {unseen}. The folder is {folder}.")
+    print(f"{config.task} is trained to lower {loss}{leash}: {sizes}, lr {config.lr:g}.")
+    print((METHODS[config.method].__doc__ or config.method).strip().splitlines()[0])
+    unseen = ", ".join(task_class(config.task).held_out) or "none"
+    print(f"Training never sees these evaluators: {unseen}. The folder is {folder}.", flush=True)
+
+
+def next_command(task: str, hyper: Hyper) -> str:
+    """What to try after a run of this task with these hyperparameters."""
+    commands = NEXT_COMMANDS.get(task, ("python train_leap_align.py --help",))
+    restraint = 2 if hyper.beta else int(hyper.lam is None)
+    return commands[min(restraint, len(commands) - 1)]
 
 
 def write_report(trainer: Trainer, folder: Path, tracker: Any) -> None:
@@ -439,7 +451,7 @@ def write_report(trainer: Trainer, folder: Path, tracker: Any) -> None:
     if tracker:
         tracker.add_figures(trainer.progress.iteration)
     print(f"look at {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
-    print(f"next: {NEXT_COMMANDS.get(trainer.config.task, 'python train_leap_align.py --help')}")
+    print(f"next: {next_command(trainer.config.task, trainer.hyper)}")
 
 
 def run(flags: Flags, stop_request: processes.StopRequest) -> None:
@@ -453,13 +465,13 @@ def run(flags: Flags, stop_request: processes.StopRequest) -> None:
     with locked_folder(folder, "config.json", TOOL):
         run_on_rank0(lambda: check_run_folder(folder, settings, config.resume, changeable))
         run_on_all_ranks(lambda: check_shared_folder(folder))
+        run_on_rank0(lambda: announce(flags, folder))  # before the task, which may take minutes to build
         trainer = Trainer(config, hyper, build_task(flags))
         contents = run_on_all_ranks(lambda: trainer.task.contents() if rank() == 0 else {})
         if config.resume:
             run_on_rank0(lambda: check_contents(folder, contents))
             trainer.restore(folder)
         run_on_rank0(lambda: write_settings(folder / "config.json", settings | {"contents": contents}))
-        run_on_rank0(lambda: announce(trainer, folder))
         with run_on_all_ranks(lambda: open_tracker(folder, settings)) as tracker:
             stop_request.is_deferred = True  # from here on a signal ends the iteration and saves
             train(trainer, folder, stop_request, tracker)

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from PIL import Image
 from torch import nn
 
@@ -31,10 +32,32 @@ def text_of(cell):
 
 
 def images_of(cell):
-    """The cell's figures in grey from 0 to 1, scaled to one size: a tight figure may gain or lose a pixel."""
+    """The cell's figures in colour."""
     data = [output.get("data", {}).get("image/png") for output in cell["outputs"]]
-    images = [Image.open(io.BytesIO(base64.b64decode(png))).convert("L") for png in data if png]
-    return [np.asarray(image.resize((200, 100), Image.Resampling.BOX)) / 255 for image in images]
+    return [Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB") for png in data if png]
+
+
+def largest_difference(image, expected, size=8):
+    """Of all blocks of size x size pixels, the largest difference of mean colours, from 0 to 1.
+
+    An arrow that points elsewhere changes a few blocks much, and the whole figure hardly.
+    """
+    assert np.abs(np.subtract(image.size, expected.size)).max() <= 2  # a tight figure may gain or lose a pixel
+    width, height = (length // size for length in expected.size)
+    pixels = [np.asarray(i.resize(expected.size), float)[: height * size, : width * size] for i in (image, expected)]
+    difference = (pixels[0] - pixels[1]).reshape(height, size, width, size, 3) / 255
+    return np.abs(difference.mean((1, 3))).max()
+
+
+def code_of_parts(letters):
+    """The code cells of these parts."""
+    part, found = "", []
+    for cell in CELLS:
+        if heading := re.search(r"^## \((\w)\)", "".join(cell["source"]), re.MULTILINE):
+            part = heading[1]
+        if cell["cell_type"] == "code" and part and part in letters:
+            found.append(cell)
+    return found
 
 
 # The notebook
@@ -57,28 +80,36 @@ def test_the_notebook_has_all_parts_and_its_links_exist():
 
 @pytest.mark.parametrize("skipped", [pytest.param("", marks=pytest.mark.slow), "digits"])
 def test_running_the_notebook_gives_the_committed_outputs(skipped):
-    """Its asserts hold; what it prints is the same to 5 percent, and figures differ in few pixels.
+    """Its asserts hold; what it prints is nearly the same, and figures differ little everywhere.
 
+    Cells that run again after all others give the same again: no cell replaces what another one uses.
     Without a cache it pre-trains both networks, of which that of the digits takes most of the time.
     """
     pytest.importorskip("ipykernel")
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
+    code = [cell for cell in notebook.cells if cell["cell_type"] == "code"]
+    again = code_of_parts("bcdefg")[::-1]  # backwards, because a cell might repair what the next one uses
+    source = {cell["id"]: cell["source"] for cell in code}
+    notebook.cells += [nbformat.v4.new_code_cell(source[cell["id"]]) for cell in again]
     resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
     nbclient.NotebookClient(notebook, timeout=600, resources=resources, skip_cells_with_tag=skipped).execute()
     found = [cell for cell in notebook.cells if cell["cell_type"] == "code"]
-    for committed, fresh in zip(CODE, found, strict=True):
+    assert len(again) > 10
+    for committed, fresh in zip(CODE + again, found, strict=True):
         if skipped not in committed["metadata"].get("tags", []):
             check_same_outputs(committed, fresh)
 
 
 def check_same_outputs(committed, fresh):
+    """Training on digits at a large learning rate amplifies rounding, which differs between processors."""
+    rel, size = (0.2, 32) if "digits" in committed["metadata"].get("tags", []) else (0.05, 8)
     expected, text = text_of(committed), text_of(fresh)
     assert re.sub(NUMBER, "N", text) == re.sub(NUMBER, "N", expected)
     numbers, expected_numbers = (list(map(float, re.findall(NUMBER, t))) for t in (text, expected))
-    assert numbers == pytest.approx(expected_numbers, rel=0.05, abs=0.02)
+    assert numbers == pytest.approx(expected_numbers, rel=rel, abs=0.02)
     for image, expected_image in zip(images_of(fresh), images_of(committed), strict=True):
-        assert abs(image - expected_image).mean() < 0.01
+        assert largest_difference(image, expected_image, size) < 0.1
 
 
 # What it measures
@@ -102,7 +133,7 @@ def test_a_step_of_the_weights_moves_the_images_and_is_taken_back():
 
 def test_arrows_are_as_long_as_their_vectors():
     _, axis = plt.subplots()
-    tour.arrows(axis, torch.tensor([1.0, 2.0]), torch.tensor([0.5, -0.25]), "k")
+    tour.arrows(axis, torch.tensor([1.0, 2.0]), torch.tensor([0.5, -0.25]), "k", "an arrow")
     (quiver,) = axis.collections
     assert (quiver.U.item(), quiver.V.item(), quiver.scale) == (0.5, -0.25, 1)
     assert (quiver.angles, quiver.scale_units, quiver.get_offsets().tolist()) == ("xy", "xy", [[1, 2]])
@@ -112,28 +143,83 @@ def test_arrows_are_as_long_as_their_vectors():
 # The animation
 
 
+def frames_of(path):
+    """The frames of a GIF in colour, and how many milliseconds each is shown."""
+    gif = Image.open(path)
+    return [(gif.seek(n), gif.convert("RGB"), gif.info["duration"])[1:] for n in range(gif.n_frames)]
+
+
+COMMITTED = frames_of(ROOT / "toy" / "results" / "tour.gif")
+STOPS = [0, 1, 6, 16]
+"""Of T = 25 steps it stops at the image, with which it opens, the noise, i_k = 20 and i_j = 10."""
+
+
 def test_the_committed_animation_is_small_and_stops_four_times():
-    path = ROOT / "toy" / "results" / "tour.gif"
-    frames = Image.open(path)
-    durations = []
-    for n in range(frames.n_frames):
-        frames.seek(n)
-        durations.append(frames.info["duration"])
-    assert path.stat().st_size <= 1.5 * 10**6 and frames.size[0] == 800
-    # T = 25 steps; it stops at the noise, k = 20, j = 10 and the image.
-    assert [n for n, duration in enumerate(durations) if duration == 2000] == [0, 5, 15, 25]
+    assert (ROOT / "toy" / "results" / "tour.gif").stat().st_size <= 1.5 * 10**6
+    assert len(COMMITTED) == 26 and COMMITTED[0][0].size == (800, 480)
+    assert [n for n, (_, duration) in enumerate(COMMITTED) if duration == 2000] == STOPS
 
 
-def test_the_animation_of_a_run(tmp_path, monkeypatch):
-    """Leaps appear at k and j, connectors only where the real state is reached."""
-    run(tmp_path / "run", "--iterations", "60", "--lr", "1e-3", "--batch-size", "64", "--evaluation-T", "5")
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy") / "run"
+    run(folder, "--iterations", "60", "--lr", "1e-3", "--batch-size", "64", "--evaluation-T", "5")
+    return folder
+
+
+def test_the_animation_of_a_run(toy_run, tmp_path, monkeypatch):
+    """Leaps appear at i_k and i_j, connectors only where the real state is reached."""
     drawn = []
     monkeypatch.setattr(pictures, "leaps", lambda axis, pairs, color: drawn.extend(pairs))
-    animation.animate(tmp_path / "run", tmp_path / "a.gif", np.zeros((1, 2)), fps=1)
-    # k = 4, j = 2.  A panel draws: at 4 and 3 one open leap; at 2 and 1 it is closed and one is open; at 0 both closed.
+    animation.animate(toy_run, tmp_path / "a.gif", np.zeros((1, 2)), fps=1)
+    # i_k = 4, i_j = 2.  A panel draws: at 0 both leaps closed; at 4 and 3 one, open; at 2 and 1 it is closed, one open.
     is_open = [bool((predicted == real).all()) for _, predicted, real in drawn]
-    assert is_open == [True] * 4 + [False, True] * 4 + [False] * 4
+    assert is_open == [False] * 4 + [True] * 4 + [False, True] * 4
     assert Image.open(tmp_path / "a.gif").n_frames == 6
+
+
+@pytest.fixture(scope="module")
+def frames(toy_run, tmp_path_factory):
+    """What the command draws of a short run of 5 steps."""
+    path = tmp_path_factory.mktemp("gif") / "a.gif"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["animation", str(toy_run), str(path)])
+        animation.main()
+    return [image for image, _ in frames_of(path)]
+
+
+def test_the_committed_animation_has_the_captions_and_the_legend_of_the_code(frames):
+    """Both are the same for every run; two GIFs round colours differently."""
+    for n, n_committed in zip((0, 1, 2, 4), STOPS, strict=True):
+        for strip in ((0, 0, 800, 36), (0, 456, 800, 480)):
+            assert largest_difference(frames[n].crop(strip), COMMITTED[n_committed][0].crop(strip), size=4) < 0.2
+
+
+def share_of(image, color):
+    """The share of the pixels that are nearly of this colour."""
+    rgb = 255 * np.asarray(to_rgb(color))
+    return (np.abs(np.asarray(image, float) - rgb).max(2) < 40).mean()
+
+
+@pytest.mark.parametrize("which", ["committed", "fresh"])
+def test_frames_show_right_and_wrong_samples_and_a_leap(which, frames):
+    """Left before training, right after: the first frame, the image, has fewer crosses, and leaps with labels."""
+    shown = frames if which == "fresh" else [frame for frame, _ in COMMITTED]
+    image, noise = ([frame.crop((x, 72, x + 370, 442)) for x in (16, 412)] for frame in shown[:2])
+    assert share_of(image[0], pictures.WRONG) > 2 * share_of(image[1], pictures.WRONG)
+    assert share_of(image[1], pictures.RIGHT) > share_of(image[0], pictures.RIGHT)
+    for panel in range(2):
+        assert share_of(image[panel], animation.LEAP) > 1.5 * share_of(noise[panel], animation.LEAP)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "python -m toy.animation runs/toy-leap_align tour.gif"),
+    (["nowhere", "a.gif"], "error: nowhere must be the folder of a finished run of task toy"),
+])  # fmt: skip
+def test_the_command_of_the_animation_refuses_wrong_arguments(arguments, message, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["animation", *arguments])
+    with pytest.raises(SystemExit, match=message):
+        animation.main()
 
 
 def save(folder, iteration, samples):

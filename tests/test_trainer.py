@@ -12,10 +12,12 @@ import pytest
 import torch
 
 import beyond
+import full_scale.__main__
 import train_leap_align as trainer
 from leap_align import BadInput, checked
 from runtime.checkpoint import training_tensors
 from tests.toy_runs import ROOT, SMALL, TORCHRUN, TOYS, error_line, metrics, result, run, without_figures
+from toy.laboratory.__main__ import EXPERIMENTS
 from toy.modes import Modes
 from toy.task import ToyOptions
 
@@ -65,7 +67,7 @@ def test_a_run_says_what_it_will_do_and_what_to_look_at(tmp_path, monkeypatch, c
     run(tmp_path, "--method", "refl")
     lines = capsys.readouterr().out.splitlines()
     assert lines[:3] == [
-        "toy is trained to lower max(0, 0.0 - reward): 4 iterations of 16 samples, 21 steps each, lr 0.0001.",
+        "toy is trained to lower weight * max(0, 0 - reward): 4 iterations of 16 samples, 21 steps each, lr 0.0001.",
         "ReFL: sample without gradient, stop early at t_min, leap to the image with gradient.",
         f"Training never sees these evaluators: utility, alignment, log_density, spread. The folder is {tmp_path}.",
     ]
@@ -75,11 +77,57 @@ def test_a_run_says_what_it_will_do_and_what_to_look_at(tmp_path, monkeypatch, c
     ]
 
 
-def test_the_next_commands_parse():
+@pytest.mark.parametrize(("flags", "loss"), [
+    ([], "weight * max(0, 0 - reward)"),
+    (["--lam", "0.55"], "weight * max(0, 0.55 - reward)"),
+    (["--lam", "None"], "-weight * reward"),
+    (["--beta", "3"], "weight * max(0, 0 - reward) + 3 * leash"),
+    (["--lam", "None", "--beta", "0.5"], "-weight * reward + 0.5 * leash"),
+])  # fmt: skip
+def test_the_announced_loss_is_the_one_of_the_log(flags, loss, tmp_path, capsys):
+    """One sample an iteration: with the columns of its row put in, the formula gives the column `loss`."""
+    row = run(tmp_path, "--batch-size", "1", "--iterations", "2", *flags)[-1]
+    announced = capsys.readouterr().out.split(" is trained to lower ")[1].split(": 2 iterations")[0]
+    assert announced == loss
+    assert eval(announced, {"max": max}, row) == pytest.approx(row["loss"], rel=1e-5)
+
+
+def test_the_opening_comes_before_the_task_is_built_and_may_name_no_evaluator(tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise BadInput("built")
+
+    monkeypatch.setattr(Modes, "__init__", stop)
+    monkeypatch.setattr(Modes, "held_out", {})
+    error_line("--out", str(tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[2] == f"Training never sees these evaluators: none. The folder is {tmp_path}."
+
+
+def test_the_next_commands_parse_and_never_suggest_the_same_run_again():
     assert set(trainer.NEXT_COMMANDS) == set(trainer.TASKS)
-    for task in TOYS:
-        flags = trainer.parse(trainer.NEXT_COMMANDS[task].split()[2:])
+    found, command = [], "train_leap_align.py"
+    while command not in found:
+        found.append(command)
+        flags = trainer.parse(command.split("train_leap_align.py")[1].split())
         trainer.check(flags.run, flags.method, world_size=1)
+        command = trainer.next_command(flags.run.task, flags.method)
+        if "train_leap_align.py" not in command:
+            break
+    assert [re.findall(r"--lam|--beta", c) for c in found] == [[], [], ["--lam"], ["--lam", "--beta"]]
+    assert command.split()[:3] == ["python", "-m", "toy.laboratory"] and command.split()[3] in EXPERIMENTS
+    assert trainer.next_command("my_task", flags.method) == "python train_leap_align.py --help"
+
+
+@pytest.mark.parametrize("task", ["flux", "sd3", "klein"])
+def test_the_next_command_of_a_full_size_task_shows_its_help(task, monkeypatch, capsys):
+    pytest.importorskip("diffusers")
+    python, dash_m, module, *arguments = trainer.next_command(task, beyond.Hyper()).split()
+    assert (python, dash_m, module) == ("python", "-m", "full_scale")
+    with pytest.raises(SystemExit) as stop:
+        full_scale.__main__.main(arguments)
+    assert not stop.value.code
+    assert "--prompts" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("task", TOYS)

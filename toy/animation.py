@@ -21,8 +21,8 @@ from toy.task import ToyOptions
 LEAP = "black"
 CAPTIONS = (
     "noise: each point has a prompt that names a mode",
-    "timestep k: a leap predicts $x_j$ in one step",
-    "timestep j: a connector (dotted) leads to the real $x_j$; a second leap predicts $x_0$",
+    "timestep $i_k$: a leap predicts $x_j$ in one step",
+    "timestep $i_j$: a connector (dotted) leads to the real $x_j$; a second leap predicts $x_0$",
     "image: the reward scores the real $x_0$; its gradient passes through the two leaps alone",
 )
 """What the animation says at x_T, x_k, x_j and x_0."""
@@ -33,8 +33,8 @@ MARGINS = {"left": 0.01, "right": 0.99, "bottom": 0.07, "top": 0.86, "wspace": 0
 def animate(folder: Path, path: Path, real: np.ndarray, fps: int = 10) -> None:
     """A GIF of a `toy` run's first and last evaluation: noise flows to the modes, and two leaps span one rollout.
 
-    real: data (N, 2) for the background.  The film stops where the leaps start and at the image.  The rollout with the
-    leaps misses its prompt's mode, the circle, before training and reaches it after.
+    real: data (N, 2) for the background.  The film stops at the noise, where the leaps start and at the image.  The
+    rollout with the leaps misses its prompt's mode, the circle, before training and reaches it after.
     """
     evaluations = pictures.read_evaluations(folder)
     if len(evaluations) < 2 or evaluations[0]["samples"].ndim != 2:
@@ -47,7 +47,7 @@ def animate(folder: Path, path: Path, real: np.ndarray, fps: int = 10) -> None:
     _legend(figure)
     stops = dict(zip((T, i_k, i_j, 0), CAPTIONS))
     with writer.saving(figure, path, dpi=100):
-        for i in range(T, -1, -1):
+        for i in (0, *range(T, 0, -1)):  # it runs in a loop: a page that shows one frame alone shows the first
             for axis, (title, evaluation) in zip(axes, titles.items()):
                 axis.clear()
                 _frame(axis, evaluation, real, i, n, title)
@@ -60,15 +60,15 @@ def _legend(figure: Figure) -> None:
     """What the marks mean."""
     axis = figure.axes[0]
     marks = {
-        "in the prompt's mode": {"marker": "o", "color": pictures.RIGHT, "ms": 4},
-        "in another mode": {"marker": "x", "color": pictures.WRONG, "ms": 5},
+        "ends in its prompt's mode": {"marker": "o", "color": pictures.RIGHT, "ms": 4},
+        "ends in another": {"marker": "x", "color": pictures.WRONG, "ms": 5},
         "rollout": {"marker": ".", "color": "0.5", "lw": 0.8, "ls": "-"},
         "leap": {"marker": r"$\rightarrow$", "color": LEAP, "ms": 14},
         "connector": {"color": "k", "ls": ":", "lw": 1.8},
-        "its prompt's mode": {"marker": "o", "color": "k", "mfc": "none", "ms": 9},
+        "the rollout's prompt": {"marker": "o", "color": "k", "mfc": "none", "ms": 9},
     }
     lines = [axis.plot([], [], label=name, **{"ls": "none"} | mark)[0] for name, mark in marks.items()]
-    figure.legend(handles=lines, loc="lower center", ncols=6, frameon=False, fontsize=9, columnspacing=1)
+    figure.legend(handles=lines, loc="lower center", ncols=6, frameon=False, fontsize=9, columnspacing=0.8)
 
 
 def _clearest_rollout(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> int:

@@ -76,7 +76,7 @@ def trajectories(folder: Path, real: np.ndarray, count: int = 5) -> None:
     i_k, i_j = last["pair"]
     figure = Figure(figsize=(6, 6.4), layout="constrained")
     axis = figure.subplots()
-    plane(axis, real, f"{_when(max(evaluations))}, k = {i_k}, j = {i_j}")
+    plane(axis, real, f"{_when(max(evaluations))}, $i_k$ = {i_k}, $i_j$ = {i_j}")
     rollouts = []
     for n, color in zip(range(count), COLORS):
         x, x_hat_j, x_hat_0 = last["states"][:, n], last["x_hat_j"][n], last["x_hat_0"][n]
@@ -151,9 +151,9 @@ def leap_sheet(folder: Path, count: int = 10) -> None:
     states = last["states"]
     rows = {
         "$x_T$": states[-1],
-        f"$x_k$, k = {i_k}": states[i_k],
+        f"$x_k$, $i_k$ = {i_k}": states[i_k],
         r"leap: $\hat{x}_{j|k}$": last["x_hat_j"],
-        f"$x_j$, j = {i_j}": states[i_j],
+        f"$x_j$, $i_j$ = {i_j}": states[i_j],
         r"leap: $\hat{x}_{0|j}$": last["x_hat_0"],
         "$x_0$": states[0],
     }

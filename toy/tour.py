@@ -41,9 +41,12 @@ def shift_of_images(task: ToyTask, x_T: Tensor, prompts: Tensor, direction: Tens
 # What the notebook draws
 
 
-def arrows(axis: Axes, start: Tensor, vector: Tensor, color: str, label: str | None = None) -> None:
-    """Arrows from points (N, 2), or one from (2,), that are as long in the plane as the vectors are."""
-    look = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.008, "zorder": 3}
+def arrows(axis: Axes, start: Tensor, vector: Tensor, color: str, label: str, width: float = 0.008) -> None:
+    """Arrows from points (N, 2), or one from (2,), that are as long in the plane as the vectors are.
+
+    width: of a shaft, as a share of the axis; a narrow arrow over a wide one leaves both visible.
+    """
+    look = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": width, "zorder": 3}
     axis.quiver(*start.numpy().T, *vector.numpy().T, color=color, label=label, **look)
 
 
@@ -60,7 +63,7 @@ def reward_map(axis: Axes, task: ToyTask, prompt: int, centre: Sequence[float] =
 def samples(axis: Axes, task: ToyTask, x: Tensor, prompts: Tensor, title: str) -> None:
     """Samples (N, 2) over the real data; the title adds how many are nearest to their prompt's mode."""
     right = pictures.is_right(x.numpy(), prompts.numpy(), CENTRES.numpy())
-    pictures.plane(axis, task.data[:2000].numpy(), f"{title}: {right.mean():.0%} right")
+    pictures.plane(axis, task.data[:2000].numpy(), f"{title}: {right.mean():.1%} right")
     pictures.points(axis, x.numpy(), right)
 
 
@@ -72,13 +75,20 @@ def digits(axis: Axes, images: Tensor, columns: int, title: str) -> None:
     axis.set(xticks=[], yticks=[], title=title)
 
 
-def curves(axes: list[Axes], runs: dict[str, list[dict[str, float]]], names: tuple[str, ...]) -> None:
-    """Redraws evaluators over training: an axis for each name, a line for each run, whose rows hold `iteration`."""
+def curves(
+    axes: Sequence[Axes], runs: dict[str, list[dict[str, float]]], names: Sequence[str], real: dict[str, float]
+) -> None:
+    """Redraws evaluators over training: an axis for each name, a line for each run, whose rows hold `iteration`.
+
+    real: the values of real data, dotted, for the names where it has one.
+    """
     for axis, name in zip(axes, names):
         axis.clear()
         for (run, rows), color, marker in zip(runs.items(), pictures.COLORS[1:], "os^Dv"):
             values = [row[name] for row in rows]
             axis.plot([row["iteration"] for row in rows], values, color=color, marker=marker, ms=4, label=run)
+        if name in real:
+            axis.axhline(real[name], color="0.3", ls=":", label="real data")
         axis.set(title=name, xlabel="iteration")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=9)
