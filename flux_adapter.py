@@ -3,401 +3,21 @@
     python train_leap_align.py --task flux --prompts prompts.txt     trains; --help lists every flag
     python -m full_scale --help                                      the tools around a run
 
-States x are the pipeline's latents, float32 whatever the networks compute in.
+What they share is full_scale/task.py; a model says what its pipeline does between text encoders and VAE.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 import torch
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from tqdm import tqdm
+from torch import Tensor
 
-from full_scale import contents, pipeline, rewards, transformer
-from full_scale.models import FAMILIES, Family
-from full_scale.prompts import (
-    embedding_folders,
-    few_prompts,
-    find_embedding,
-    load_embeddings,
-    read_prompts,
-    text_encoders_content,
-)
-from full_scale.sheet import draw_sheet
-from leap_align import BadInput, Velocity, rollout, shifted_times
-from runtime.processes import all_gather, rank, run_on_all_ranks, world_size
-from runtime.run_dir import atomic_file
-
-EVALUATION_SEED = 1_000_003
-IMAGES_PER_PROMPT = 2
-"""In an evaluation; the difference between them is the diversity."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """Flags that all models have, with the defaults of FLUX.1-dev."""
-
-    model: str = FAMILIES["flux"].model
-    """Pipeline: a local folder in diffusers' layout, or a hub id."""
-    prompts: Path | None = None
-    """Training prompts: a text file with one per line, or a folder that `python -m full_scale embed` filled."""
-    reward: str = "hpsv2.1"
-    """What is maximised: a reward's name, NAME:weight,NAME:weight for a sum, or your own package.module:factory."""
-    reward_weights: tuple[str, ...] = ()
-    """Local path of each named reward's weights, in their order; the hub's if not given."""
-    height: int = 720
-    """Pixels, a multiple of 16."""
-    width: int = 720
-    """Pixels, a multiple of 16."""
-    guidance: float = FAMILIES["flux"].guidance
-    """Guidance scale: an input of FLUX.1-dev, classifier-free guidance in SD3.5-M and FLUX.2-klein."""
-    shift: float | None = None
-    """Shift s of the time grid; the pipeline's own scheduler decides if not given."""
-    precision: pipeline.Precision = "bfloat16"
-    """What the networks compute in; states, trained weights, their average and the reward are always float32."""
-    lora_rank: int = 0
-    """Rank of the LoRA adapters; 0 trains every weight of the transformer."""
-    lora_alpha: float | None = None
-    """LoRA's scale times its rank; the rank itself if not given."""
-    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Linear layers that get an adapter, by the end of their names."""
-    load_in_4bit: bool = False
-    """With LoRA on one GPU: keep the frozen weights of the transformer's blocks in four bits (NF4, by torchao)."""
-    gradient_checkpointing: transformer.Checkpointing = "on"
-    """Which of the transformer's blocks the backward recomputes: all (on), every second one (selective), or none."""
-    compile: bool = False
-    """Compile the transformer's repeated blocks; the first step takes minutes."""
-    evaluation_prompts: Path | None = None
-    """Prompts to evaluate on, also a file or a folder; the first training prompts if not given."""
-    evaluation_images: int = 16
-    """Images of an evaluation, two per prompt, always from the same noise."""
-    evaluation_T: int | None = None
-    """Euler steps of an evaluation's sampling runs; T if not given."""
-
-
-@dataclass(frozen=True)
-class SD3Options(Options):
-    """Flags of SD3.5-M."""
-
-    model: str = FAMILIES["sd3"].model
-    """Pipeline: a local folder in diffusers' layout, or a hub id."""
-    height: int = 512
-    """Pixels, a multiple of 16."""
-    width: int = 512
-    """Pixels, a multiple of 16."""
-
-
-@dataclass(frozen=True)
-class KleinOptions(Options):
-    """Flags of FLUX.2-klein."""
-
-    model: str = FAMILIES["klein"].model
-    """Pipeline of a base model: a local folder in diffusers' layout, or a hub id."""
-    guidance: float = FAMILIES["klein"].guidance
-    """Scale of classifier-free guidance; up to 1 there is none, which halves the cost."""
-    lora_targets: tuple[str, ...] = (*Options.lora_targets, "to_qkv_mlp_proj")
-    """Linear layers that get an adapter, by the end of their names."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What all models share
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class DiffusersTask:
-    """The Task protocol over a diffusers pipeline.
-
-    A subclass defines log_shift (or grid), noise, unpack, inputs and velocity_of.
-    """
-
-    family: ClassVar[Family]
-    Options: ClassVar[type] = Options
-    held_out: ClassVar[dict[str, float]] = {"diversity": 0.02}
-    step_metric_names: ClassVar[tuple[str, ...]] = ("saturated",)
-    changeable_on_resume: ClassVar[frozenset[str]] = frozenset(
-        "gradient_checkpointing compile model prompts evaluation_prompts reward_weights".split()
-    )
-    """Options that change no result, and paths: `contents` shows whether what they lead to has changed."""
-
-    @classmethod
-    def defaults(cls, reward: str | None) -> dict[str, Any]:
-        """The paper's settings, with those that it gives for this reward; other rewards train without a hinge."""
-        settings = {"batch_size": 64, "iterations": 300, "T": 25, "weight_decay": 1e-4, "ema_decay": 0.995}
-        settings |= {"alpha": 0.3, "lam": None, "lr": 1e-5}
-        return settings | rewards.PRESETS.get(reward or Options.reward, {})
-
-    def __init__(self, options: Options, T: int) -> None:
-        pipeline.check_image_size(options.height, options.width)
-        pipeline.check_guidance(options.guidance)
-        transformer.check_lora(options.lora_rank, options.lora_alpha)
-        if options.load_in_4bit:
-            transformer.check_4bit(options.lora_rank, options.compile)
-        if options.evaluation_images < 2 or options.evaluation_images % IMAGES_PER_PROMPT:
-            raise BadInput(f"evaluation_images={options.evaluation_images} must be even and at least 2")
-        if options.evaluation_T is not None and options.evaluation_T < 1:
-            raise BadInput(f"evaluation_T={options.evaluation_T} must be at least 1, or not given for T")
-        self.options, self.dtype, self.device = options, getattr(torch, options.precision), self.choose_device()
-        self.prompts = read_prompts(options.prompts)
-        evaluation_source = options.evaluation_prompts or options.prompts
-        self.evaluation_prompts = read_prompts(evaluation_source)[: options.evaluation_images // IMAGES_PER_PROMPT]
-        self.folder = pipeline.pipeline_folder(options.model)
-        sources = [(options.prompts, self.prompts), (evaluation_source, self.evaluation_prompts)]
-        self.embedding_folders = embedding_folders(sources, self.folder)
-        needs_text = len(self.embedding_folders) < len(sources)
-        self.prompts_to_encode_once = few_prompts(self.prompts, self.evaluation_prompts) if needs_text else []
-        self.encoded_once: dict[str, dict[str, Tensor]] = {}
-        self.reward_model = self.load_reward()
-        self.pipeline = self.open_pipeline(needs_text)
-        self.pipeline.vae.enable_gradient_checkpointing()
-        for module in self.frozen_modules():
-            module.requires_grad_(False)
-        self.model = self.build_transformer()
-        self.reference: Callable[..., Any] | None = None
-        self.times, self.evaluation_times = self.times_of(T), self.times_of(options.evaluation_T or T)
-
-    def times_of(self, T: int) -> Tensor:
-        """The grid (T+1,) of a sampling run in T steps, on the device."""
-        shift = self.options.shift
-        return (self.grid(T) if shift is None else shifted_times(T, shift)).to(self.device)
-
-    def grid(self, T: int) -> Tensor:
-        """The pipeline's own noise levels, ascending (T+1,): an even grid, shifted by exp(log_shift)."""
-        scheduler = self.pipeline.scheduler
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / T, T), mu=self.log_shift(T))
-        return scheduler.sigmas.flip(0)
-
-    def choose_device(self) -> torch.device:
-        """Where everything computes."""
-        return pipeline.gpu_or_cpu()
-
-    def load_reward(self) -> nn.Module:
-        """The reward, with its weights."""
-        options = self.options
-        return rewards.load(options.reward, options.reward_weights, self.device, (options.height, options.width))
-
-    def open_pipeline(self, text: bool) -> Any:
-        """The pipeline without its transformer; without its text encoders unless text."""
-        opened = pipeline.open_pipeline(self.family, self.folder, self.dtype, text=text, transformer=None)
-        pipeline.check_trainable(self.folder)
-        return opened
-
-    def frozen_modules(self) -> list[nn.Module]:
-        """What training keeps besides the transformer: reward, VAE, and text encoders if they are needed all along."""
-        text_encoders = [] if self.prompts_to_encode_once else self.text_encoders().values()
-        return [self.reward_model, self.pipeline.vae, *text_encoders]
-
-    def text_encoders(self) -> dict[str, nn.Module]:
-        """The pipeline's text encoders by name; none if every prompt has an embedding."""
-        components = self.pipeline.components.items()
-        return {name: part for name, part in components if name.startswith("text_encoder") and part is not None}
-
-    def contents(self) -> dict[str, str]:
-        """Digests of the files that this task reads; stored embeddings stand for their prompts and text encoders."""
-        return {
-            "model": contents.pipeline_content(self.folder, "transformer", "vae", "scheduler"),
-            "text_encoders": text_encoders_content(self.folder, self.embedding_folders),
-            "prompts": contents.prompts_content(self.prompts),
-            "evaluation_prompts": contents.prompts_content(self.evaluation_prompts),
-            "reward_weights": contents.reward_content(self.options.reward, self.reward_model),
-        }
-
-    # The transformer
-
-    def empty_transformer(self) -> nn.Module:
-        """The architecture of the pipeline's transformer, on the meta device."""
-        return transformer.empty_transformer(self.family, self.folder)
-
-    def build_transformer(self) -> nn.Module:
-        """The transformer as it will be trained, still on the meta device: trained weights float32."""
-        options, model = self.options, self.empty_transformer()
-        transformer.set_checkpointing(model, options.gradient_checkpointing)
-        if options.lora_rank:
-            alpha = options.lora_rank if options.lora_alpha is None else options.lora_alpha
-            transformer.add_lora(model, options.lora_rank, alpha, options.lora_targets, self.dtype)
-        return model
-
-    def keep_reference(self) -> None:
-        """With LoRA the reference is the model without its adapters, else a second transformer, frozen."""
-        if transformer.has_lora(self.model):
-            self.reference = transformer.without_lora(self.model)
-        else:
-            self.reference = transformer.freeze(self.empty_transformer(), self.dtype)
-
-    def transformers(self) -> nn.ModuleList:
-        """The model, and the reference if that is a transformer of its own."""
-        return nn.ModuleList(model for model in (self.model, self.reference) if isinstance(model, nn.Module))
-
-    def load_pretrained(self, model: nn.Module) -> None:
-        """Loads the pipeline's own weights into a transformer; adapters are new."""
-        transformer.load_weights(model, self.folder / "transformer")
-        transformer.reset_lora(model)
-
-    def quantize(self, model: nn.Module) -> None:
-        """Gives the frozen weights four bits."""
-        transformer.quantize(model, self.device)
-
-    def check_memory(self, shards: int) -> None:
-        """Refuses a device on which not even weights and optimizer fit."""
-        in_4bit = self.options.load_in_4bit
-        transformer.check_memory(self.transformers(), self.frozen_modules(), self.device, shards, in_4bit)
-
-    def parallelize(self, mesh: DeviceMesh | None) -> None:
-        """Moves everything to the device, shards the transformers over the mesh and loads their weights.
-
-        Without a mesh this process gets a mesh of one, so that a laptop, one GPU and 16 take the same path.
-        """
-        mesh = transformer.mesh_of_one(self.device) if mesh is None else mesh
-        run_on_all_ranks(lambda: self.check_memory(mesh.size(-1)))
-        self.encode_few_prompts()
-        torch.cuda.empty_cache()  # NCCL allocates outside of torch's cache
-        for module in self.frozen_modules():
-            module.to(self.device)
-        for model in self.transformers():
-            if self.options.compile:
-                transformer.compile_blocks(model)
-            transformer.shard(model, mesh, self.dtype)
-            if self.options.load_in_4bit:
-                self.quantize(model)
-            model.to_empty(device=self.device)
-            self.load_pretrained(model)
-
-    def save(self, folder: Path) -> None:
-        """Writes `transformer/` or `lora/` into the folder, as diffusers reads them."""
-        transformer.save(self.model, folder, self.family, self.empty_transformer(), self.dtype)
-
-    def load(self, folder: Path) -> None:
-        """Reads what `save` wrote."""
-        transformer.load(self.model, folder)
-
-    # Prompts and noise
-
-    def sample_conditions(self, n: int, generator: torch.Generator) -> list[str]:
-        """n training prompts, each equally likely."""
-        return [self.prompts[i] for i in torch.randint(len(self.prompts), (n,), generator=generator).tolist()]
-
-    @torch.no_grad()
-    def encode_few_prompts(self) -> None:
-        """Encodes the prompts of a run that has few of them and frees the text encoders."""
-        if not self.prompts_to_encode_once:
-            return
-        encoders, encode = self.text_encoders(), self.family.encode_text
-        for encoder in encoders.values():
-            encoder.to(self.device)
-        self.encoded_once = {text: encode(self.pipeline, [text], self.device) for text in self.prompts_to_encode_once}
-        self.pipeline.register_modules(**dict.fromkeys(encoders))
-
-    @torch.no_grad()
-    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
-        """The transformer's text inputs for these prompts: from embedding files if all have one, or encoded before."""
-        paths = [find_embedding(prompt, self.embedding_folders) for prompt in prompts]
-        if all(paths):
-            return load_embeddings(paths, self.device, self.dtype)
-        if self.encoded_once:
-            rows = [self.encoded_once[prompt] for prompt in prompts]
-            return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-        return self.family.encode_text(self.pipeline, prompts, self.device)
-
-    def latent_size(self) -> tuple[int, int, int]:
-        """Channels, height and width of the VAE's latents."""
-        factor = self.pipeline.vae_scale_factor
-        return self.pipeline.vae.config.latent_channels, self.options.height // factor, self.options.width // factor
-
-    @cached_property
-    def empty_prompt(self) -> dict[str, Tensor]:
-        """The text inputs of the empty prompt, which classifier-free guidance needs."""
-        return self.encode([""])
-
-    def encode_empty(self, prompted: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The text inputs of as many empty prompts as there are prompts."""
-        return {name: self.empty_prompt[name].expand_as(value) for name, value in prompted.items()}
-
-    # The velocity
-
-    def rounded_time(self, x: Tensor, t: Tensor) -> Tensor:
-        """The time (B,) that a FLUX sees: times 1000, rounded and back, as in training and in its pipelines."""
-        return (1000 * t).expand(len(x)).to(self.dtype) / 1000
-
-    def guided(self, v_u: Tensor, v_c: Tensor) -> Tensor:
-        """v = v_u + g (v_c - v_u): classifier-free guidance from the velocities without and with the prompts."""
-        return v_u + self.options.guidance * (v_c - v_u)
-
-    def velocity(self, condition: list[str]) -> Velocity:
-        """v_theta under these prompts, with the current weights."""
-        transformer.reshard(self.model)
-        return self.velocity_of(self.model, self.inputs(condition))
-
-    def velocity_and_reference(self, condition: list[str]) -> tuple[Velocity, Velocity]:
-        """v_theta, and the velocity of the pre-trained transformer; the prompts are encoded once."""
-        transformer.reshard(self.model)
-        inputs = self.inputs(condition)
-        return self.velocity_of(self.model, inputs), self.velocity_of(self.reference, inputs)
-
-    # The image and its reward
-
-    def decode(self, x_0: Tensor) -> Tensor:
-        """Images (B, 3, H, W), black at 0 and white at 1, with gradient; some pixels may lie outside of [0, 1]."""
-        vae = self.pipeline.vae
-        return vae.decode(self.unpack(x_0).to(vae.dtype), return_dict=False)[0].to(x_0.dtype) / 2 + 0.5
-
-    def unscale(self, z: Tensor) -> Tensor:
-        """What the VAE decodes, from latents that its config's scale and shift have brought to unit variance."""
-        config = self.pipeline.vae.config
-        return z / config.scaling_factor + config.shift_factor
-
-    def step_metrics(self, sample: Tensor) -> dict[str, float]:
-        """saturated: the fraction of pixel values outside of [0, 1], which get no gradient."""
-        return {"saturated": ((sample < 0) | (sample > 1)).float().mean().item()}
-
-    def reward(self, sample: Tensor, condition: list[str]) -> Tensor:
-        """(B,), with gradient to the images, apart from pixel values outside of [0, 1]."""
-        return self.reward_model(sample.clamp(0, 1), condition)
-
-    @torch.no_grad()
-    def evaluate(self, folder: Path | None, iteration: int) -> dict[str, float]:
-        """Mean reward, diversity and saturation over fixed prompts and noise; with a folder, a sheet of the images.
-
-        diversity: mean |a - b| between the two images of a prompt, at 64 pixels.
-        """
-        prompts = [prompt for prompt in self.evaluation_prompts for _ in range(IMAGES_PER_PROMPT)]
-        x_T = self.noise(len(prompts), torch.Generator().manual_seed(EVALUATION_SEED))
-        # A sharded model must run equally often on every rank, so some ranks repeat another one's image.
-        rounds = -(-len(prompts) // world_size())
-        turns = [i % len(prompts) for i in range(rank(), rounds * world_size(), world_size())]
-        turns = tqdm(turns, "evaluate", leave=False, mininterval=1, disable=rank() > 0)
-        images = {i: self.evaluate_image(prompts[i], x_T[i : i + 1]) for i in turns}
-        transformer.reshard(self.model)
-        for images_of_a_rank in all_gather(images):
-            images |= images_of_a_rank
-        scores, saturated, thumbnails, pixels = zip(*(images[i] for i in range(len(prompts))))
-        if folder is not None:
-            with atomic_file(folder / "samples" / f"{iteration:06d}.png") as temporary:
-                draw_sheet(torch.cat(pixels), self.evaluation_prompts).save(temporary, format="png")
-        pairs = torch.cat(thumbnails).unflatten(0, (-1, IMAGES_PER_PROMPT))
-        diversity = (pairs[:, 0] - pairs[:, 1]).abs().mean().item()
-        return {"reward": float(np.mean(scores)), "diversity": diversity, "saturated": float(np.mean(saturated))}
-
-    def evaluate_image(self, prompt: str, x_T: Tensor) -> tuple[float, float, Tensor, Tensor]:
-        """Reward, saturation, thumbnail (1, 3, 64, 64) and 8-bit image (1, 3, H, W) that follow from x_T (1, *S)."""
-        x_0 = rollout(self.velocity([prompt]), x_T.to(self.device), self.evaluation_times)[0]
-        sample = self.decode(x_0)
-        reward, saturated = self.reward(sample, [prompt]).item(), self.step_metrics(sample)["saturated"]
-        image = sample.clamp(0, 1)
-        thumbnail = nn.functional.interpolate(image, (64, 64), mode="area")
-        return reward, saturated, thumbnail.cpu(), image.mul(255).round().byte().cpu()
-
-    def draw_figures(self, folder: Path) -> None:
-        """Nothing: every evaluation has already written its sheet of images."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The models
-# ---------------------------------------------------------------------------------------------------------------------
+from full_scale import pipeline
+from full_scale.models import FAMILIES
+from full_scale.task import DiffusersTask, Options
+from leap_align import Velocity
 
 
 class Flux(DiffusersTask):
@@ -439,6 +59,18 @@ class Flux(DiffusersTask):
             return network(x.to(self.dtype), timestep=self.rounded_time(x, t), **inputs)[0].to(x.dtype)
 
         return velocity
+
+
+@dataclass(frozen=True)
+class SD3Options(Options):
+    """Flags of SD3.5-M."""
+
+    model: str = FAMILIES["sd3"].model
+    """Pipeline: a local folder in diffusers' layout, or a hub id."""
+    height: int = 512
+    """Pixels, a multiple of 16."""
+    width: int = 512
+    """Pixels, a multiple of 16."""
 
 
 class SD3(DiffusersTask):
@@ -483,6 +115,18 @@ class SD3(DiffusersTask):
             return self.guided(*v.to(x.dtype).chunk(2))
 
         return velocity
+
+
+@dataclass(frozen=True)
+class KleinOptions(Options):
+    """Flags of FLUX.2-klein."""
+
+    model: str = FAMILIES["klein"].model
+    """Pipeline of a base model: a local folder in diffusers' layout, or a hub id."""
+    guidance: float = FAMILIES["klein"].guidance
+    """Scale of classifier-free guidance; up to 1 there is none, which halves the cost."""
+    lora_targets: tuple[str, ...] = (*Options.lora_targets, "to_qkv_mlp_proj")
+    """Linear layers that get an adapter, by the end of their names."""
 
 
 class Klein(DiffusersTask):

@@ -47,7 +47,8 @@ def pipeline_folder(model: str, subfolders: tuple[str, ...] = (*TEXT_SUBFOLDERS,
         if not (folder / "model_index.json").is_file():
             raise BadInput(f"model={model} is neither a hub id OWNER/NAME nor a folder with a model_index.json")
         return folder
-    return download(model, "model_index.json", "scheduler/*", *(f"{name}/*" for name in subfolders), flag="--model")
+    configs = "model_index.json", "scheduler/*", "transformer/config.json"
+    return download(model, *configs, *(f"{name}/*" for name in subfolders), flag="--model")
 
 
 def open_pipeline(family: Family, folder: Path, dtype: torch.dtype, text: bool = True, **components: Any) -> Any:
@@ -57,9 +58,6 @@ def open_pipeline(family: Family, folder: Path, dtype: torch.dtype, text: bool =
     """
     silence_other_ranks()
     index = _index(folder)
-    if (name := index["_class_name"]) != family.pipeline_name:
-        tasks = ", ".join(f"{known.pipeline_name} is --task {task}" for task, known in FAMILIES.items())
-        raise BadInput(f"{folder} holds a {name}, not a {family.pipeline_name}: {tasks}")
     if not text:
         components |= {name: None for name in index if name.startswith(("text_encoder", "tokenizer"))}
     kinds = {name: _component_class(entry) for name, entry in index.items() if name not in components}
@@ -110,17 +108,21 @@ def has_guidance(folder: Path) -> bool:
     return not _index(folder).get("is_distilled", False)
 
 
-def check_trainable(folder: Path) -> None:
-    """Refuses a model that was distilled to few steps, whose pipeline has no guidance."""
+def check_trainable(family: Family, folder: Path) -> None:
+    """Refuses a pipeline of another family, and a model that was distilled to few steps, which has no guidance."""
+    if (name := _index(folder)["_class_name"]) != family.pipeline_name:
+        tasks = ", ".join(f"{known.pipeline_name} is --task {task}" for task, known in FAMILIES.items())
+        raise BadInput(f"{folder} holds a {name}, not a {family.pipeline_name}: {tasks}")
     if not has_guidance(folder):
-        base = family_of(folder).model
-        raise BadInput(f"{folder} holds a model that is distilled to few steps: train its base model, such as {base}")
+        base = f"train its base model, such as {family.model}"
+        raise BadInput(f"{folder} holds a model that is distilled to few steps: {base}")
 
 
-def check_guidance(guidance: float) -> None:
-    """Refuses a guidance scale that would turn every image into noise or NaN."""
-    if not 0 <= guidance < math.inf:
-        raise BadInput(f"guidance={guidance} must be at least 0, and finite")
+def check_guidance(family: Family, guidance: float) -> None:
+    """Refuses a scale that would turn every image into noise or NaN, or that diffusers' pipeline would ignore."""
+    least = 0 if family.guidance_is_input else 1  # at 1, classifier-free guidance has no effect
+    if not least <= guidance < math.inf:
+        raise BadInput(f"guidance={guidance} must be at least {least} for {family.title}, and finite")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

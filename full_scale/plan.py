@@ -126,7 +126,7 @@ def simulate(flags: PlanFlags, title: str) -> Costs:
 
 def start_trainer(flags: PlanFlags, simulation: Simulation, folder: Path) -> Trainer:
     """The trainer of the run, whose networks have no values."""
-    (folder / "model_index.json").write_text("{}")
+    write_json(folder / "model_index.json", {"_class_name": FAMILIES[flags.run.task].pipeline_name})
     (folder / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(10_000)))
     files = {"model": str(folder), "prompts": folder / "prompts.txt", "evaluation_prompts": None}
     name = flags.run.task
@@ -284,13 +284,15 @@ def verdict(flags: PlanFlags, costs: Costs) -> str:
     """Whether the run fits, and if not, the first of `remedies` with which it does."""
     if fits(costs, flags.machine):
         return "fits"
-    least = peak_gib(costs)
+    least, more = peak_gib(costs), "use more or larger GPUs"
     for change, changed in remedies(flags):
         costs = simulate(changed, f"with {change}")
         if fits(costs, flags.machine):
             return f"does not fit; with {change} it does ({peak_gib(costs):.1f} GiB)"
         least = min(least, peak_gib(costs))
-    return f"does not fit; with all changes of flags it still needs {least:.1f} GiB: use more or larger GPUs"
+    if flags.machine.gpus * flags.machine.nodes == 1 and find_spec("torchao") is None:
+        more += ", or install torchao and plan --load-in-4bit"
+    return f"does not fit; with all changes of flags it still needs {least:.1f} GiB: {more}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,7 +329,7 @@ def read_flags(arguments: list[str]) -> PlanFlags:
     if flags.task.model != published and not (Path(flags.task.model) / "model_index.json").is_file():
         raise BadInput(f"model={flags.task.model}: give a pipeline's folder, or leave it out to plan for {published}")
     if flags.task.model != published:
-        check_trainable(Path(flags.task.model))
+        check_trainable(FAMILIES[flags.run.task], Path(flags.task.model))
     if flags.task.reward != SIMULATED_REWARD:
         raise BadInput(f"reward={flags.task.reward}: plan knows {SIMULATED_REWARD}; plan with that one")
     check_machine(flags.machine)

@@ -90,14 +90,14 @@ def sample(
 
 def choose_guidance(model: str, guidance: float | None) -> float:
     """The guidance scale that was given, else the usual one of the model's family; 1 for a model without guidance."""
-    if guidance is not None:
-        check_guidance(guidance)
     folder = pipeline_folder(model)
-    if has_guidance(folder):
-        return family_of(folder).guidance if guidance is None else guidance
-    if guidance is not None:
+    family = family_of(folder)
+    if guidance is None:
+        return family.guidance if has_guidance(folder) else 1.0
+    if not has_guidance(folder):
         raise BadInput(f"guidance={guidance}, but {model} is distilled to few steps and has none: leave --guidance out")
-    return 1.0
+    check_guidance(family, guidance)
+    return guidance
 
 
 def contents(model: str, transformer: Path | None, lora: Path | None) -> dict[str, str | None]:

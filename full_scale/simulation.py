@@ -62,6 +62,8 @@ class Simulation(CostCounter):
         """A network from the meta device with fake weights of this dtype."""
         with self:
             network.to(dtype).to_empty(device="cpu").eval()
+        if hasattr(network, "tie_weights"):
+            network.tie_weights()  # to_empty gave every use of a weight its own
         network._apply = lambda *_: network  # torch cannot move fake weights, and they are everywhere
         return network
 

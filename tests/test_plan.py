@@ -20,7 +20,7 @@ from beyond import Hyper
 from full_scale import __main__ as tools
 from full_scale import plan
 from full_scale.models import FAMILIES
-from full_scale.simulation import network_from_config
+from full_scale.simulation import Simulation, network_from_config
 from runtime.cost_counter import BETWEEN, FLOP, WITHIN, CostCounter
 from runtime.counters import flop_count
 from train_leap_align import METHODS, Config, Trainer
@@ -236,6 +236,11 @@ def test_four_bits_are_the_last_change_and_one_gpus_alone(models, monkeypatch, g
     flags = plan.PlanFlags(Config(task="flux"), Hyper(), options_of(models, "flux"), plan.Machine(gpus=gpus))
     *_, (change, changed) = plan.remedies(flags)
     assert changed.task.load_in_4bit == change.endswith(" --lora-rank 64 --lr 1e-4 --load-in-4bit") == offered
+    costs = plan.Costs({"backward": {"weights": 100 * plan.GIB}}, {}, {}, {})
+    monkeypatch.setattr(plan, "simulate", lambda *_: costs)
+    advice = plan.verdict(flags, costs).partition("GiB: ")[2]
+    install = ", or install torchao and plan --load-in-4bit" if gpus == 1 and not package else ""
+    assert advice == f"use more or larger GPUs{install}"
 
 
 def test_the_plan_is_printed_and_written(models, tmp_path, capsys):
@@ -311,11 +316,14 @@ def test_klein_fits_on_24_gb_and_flux_does_not(task, verdict, tmp_path, monkeypa
         ("klein", "transformer", 408 * 3072**2 + 8192 * 3072 + 60 * 128),  # by hand: squares, inputs and output, norms
         ("klein", "vae", 84_046_115),
         ("klein", "text_encoder", 4_022_468_096),
+        # T5 by hand: the embeddings, which two modules share, 24 layers, relative positions, the last norm
+        ("flux", "text_encoder_2", 32128 * 4096 + 24 * (4 * 4096**2 + 3 * 4096 * 10240 + 2 * 4096) + 32 * 64 + 4096),
     ],
 )
 def test_the_configs_have_the_numbers_of_weights_of_the_published_models(task, name, parameters):
     network = network_from_config(FAMILIES[task].configs[name])
-    assert sum(p.numel() for p in network.parameters()) == parameters
+    for each in (network, Simulation().empty(network, torch.bfloat16)):
+        assert sum(p.numel() for p in each.parameters()) == parameters
 
 
 def test_the_page_has_its_rows():

@@ -18,7 +18,7 @@ TASKS = {"toy", "digits", "flux", "sd3", "klein"}
 PATTERNS = ("*.py", "runtime/**/*.py", "full_scale/**/*.py", "toy/**/*.py")
 FILES = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
 TREES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in FILES}
-TASK_FILES = ["flux_adapter.py", "toy/digits.py", "toy/modes.py", "toy/task.py"]
+TASK_FILES = ["flux_adapter.py", "full_scale/task.py", "toy/digits.py", "toy/modes.py", "toy/task.py"]
 
 METHODS = leap_align.METHODS | beyond.METHODS
 LEAP_ALIGN = TREES["leap_align.py"]
