@@ -46,6 +46,7 @@ from runtime.run_dir import (
     check_contents,
     check_run_folder,
     check_shared_folder,
+    checkpoints,
     locked_folder,
     write_csv,
     write_settings,
@@ -67,11 +68,11 @@ METHODS = {**leap_align.METHODS, **beyond.METHODS}
 METRICS = tuple("loss reward grad_norm weight d_j d_0 hinge_active i_k i_j leash v_norm seconds skipped".split())
 """The columns of metrics.csv, after `iteration` and before those of the task."""
 NEXT_COMMANDS = dict(
-    toy=("python train_leap_align.py --task digits",),
+    toy=("python train_leap_align.py --task digits  # toy/tour.ipynb draws what this run did",),
     digits=(
-        "python train_leap_align.py --task digits --lr 3e-4 --lam None --out runs/digits-hacked",
-        "python train_leap_align.py --task digits --lr 3e-4 --lam None --beta 3 --out runs/digits-leashed",
-        "python -m toy.laboratory leash",
+        "python train_leap_align.py --task digits --lr 3e-4 --lam None --out runs/digits-hacked  # then on a leash",
+        "python train_leap_align.py --task digits --lr 3e-4 --lam None --beta 3 --out runs/digits-leashed  # the leash",
+        "python -m toy.laboratory leash  # toy/tour.ipynb, part (h), shows the leash",
     ),
     flux=("python -m full_scale sample --help",),
     sd3=("python -m full_scale sample --help",),
@@ -426,12 +427,16 @@ def train(trainer: Trainer, folder: Path, stop_request: processes.StopRequest, t
 
 
 def announce(flags: Flags, folder: Path) -> None:
-    """Prints in three lines what the run will do; `weight` and `leash` are columns of metrics.csv."""
+    """Prints in three lines what the run will do; `weight` and `leash` are columns of metrics.csv.
+
+    On resume it names the newest checkpoint.  Should that one be damaged, loading it says so.
+    """
     config, hyper = flags.run, flags.method
     loss = "-weight * reward" if hyper.lam is None else f"weight * max(0, {hyper.lam:g} - reward)"
     leash = f" + {hyper.beta:g} * leash" if hyper.beta else ""
     sizes = f"{config.iterations} iterations of {config.batch_size} samples, {config.T} steps each"
-    print(f"{config.task} is trained to lower {loss}{leash}: {sizes}, lr {config.lr:g}.")
+    done = [f", from iteration {int(path.name)} of {config.iterations}" for path in checkpoints(folder)[-1:]]
+    print(f"{config.task} is trained to lower {loss}{leash}: {sizes}, lr {config.lr:g}{''.join(done)}.")
     print((METHODS[config.method].__doc__ or config.method).strip().splitlines()[0])
     unseen = ", ".join(task_class(config.task).held_out) or "none"
     print(f"Training never sees these evaluators: {unseen}. The folder is {folder}.", flush=True)

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shlex
 import subprocess
 import time
 
@@ -73,8 +74,16 @@ def test_a_run_says_what_it_will_do_and_what_to_look_at(tmp_path, monkeypatch, c
     ]
     assert lines[-2:] == [
         f"look at {tmp_path}/a.png, {tmp_path}/curves.png",
-        "next: python train_leap_align.py --task digits",
+        "next: python train_leap_align.py --task digits  # toy/tour.ipynb draws what this run did",
     ]
+
+
+def test_the_opening_of_a_resumed_run_says_where_it_goes_on(tmp_path, capsys):
+    flags = "--batch-size", "8", "--checkpoint-every", "2"
+    run(tmp_path, *flags, "--iterations", "3")
+    assert "of 3." not in capsys.readouterr().out
+    run(tmp_path, *flags, "--iterations", "5", "--resume")
+    assert ": 5 iterations of 8 samples, 21 steps each, lr 0.0001, from iteration 3 of 5.\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("flags", "loss"), [
@@ -109,13 +118,14 @@ def test_the_next_commands_parse_and_never_suggest_the_same_run_again():
     found, command = [], "train_leap_align.py"
     while command not in found:
         found.append(command)
-        flags = trainer.parse(command.split("train_leap_align.py")[1].split())
+        flags = trainer.parse(shlex.split(command, comments=True)[2:])
         trainer.check(flags.run, flags.method, world_size=1)
         command = trainer.next_command(flags.run.task, flags.method)
         if "train_leap_align.py" not in command:
             break
     assert [re.findall(r"--lam|--beta", c) for c in found] == [[], [], ["--lam"], ["--lam", "--beta"]]
     assert command.split()[:3] == ["python", "-m", "toy.laboratory"] and command.split()[3] in EXPERIMENTS
+    assert all("toy/tour.ipynb" in suggestion for suggestion in (found[1], command))
     assert trainer.next_command("my_task", flags.method) == "python train_leap_align.py --help"
 
 
