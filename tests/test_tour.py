@@ -27,8 +27,8 @@ NUMBER = r"-?\d+(?:\.\d+)?"
 def text_of(cell):
     """What a cell printed, and the text of its value."""
     outputs = [output for output in cell["outputs"] if output.get("name") != "stderr"]
-    values = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs]
-    return "\n".join("".join(value) for value in values if "Figure" not in "".join(value))
+    values = ["".join(output.get("text") or output.get("data", {}).get("text/plain", "")) for output in outputs]
+    return "".join(value for value in values if "Figure" not in value)  # one print may come in several outputs
 
 
 def images_of(cell):
@@ -38,15 +38,18 @@ def images_of(cell):
 
 
 def largest_difference(image, expected, size=8):
-    """Of all blocks of size x size pixels, the largest difference of mean colours, from 0 to 1.
-
-    An arrow that points elsewhere changes a few blocks much, and the whole figure hardly.
-    """
+    """Of all blocks of size x size pixels, the largest difference of mean colours, from 0 to 1."""
     assert np.abs(np.subtract(image.size, expected.size)).max() <= 2  # a tight figure may gain or lose a pixel
     width, height = (length // size for length in expected.size)
     pixels = [np.asarray(i.resize(expected.size), float)[: height * size, : width * size] for i in (image, expected)]
     difference = (pixels[0] - pixels[1]).reshape(height, size, width, size, 3) / 255
     return np.abs(difference.mean((1, 3))).max()
+
+
+def changed_pixels(image, expected):
+    """How many pixels have another colour."""
+    assert image.size == expected.size
+    return (np.abs(np.subtract(image, expected, dtype=float)).max(2) > 0.1 * 255).sum()
 
 
 def code_of_parts(letters):
@@ -78,9 +81,12 @@ def test_the_notebook_has_all_parts_and_its_links_exist():
     assert len(links) > 10 and all((NOTEBOOK.parent / target).exists() for target in links)
 
 
-@pytest.mark.parametrize("skipped", [pytest.param("", marks=pytest.mark.slow), "digits"])
+@pytest.mark.parametrize("skipped", [
+    pytest.param("", marks=pytest.mark.slow, id="all cells"),
+    pytest.param("digits", id="without the cells of digits"),
+])  # fmt: skip
 def test_running_the_notebook_gives_the_committed_outputs(skipped):
-    """Its asserts hold; what it prints is nearly the same, and figures differ little everywhere.
+    """Its asserts hold; what it prints is nearly the same, and figures are the same but for a few pixels.
 
     Cells that run again after all others give the same again: no cell replaces what another one uses.
     Without a cache it pre-trains both networks, of which that of the digits takes most of the time.
@@ -102,14 +108,35 @@ def test_running_the_notebook_gives_the_committed_outputs(skipped):
 
 
 def check_same_outputs(committed, fresh):
-    """Training on digits at a large learning rate amplifies rounding, which differs between processors."""
-    rel, size = (0.2, 32) if "digits" in committed["metadata"].get("tags", []) else (0.05, 8)
+    """Training on digits at a large learning rate amplifies rounding, which differs between processors.
+
+    Elsewhere a dot may move by a pixel.  An arrow that points elsewhere changes more of them.
+    """
+    has_digits = "digits" in committed["metadata"].get("tags", [])
     expected, text = text_of(committed), text_of(fresh)
-    assert re.sub(NUMBER, "N", text) == re.sub(NUMBER, "N", expected)
+    assert re.sub(rf" *{NUMBER}", " N", text) == re.sub(rf" *{NUMBER}", " N", expected)  # -0.00 is 0.00
     numbers, expected_numbers = (list(map(float, re.findall(NUMBER, t))) for t in (text, expected))
-    assert numbers == pytest.approx(expected_numbers, rel=rel, abs=0.02)
+    assert numbers == pytest.approx(expected_numbers, rel=0.2 if has_digits else 0.05, abs=0.02)
     for image, expected_image in zip(images_of(fresh), images_of(committed), strict=True):
-        assert largest_difference(image, expected_image, size) < 0.1
+        if has_digits:
+            assert largest_difference(image, expected_image, size=32) < 0.1
+        else:
+            assert changed_pixels(image, expected_image) <= 16
+    if has_digits and text:
+        check_what_the_text_says_of_reward_hacking(text)
+
+
+def check_what_the_text_says_of_reward_hacking(printed):
+    rows = {line[:12].strip(): list(map(float, re.findall(NUMBER, line))) for line in printed.splitlines()}
+    (free, hinge, leash), (_, real_diversity) = (rows[n] for n in ("no restraint", "hinge", "leash")), rows["real data"]
+    for reward, utility, diversity, _ in (hinge, leash):
+        assert reward < free[0] and utility > free[1] + 1 and 2 * diversity < real_diversity
+    assert free[1] < free[3] - 1 and 2 * free[2] < real_diversity  # utility falls again, diversity all the time
+    assert leash[1] > hinge[1] + 1
+
+
+def test_the_text_on_reward_hacking_is_what_was_measured():
+    check_what_the_text_says_of_reward_hacking(text_of(CODE[-2]))
 
 
 # What it measures

@@ -14,6 +14,8 @@ from toy.task import ToyTask
 
 TRUE, FIRST, SECOND, NESTED = "black", pictures.COLORS[4], pictures.COLORS[2], pictures.COLORS[3]
 """Colors of true gradients, of the gradients of the first and the second leap, and of the nested one."""
+METHODS = (TRUE, *(color for color in pictures.COLORS if color != "#000000"), "#F0E442")
+"""Colors of methods, the true gradient's first; on a grey ground the yellow of Okabe and Ito is seen as well."""
 
 
 # What the notebook measures
