@@ -21,8 +21,8 @@ from toy.task import ToyOptions
 LEAP = "black"
 CAPTIONS = (
     "noise: each point has a prompt that names a mode",
-    "timestep $i_k$: a leap predicts $x_j$ in one step",
-    "timestep $i_j$: a connector (dotted) leads to the real $x_j$; a second leap predicts $x_0$",
+    "time $k$: a leap predicts $x_j$, the state at time $j$, in one step",
+    "time $j$: a connector (dotted) leads to the real $x_j$; a second leap predicts $x_0$",
     "image: the reward scores the real $x_0$; its gradient passes through the two leaps alone",
 )
 """What the animation says at x_T, x_k, x_j and x_0."""
