@@ -9,13 +9,14 @@ import torch
 from beyond import DEFAULTS, Hyper
 from leap_align import rollout, uniform_times
 from tests.problems import randn, seeded
-from toy.laboratory import beyond, other_trainers, plots
+from toy.laboratory import beyond, other_trainers, plots, train_run
 from toy.laboratory.beyond import Setting
 from toy.laboratory.gradients import INPUT_SEED, GradientSampler, step_fidelity
 from toy.laboratory.laboratory import SMOKE, Laboratory, Scale
 from toy.laboratory.other_trainers import GROUP, TRAINERS, NoisyStep, advantages, noisy_mean
 from toy.laboratory.result_cache import ResultCache
 from toy.laboratory.train_run import EvaluationCounter, budget_run, fresh_task, make_trainer
+from train_leap_align import METHODS
 
 # Counted evaluations
 
@@ -67,6 +68,30 @@ def test_a_run_is_evaluated_at_the_iteration_next_to_each_budget():
     assert not run["error"]
     assert [metrics["evaluations"] for metrics in run["metrics"]] == [0, 14, 42, 70]
     assert [metrics["iterations"] for metrics in run["metrics"]] == [0, 1, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("method", "T", "hyper", "expected"),
+    [
+        ("leap_align", 25, {}, {"alpha": 0.3, "lam": 0.0, "beta": 0.0}),
+        ("leap_align", 25, {"lam": None, "beta": 3.0}, {"lam": None, "beta": 3.0}),
+        ("sparse", 25, {}, {"lam": 0.0, "K": 3}),
+        ("bridge", 8, {"K": 2}, {"alpha": 0.1, "K": 2}),
+        ("refl", 25, {}, {"m": 11}),
+        ("refl", 5, {}, {"m": 2}),
+    ],
+)
+def test_a_run_trains_with_the_methods_own_hyperparameters_and_a_hinge_at_0(monkeypatch, method, T, hyper, expected):
+    class Built(Exception):
+        pass
+
+    def make_trainer(task, method, lr, batch_size, seed, ema_decay, hyper):
+        assert {name: getattr(hyper, name) for name in expected} == expected
+        raise Built
+
+    monkeypatch.setattr(train_run, "make_trainer", make_trainer)
+    with pytest.raises(Built):
+        budget_run("toy", method, T, 1e-3, 0, [10], hyper, smoke=True)
 
 
 def test_a_run_that_breaks_keeps_what_it_has_and_its_error():
@@ -149,6 +174,30 @@ def test_a_group_has_one_prompt_and_one_noise(monkeypatch):
         assert (groups == groups[:, :1]).all() and (groups[0] != groups[1]).any()
 
 
+@pytest.mark.parametrize("trained", [[8], [8, 7, 6]])
+def test_a_sampling_run_has_two_updates_each_with_the_mean_over_the_trained_timesteps(monkeypatch, trained):
+    """Every timestep of every half of the groups has the gradient 1; so has their mean, however many there are."""
+    trainer, gradients = trainer_of("dancegrpo"), []
+    weight = trainer.task.model.body[0].weight
+    monkeypatch.setattr(trainer, "timesteps", lambda: (trained, trained))
+    monkeypatch.setattr(trainer, "loss", lambda *_: weight.sum())
+
+    def optimizer_step(loss):
+        gradients.append(weight.grad.clone())
+        weight.grad = None
+        return 0.0
+
+    monkeypatch.setattr(trainer, "optimizer_step", optimizer_step)
+    trainer.step()
+    assert len(gradients) == 2
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, torch.ones_like(gradient))
+
+
+def test_the_noise_of_the_walks_is_that_of_the_papers():
+    assert (TRAINERS["dancegrpo"].eta, TRAINERS["mixgrpo"].eta) == (0.3, 0.7)
+
+
 def test_the_window_slides_from_the_noise_to_the_image_and_returns():
     trainer = trainer_of("mixgrpo", T=25)
     windows = []
@@ -208,24 +257,36 @@ def runs_with(*utilities):
 
 def test_cost_to_reach_the_published_utility_against_a_hand_calculation():
     """The mean rises from -10 to -6, and the target is -8."""
-    runs, published = runs_with([-10, -5, -4], [-10, -7, -4]), runs_with([0, -9], [0, -7])
+    runs, published = runs_with([-10, -5, -4], [-10, -7, -4]), runs_with([-20, -9], [-20, -7])
     found = beyond.cost_to_reach(runs, published)
     assert found["needed"] == pytest.approx(50) and found["share"] == pytest.approx(0.5)
     # Without the first seed the target is -7, which the second run reaches after 100; without the second -9, after 20.
     assert found["needed_error"] == pytest.approx(math.sqrt(0.5 * (40**2 + 40**2)))
     assert found["share_error"] == pytest.approx(found["needed_error"] / 100)
+    for name in ("share_alike", "share_of_best"):
+        assert (found[name], found[f"{name}_error"]) == (found["share"], found["share_error"])
+
+
+def test_a_published_run_that_loses_utility_again_is_also_compared_at_its_best():
+    """It has -8 after 75 evaluations, is best after 100, with -6, and ends after 300, with -8 again."""
+    runs, published = runs_with([-10, -6, -4], [-10, -6, -4]), runs_with([-14, -6, -7, -8], [-14, -6, -7, -8])
+    found = beyond.cost_to_reach(runs, published)
+    assert (found["needed"], found["share"], found["share_of_best"]) == (50, pytest.approx(50 / 300), 1)
+    assert found["share_alike"] == pytest.approx(50 / 75)
 
 
 def test_a_mean_that_does_not_reach_the_published_utility_has_no_cost():
-    assert beyond.cost_to_reach(runs_with([-10, -9], [-10, -9]), runs_with([0, -8], [0, -8])) == {}
+    assert beyond.cost_to_reach(runs_with([-10, -9], [-10, -9]), runs_with([-20, -8], [-20, -8])) == {}
     # Both together reach -8, the second alone does not.
-    found = beyond.cost_to_reach(runs_with([-10, -5], [-10, -9]), runs_with([0, -8], [0, -8]))
-    assert found == {"needed": pytest.approx(200 / 3), "share": pytest.approx(2 / 3)}
+    found = beyond.cost_to_reach(runs_with([-10, -5], [-10, -9]), runs_with([-20, -8], [-20, -8]))
+    assert found == {"needed": pytest.approx(200 / 3)} | dict.fromkeys(
+        ("share", "share_alike", "share_of_best"), pytest.approx(2 / 3)
+    )
 
 
 def test_every_setting_is_trained_once_and_the_published_one_is_among_them():
     settings = list(beyond.settings_of("digits", (5, 6, 8, 12, 25)))
-    assert len(settings) == len(set(settings)) == 5 * 5 + 7 * 5 * 2 + 4 * 2
+    assert len(settings) == len(set(settings)) == 12 * 5 * 2 + 4 * 2
     (published,) = [setting for setting in settings if setting.is_published]
     assert published.hyper == {"solver": "euler"} and (published.T, published.method) == (25, "leap_align")
     assert Setting("toy", "stratified", "K 4", 8, "ab2").hyper == {"solver": "ab2", "K": 4}
@@ -258,6 +319,20 @@ def test_learning_rates_are_chosen_by_the_utility_of_the_tuning_seeds_for_each_b
     settings = [Setting("toy", "refl", "", 8), Setting("toy", "refl", "", 8, "ab2")]
     rates = beyond.learning_rates(lab, settings)
     assert rates == {(s, budget): lr for s in settings for budget, lr in (("small", 1e-2), ("large", 1e-4))}
+
+
+def test_policy_gradient_has_lower_rates_and_the_small_budget_more_seeds():
+    lab = Laboratory(None, None, Scale())
+    rates = {method: beyond.candidate_rates(lab, Setting("digits", method, "", 25)) for method in METHODS | TRAINERS}
+    assert all(rates[name] == rates["leap_align"] for name in METHODS)
+    assert all(min(rates[name]) < min(rates["leap_align"]) for name in TRAINERS)
+    assert beyond.tuning_seeds(lab, "small") == (100, 101, 102, 103, 104, 105)
+    assert beyond.tuning_seeds(lab, "large") == (100, 101)
+
+
+def test_a_broken_run_is_worse_than_any_other():
+    good, broken = runs_with([-1e6])[0], {"metrics": [], "error": "broke"}
+    assert beyond.mean_utility([good, broken]) < beyond.mean_utility([good, good])
 
 
 def test_the_setting_of_a_method_is_chosen_on_the_tuning_seeds(tmp_path, monkeypatch):

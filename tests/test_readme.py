@@ -18,7 +18,7 @@ import train_leap_align as trainer
 from runtime.run_dir import read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("", "toy/", "toy/laboratory/", "toy/benchmark/", "full_scale/", "runtime/")
+FOLDERS = ("", "toy/", "toy/laboratory/", "toy/laboratory/results/", "toy/benchmark/", "full_scale/", "runtime/")
 PAGES = {f"{folder}README.md": (ROOT / folder / "README.md").read_text() for folder in FOLDERS}
 README = PAGES["README.md"]
 TABLE = re.search(r"\| equation \|.*?\n\n", README, re.S).group().splitlines()[2:]
@@ -265,7 +265,8 @@ def test_the_example_of_a_reward_keeps_the_contract():
 
 def test_every_number_of_the_laboratory_is_in_its_tables():
     """`a ± b` on the pages is a value and its error in some row of the committed CSV files."""
-    shown = set(re.findall(r"[+-]?\d+\.\d+ ± \d+\.\d+", PAGES["toy/laboratory/README.md"]))
+    pages = PAGES["toy/laboratory/README.md"] + PAGES["toy/laboratory/results/README.md"]
+    shown = set(re.findall(r"[+-]?\d+\.\d+ ± \d+\.\d+", pages))
     known = set()
     for path in (ROOT / "toy" / "laboratory" / "results").glob("*.csv"):
         for row in read_csv(path):

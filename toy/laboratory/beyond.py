@@ -30,6 +30,8 @@ LOW_LEARNING_RATES = {"toy": (3e-4, 1e-3, 3e-3, 1e-2), "digits": (1e-4, 3e-4, 1e
 MORE_TUNING_SEEDS = tuple(range(100, 106))
 CURVE_FRACTIONS = {"small": (0, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1), "large": (1 / 3, 2 / 3, 1)}
 """Fractions of a budget after which a run is evaluated."""
+PUBLISHED_FRACTIONS = tuple(i / 12 for i in range(1, 13))
+"""The same for the large budget of the published setting, of which the best point counts."""
 SHOWN = {"toy": ("utility", "log_density", "spread"), "digits": ("utility", "nearest_real", "diversity")}
 """Held-out evaluators in the figure."""
 FIDELITY: dict[str, tuple[str, dict[str, Any]]] = {
@@ -78,13 +80,10 @@ class Setting:
 
 
 def settings_of(task: str, step_counts: tuple[int, ...]) -> Iterator[Setting]:
-    """All settings of a task; the paper's own methods keep the paper's solver."""
-    paper = [(name, "") for name in ("leap_align", "refl", "draft_lv", "drtune", "full_backprop")]
-    for (method, option), steps in product(paper, step_counts):
-        yield Setting(task, method, option, steps)
-    newer = [("leap_align", "alpha 1"), ("sparse", ""), ("bridge", ""), ("lagrange", "")]
-    newer += [("stratified", f"K {K}") for K in (2, 3, 4)]
-    for (method, option), steps, solver in product(newer, step_counts, SOLVERS):
+    """All settings of a task."""
+    methods = [("leap_align", ""), ("leap_align", "alpha 1"), *(("stratified", f"K {K}") for K in (2, 3, 4))]
+    methods += [(name, "") for name in ("refl", "draft_lv", "drtune", "full_backprop", "sparse", "bridge", "lagrange")]
+    for (method, option), steps, solver in product(methods, step_counts, SOLVERS):
         yield Setting(task, method, option, steps, solver)
     others = (("dancegrpo", ""), ("mixgrpo", ""), ("replay", "alpha 1"), ("stratified", "leash"))
     for (method, option), steps in product(others, (8, 25)):
@@ -128,7 +127,7 @@ def learning_rates(lab: Laboratory, settings: list[Setting]) -> Rates:
         runs = lab.train_runs(tried, tuning_seeds(lab, budget), f"learning rates, {budget} budget", budget_run)
         for setting in settings:
             tuned = replace(setting, solver="euler")
-            utility = {lr: mean_utility(runs[tuned, lr]) for lr in candidate_rates(lab, setting)}
+            utility = {lr: mean_utility(runs[tuned, lr]) for lr in candidate_rates(lab, tuned)}
             best[setting, budget] = max(utility, key=utility.get)
     return best
 
@@ -154,7 +153,9 @@ def training_runs(lab: Laboratory, settings: list[Setting], rates: Rates) -> Run
     """The runs of the tables: for each budget with the rate chosen for it, evaluated along it."""
     planned = {}
     for setting, (budget, n) in product(settings, lab.scale.budgets.items()):
-        points = [round(n * COST * fraction) for fraction in CURVE_FRACTIONS[budget]]
+        is_target = setting.is_published and budget == "large"
+        fractions = PUBLISHED_FRACTIONS if is_target else CURVE_FRACTIONS[budget]
+        points = [round(n * COST * fraction) for fraction in fractions]
         planned[setting, budget] = run_settings(setting, rates[setting, budget], points)
     return lab.train_runs(planned, lab.scale.seeds, "beyond", budget_run)
 
@@ -179,7 +180,7 @@ def chosen_settings(lab: Laboratory, settings: list[Setting], rates: Rates) -> l
 def table_rows(runs: Runs, rates: Rates, published: dict[str, Setting]) -> list[dict[str, Any]]:
     """The metrics of each setting at the end of each budget; no metrics and n = 0 if a run of it broke.
 
-    Rows of the small budget also have the evaluations to the published utility.
+    Rows of the small budget also have what `cost_to_reach` returns.
     """
     rows = []
     for (setting, budget), seed_runs in runs.items():
@@ -193,31 +194,51 @@ def table_rows(runs: Runs, rates: Rates, published: dict[str, Setting]) -> list[
 
 
 def cost_to_reach(runs: list[dict[str, Any]], published: list[dict[str, Any]]) -> dict[str, float]:
-    """`needed`: evaluations after which the mean utility reaches that of the published runs at their end.
+    """What the runs need for the mean utility of the published runs: see `shares`.
 
-    `share`: over theirs.  The errors are the jackknife's: both means without one seed after the other.  No error if
-    the means of some seeds never reach it, and nothing if that of all never does.
+    The errors are the jackknife's: all means without one seed after the other.  Nothing if the mean of all seeds never
+    reaches that utility, and no error if the means of some never do.
     """
-    seeds = range(len(runs))
-    needed, *others = (_needed(runs, published, [s for s in seeds if s != left_out]) for left_out in (None, *seeds))
-    if needed is None:
-        return {}
-    cost = {"needed": needed}
-    if None not in others:
-        n, mean = len(others), sum(others) / len(others)
-        cost["needed_error"] = math.sqrt((n - 1) / n * sum((other - mean) ** 2 for other in others))
-    evaluations, _ = mean_and_error([run["metrics"][-1]["evaluations"] for run in published])
-    return cost | {name.replace("needed", "share"): value / evaluations for name, value in cost.items()}
+    curves = [(mean_curve(runs, left_out), mean_curve(published, left_out)) for left_out in (None, *range(len(runs)))]
+    of_all, *of_others = (shares(*pair) for pair in curves)
+    row = {}
+    for name, value in of_all.items():
+        others = [of_other.get(name) for of_other in of_others]
+        row[name] = value
+        if None not in others:
+            n, mean = len(others), sum(others) / len(others)
+            row[f"{name}_error"] = math.sqrt((n - 1) / n * sum((other - mean) ** 2 for other in others))
+    return row
 
 
-def _needed(runs: list[dict[str, Any]], published: list[dict[str, Any]], seeds: list[int]) -> float | None:
-    """The evaluations, from these seeds alone, interpolated between two evaluations of the runs."""
-    threshold = mean_and_error([published[seed]["metrics"][-1]["utility"] for seed in seeds])[0]
-    points = zip(*(runs[seed]["metrics"] for seed in seeds))
-    curve = [[mean_and_error([m[name] for m in point])[0] for name in ("evaluations", "utility")] for point in points]
+def mean_curve(runs: list[dict[str, Any]], left_out: int | None) -> list[tuple[float, float]]:
+    """Evaluations and utility along the runs, means over all seeds but one."""
+    points = zip(*(run["metrics"] for seed, run in enumerate(runs) if seed != left_out))
+    means = [[mean_and_error([m[name] for m in point])[0] for name in ("evaluations", "utility")] for point in points]
+    return [(evaluations, utility) for evaluations, utility in means]
+
+
+def shares(curve: list[tuple[float, float]], published: list[tuple[float, float]]) -> dict[str, float]:
+    """needed: evaluations to the utility that the published runs have at their end.  Without what is never reached.
+
+    share: needed over theirs.  share_alike: over those with which they first have this utility, for it may fall again.
+    share_of_best: evaluations to their best utility, over theirs to it.
+    """
+    (end, utility), (to_best, best) = published[-1], max(published, key=lambda point: point[1])
+    needed, needed_for_best = evaluations_to(utility, curve), evaluations_to(best, curve)
+    found = {}
+    if needed is not None:
+        found |= {"needed": needed, "share": needed / end, "share_alike": needed / evaluations_to(utility, published)}
+    if needed_for_best is not None:
+        found["share_of_best"] = needed_for_best / to_best
+    return found
+
+
+def evaluations_to(utility: float, curve: list[tuple[float, float]]) -> float | None:
+    """Where a curve first reaches this utility, interpolated between two of its points."""
     for (x, y), (x_next, y_next) in pairwise(curve):
-        if y_next >= threshold:
-            return x + (threshold - y) / (y_next - y) * (x_next - x)
+        if y_next >= utility:
+            return x + (utility - y) / (y_next - y) * (x_next - x)
     return None
 
 
@@ -259,7 +280,8 @@ def gradient_rows(lab: Laboratory) -> list[dict[str, Any]]:
 
 def tables(rows: list[dict], headline: list[dict], gradients: list[dict]) -> str:
     """Tables of the headline, of all settings for each task and budget, and of the gradients."""
-    columns = ["task", "method", "option", "T", "solver", "lr", "needed", "share"]
+    columns = ["task", "method", "option", "T", "solver", "lr", "needed"]
+    columns += ["share", "share_alike", "share_of_best"]
     blocks = ["### Evaluations to the published utility", markdown_table(headline, columns)]
     for task, budget in dict.fromkeys((row["task"], row["budget"]) for row in rows):
         table = [row for row in rows if (row["task"], row["budget"]) == (task, budget)]

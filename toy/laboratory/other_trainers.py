@@ -33,7 +33,6 @@ from train_leap_align import Trainer
 
 GROUP = 8
 """Images of a prompt."""
-MAX_ADVANTAGE = 5.0
 CLIP = 0.2
 """c: the probability of a step has no gradient once it has changed by this share."""
 UPDATES = 2
@@ -63,11 +62,10 @@ def noisy_mean(x: Tensor, v: Tensor, t: Tensor, s: Tensor, eta: float) -> Tensor
 
 
 def advantages(reward: Tensor) -> Tensor:
-    """A (B,) of rewards (B,): normalised within each group, bounded, 0 where all images of a group are equal."""
+    """A (B,) of rewards (B,): normalised within each group, 0 where all images of a group are equal."""
     groups = reward.reshape(-1, GROUP)
     centred = groups - groups.mean(1, keepdim=True)
-    normalised = centred / (centred.square().mean(1, keepdim=True).sqrt() + 1e-8)
-    return normalised.clamp(-MAX_ADVANTAGE, MAX_ADVANTAGE).flatten()
+    return (centred / (centred.square().mean(1, keepdim=True).sqrt() + 1e-8)).flatten()
 
 
 class PolicyGradient(Trainer):

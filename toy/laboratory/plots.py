@@ -246,7 +246,7 @@ def beyond(path: Path, rows: Rows, shown: dict[str, tuple[str, ...]], small: int
     """A row for each task: held-out evaluators against evaluations, a line for each method at its chosen setting.
 
     Left of `small` evaluations are the runs with the rate for the small budget, right of it those for the large one.
-    The published setting is thick.  Bands are standard errors.
+    The published setting is thick, and drawn from its start with both.  Bands are standard errors.
     """
     tasks = _unique(rows, "task")
     figure = Figure(figsize=(15, 4.6 * len(tasks)), layout="constrained")
@@ -257,7 +257,7 @@ def beyond(path: Path, rows: Rows, shown: dict[str, tuple[str, ...]], small: int
             for number, setting in enumerate(dict.fromkeys(map(_setting, task_rows))):
                 _budget_lines(axis, number, [row for row in task_rows if _setting(row) == setting], name)
             axis.axvline(small, color="0.5", lw=0.8, ls=":")
-            axis.set(xlabel="velocity evaluations a sample", ylabel=f"{name} (held out)", title=task, xscale="log")
+            axis.set(xlabel="velocity evaluations a sample", ylabel=name, title=task, xscale="log")
             axis.set_ylim(*_range([row[name] for row in task_rows], is_cost=name == "nearest_real"))
             axis.grid(alpha=0.3)
         axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=9, frameon=False)
