@@ -296,8 +296,9 @@ def test_the_page_shows_what_the_plan_computes(flags, training, every, step, tmp
     assert numbers["training_gib"] == pytest.approx(float(training), abs=0.06)
     assert numbers["peak_gib"] == pytest.approx(float(every), abs=0.06)
     number, unit = step.split()
-    digits = 60 * 0.05 if unit == "min" else 0.5
-    assert numbers["seconds_per_step"] == pytest.approx(float(number) * (60 if unit == "min" else 1), abs=1.01 * digits)
+    minutes_or_seconds = numbers["seconds_per_step"] / (60 if unit == "min" else 1)
+    rounding = 0.505 / 10 ** len(number.partition(".")[2])
+    assert minutes_or_seconds == pytest.approx(float(number), abs=rounding)
 
 
 @pytest.mark.slow
