@@ -74,9 +74,9 @@ NEXT_COMMANDS = dict(
         "python train_leap_align.py --task digits --lr 3e-4 --lam None --beta 3 --out runs/digits-leashed  # the leash",
         "python -m toy.laboratory leash  # toy/tour.ipynb, part (h), shows the leash",
     ),
-    flux=("python -m full_scale sample --help",),
-    sd3=("python -m full_scale sample --help",),
-    klein=("python -m full_scale sample --help",),
+    **dict.fromkeys(
+        ("flux", "sd3", "klein"), ("python -m full_scale sample --help  # draws images with the weights of this run",)
+    ),
 )
 """What to try after a run of a task: one command, or one each after a run with hinge, without restraint, on a leash."""
 CHANGEABLE_ON_RESUME = frozenset(
@@ -455,7 +455,8 @@ def write_report(trainer: Trainer, folder: Path, tracker: Any) -> None:
     report.write_report(folder, trainer.progress)
     if tracker:
         tracker.add_figures(trainer.progress.iteration)
-    print(f"look at {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
+    pictures = [*sorted(folder.glob("*.png")), *sorted(folder.glob("samples/*.png"))[-1:]]
+    print(f"look at {', '.join(map(str, pictures))}")
     print(f"next: {next_command(trainer.config.task, trainer.hyper)}")
 
 

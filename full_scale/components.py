@@ -25,7 +25,7 @@ def load_component(folder: Path, kind: Any, dtype: torch.dtype) -> Any:
     options: dict[str, Any] = {"local_files_only": True}
     is_network = isinstance(kind, type) and issubclass(kind, nn.Module)
     if is_network:
-        read_json(folder / "config.json")
+        _check_class(folder, kind)
         options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     try:
         loaded = kind.from_pretrained(folder, **options)
@@ -37,6 +37,13 @@ def load_component(folder: Path, kind: Any, dtype: torch.dtype) -> Any:
     if missing := sorted(info["missing_keys"]):
         raise BadInput(f"weights are missing in {folder} ({len(missing)}, such as {missing[0]}): {REMEDY}")
     return network
+
+
+def _check_class(folder: Path, kind: type[nn.Module]) -> None:
+    """Refuses a network of another class; transformers' configs name none."""
+    name = read_json(folder / "config.json").get("_class_name", kind.__name__)
+    if name != kind.__name__:
+        raise BadInput(f"{folder} holds a {name}, not a {kind.__name__}: choose the weights of this pipeline's kind")
 
 
 def check_files(folder: Path) -> None:

@@ -155,7 +155,7 @@ def claimed_output_folder(folder: Path, tool: str, settings: dict[str, Any]) -> 
 
 def _check_same_settings(folder: Path, path: Path, settings: dict[str, Any]) -> None:
     if path.exists() and (changes := _changes(read_json(path), _as_json(settings))):
-        raise BadInput(f"{folder} was filled with other settings: {changes}; choose another --out")
+        raise BadInput(f"{folder} was filled with other settings: {changes}; choose another folder")
 
 
 def check_new_file(path: Path) -> None:
@@ -197,11 +197,11 @@ def locked_folder(folder: Path, settings_file: str, tool: str) -> Iterator[None]
 
 def _check_own(folder: Path, settings_file: Path, tool: str) -> None:
     if folder.exists() and not folder.is_dir():
-        raise BadInput(f"{folder} is a file: choose another --out")
+        raise BadInput(f"{folder} is a file: choose another folder")
     if not folder.exists() or all(_is_own_trace(file.name) for file in folder.iterdir()):
         return
     if not settings_file.is_file() or read_json(settings_file).get("tool") != tool:
-        raise BadInput(f"{folder} is not empty, and {tool} did not fill it: choose another --out")
+        raise BadInput(f"{folder} is not empty, and {tool} did not fill it: choose another folder")
 
 
 def _is_own_trace(name: str) -> bool:

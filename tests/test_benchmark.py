@@ -195,7 +195,7 @@ def test_the_benchmark_measures_again_in_its_own_folder_and_refuses_another(tmp_
     for _ in range(2):
         benchmark.main(options(out=tmp_path / "own"))
     assert (tmp_path / "own" / "memory.csv").exists()
-    with pytest.raises(BadInput, match=r"toy.benchmark did not fill it: choose another --out$"):
+    with pytest.raises(BadInput, match=r"toy.benchmark did not fill it: choose another folder$"):
         benchmark.main(options(out=tmp_path / "mine"))
     assert (tmp_path / "mine" / "memory.csv").read_text() == "mine"
 

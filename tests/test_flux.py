@@ -119,6 +119,18 @@ def test_half_precision_computes_in_bfloat16_and_keeps_the_rest_in_float32(model
     assert {p.dtype for p in task.reward_model.parameters()} == {torch.float32}
 
 
+def test_half_precision_applies_the_statistics_of_kleins_latents_in_float32(models):
+    task = task_of(models, "klein", precision="bfloat16")
+    x_0, bn = task.noise(1, seeded()), task.pipeline.vae.bn
+    mean, variance = (value.double().view(1, -1, 1, 1) for value in (bn.running_mean, bn.running_var))
+    expected = x_0.double() * (variance + task.pipeline.vae.config.batch_norm_eps).sqrt() + mean
+    found = task.unpack(x_0)
+    assert found.dtype == torch.float32
+    # The channels of a state are 2x2 patches of the latents.
+    patches = found.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 1, 4, 5, 2, 3).flatten(1, 3)
+    torch.testing.assert_close(patches, expected.float(), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["flux", "klein"])
 def test_half_precision_rounds_the_time_as_the_pipeline_does(models, name):
     task, pipeline, times = (

@@ -219,8 +219,9 @@ def test_adapters_of_another_model_are_refused(models, tmp_path):
     command += ["--out", tmp_path / "i"]
     assert "does not fit" in refusal([*command, "--lora", tmp_path / "sd3" / "lora"], tools.main)
     assert "does not exist" in refusal([*command, "--lora", tmp_path / "none"], tools.main)
-    line = refusal([*command, "--transformer", models / "sd3" / "transformer"], tools.main)
-    assert "transformer cannot be loaded as FluxTransformer2DModel" in line
+    for name, kind in {"sd3": "SD3Transformer2DModel", "klein": "Flux2Transformer2DModel"}.items():
+        line = refusal([*command, "--transformer", models / name / "transformer"], tools.main)
+        assert f"transformer holds a {kind}, not a FluxTransformer2DModel: choose the weights of this" in line
     weights = load_file(tmp_path / "sd3" / "lora" / "pytorch_lora_weights.safetensors")
     (tmp_path / "wide").mkdir()
     wide = {k.replace("transformer_blocks.1", "transformer_blocks.0"): w.repeat(1, 2) for k, w in weights.items()}

@@ -53,7 +53,7 @@ def test_score_never_prints_the_mean_of_another_folder(models, tmp_path):
     tool(*scoring(models, tmp_path / "a" / "images", out))
     line = refusal(scoring(models, tmp_path / "b" / "images", out), tools.main)
     assert "scores was filled with other settings: images was content " in line
-    assert "choose another --out" in line
+    assert "choose another folder" in line
 
 
 def test_score_finds_its_mean_again_when_images_and_weights_have_moved(models, tmp_path, capsys):

@@ -166,8 +166,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(models, tmp_path):
     assert_close(load_file(tmp_path / "resumed" / file), load_file(tmp_path / "uninterrupted" / file), 0, 0)
 
 
-def test_a_run_logs_saturated_pixels_and_active_hinges_and_writes_its_images(models, tmp_path):
+def test_a_run_logs_saturated_pixels_and_active_hinges_and_writes_its_images(models, tmp_path, capsys):
     table = train(tmp_path, flags(models, "flux", "--lam", "0.0", "--iterations", "2"))
+    assert f"look at {tmp_path}/curves.png, {tmp_path}/samples/000002.png\nnext: python -m" in capsys.readouterr().out
     assert all(0 <= row["saturated"] <= 1 and row["hinge_active"] in (0, 0.25, 0.5, 0.75, 1) for row in table)
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["000000.png", "000002.png"]
     after = json.loads((tmp_path / "result.json").read_text())["after"]

@@ -91,7 +91,7 @@ def test_smoke_and_real_results_have_a_folder_each(first, no_experiment, tmp_pat
 
 def test_a_folder_that_the_laboratory_did_not_fill_is_refused(no_experiment, tmp_path):
     (tmp_path / "pairs.md").write_text("mine")
-    with pytest.raises(SystemExit, match=r"toy.laboratory did not fill it: choose another --out$"):
+    with pytest.raises(SystemExit, match=r"toy.laboratory did not fill it: choose another folder$"):
         laboratory.main("pairs", tmp_path)
     assert (tmp_path / "pairs.md").read_text() == "mine"
 

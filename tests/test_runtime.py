@@ -73,7 +73,7 @@ def test_a_tool_refuses_a_folder_with_other_settings(tmp_path):
         with claimed_output_folder(tmp_path, "sample", {"steps": 2, "lora": tmp_path}):
             pass
     with (
-        pytest.raises(BadInput, match=r"steps was 2, is 3; choose another --out"),
+        pytest.raises(BadInput, match=r"steps was 2, is 3; choose another folder"),
         claimed_output_folder(tmp_path, "sample", {"steps": 3, "lora": tmp_path}),
     ):
         pass

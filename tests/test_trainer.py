@@ -132,7 +132,7 @@ def test_the_next_commands_parse_and_never_suggest_the_same_run_again():
 @pytest.mark.parametrize("task", ["flux", "sd3", "klein"])
 def test_the_next_command_of_a_full_size_task_shows_its_help(task, monkeypatch, capsys):
     pytest.importorskip("diffusers")
-    python, dash_m, module, *arguments = trainer.next_command(task, beyond.Hyper()).split()
+    python, dash_m, module, *arguments = shlex.split(trainer.next_command(task, beyond.Hyper()), comments=True)
     assert (python, dash_m, module) == ("python", "-m", "full_scale")
     with pytest.raises(SystemExit) as stop:
         full_scale.__main__.main(arguments)
