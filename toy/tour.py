@@ -32,12 +32,12 @@ def shift_of_images(task: ToyTask, x_T: Tensor, prompts: Tensor, direction: Tens
     """How far a small step of the weights moves each image, (B, *S): direction (P,), scaled to this length."""
     weights = list(task.model.parameters())
     before = parameters_to_vector(weights)
-    images = []
     with torch.no_grad():
-        for theta in (before, before + length * direction / direction.norm(), before):
-            vector_to_parameters(theta, weights)
-            images.append(rollout(task.velocity(prompts), x_T, task.times)[0])
-    return images[1] - images[0]
+        images = rollout(task.velocity(prompts), x_T, task.times)[0]
+        vector_to_parameters(before + length * direction / direction.norm(), weights)
+        moved = rollout(task.velocity(prompts), x_T, task.times)[0]
+        vector_to_parameters(before, weights)
+    return moved - images
 
 
 # What the notebook draws
