@@ -31,7 +31,9 @@ def write(folder, task):
     benchmark.write_pipeline(folder, task, config)
 
 
-@pytest.mark.parametrize("task", SMALL)
+@pytest.mark.parametrize(
+    "task", ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in SMALL if name != "flux")]
+)
 def test_the_step_runs_at_a_tiny_size_and_costs_what_the_plan_says(tmp_path, task):
     write(tmp_path, task)
     counts, planned = [], []

@@ -82,7 +82,9 @@ def test_smoke_and_real_results_have_a_folder_each(first, no_experiment, tmp_pat
     laboratory.main("pairs", tmp_path / "lab", smoke=first)
     before = (tmp_path / "lab" / "pairs.md").read_text()
     names = {True: "smoke", False: "full"}
-    with pytest.raises(SystemExit, match=rf"lab .* scale was {names[first]}, is {names[not first]}; .* another folder$"):
+    with pytest.raises(
+        SystemExit, match=rf"lab .* scale was {names[first]}, is {names[not first]}; .* another folder$"
+    ):
         laboratory.main("pairs", tmp_path / "lab", smoke=not first)
     assert (tmp_path / "lab" / "pairs.md").read_text() == before
     laboratory.main("pairs", tmp_path / "lab", workers=2, smoke=first)
