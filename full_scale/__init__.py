@@ -1,5 +1,6 @@
 """Everything around a run with a diffusers model.  `python -m full_scale` lists the tools.
 
+task.py             what the image models share, as a task of the trainer; a class a model is in flux_adapter.py
 models/             the table of models, one file each: classes, text encoding, published configs, a tiny pipeline
 components.py       check and load one component of a pipeline
 contents.py         digests of weights, prompts, images and rewards
@@ -12,6 +13,8 @@ score.py            a reward of every image
 check_reward.py     whether a reward keeps the contract
 geneval_prompts.py  training prompts in GenEval's templates
 tiny.py             tiny random pipelines and rewards for a rehearsal
+plan.py             memory and time of a run, from its own code on tensors without values
+simulation.py       what executes that code
 benchmark.py        seconds and memory of a training step of a model's size on a GPU
 rewards/            differentiable rewards behind one contract
 """

@@ -133,12 +133,9 @@ def test_half_precision_applies_the_statistics_of_kleins_latents_in_float32(mode
 
 @pytest.mark.parametrize("name", ["flux", "klein"])
 def test_half_precision_rounds_the_time_as_the_pipeline_does(models, name):
-    task, pipeline, times = (
-        task_of(models, name, precision="bfloat16"),
-        pipeline_of(models, name),
-        {"task": [], "own": []},
-    )
+    task, pipeline = task_of(models, name, precision="bfloat16"), pipeline_of(models, name)
     pipeline.to(torch.bfloat16)
+    times = {"task": [], "own": []}
     for key, model in (("task", task.model), ("own", pipeline.transformer)):
         look = lambda model, args, kwargs, key=key: times[key].append(kwargs["timestep"].float())  # noqa: E731
         model.register_forward_pre_hook(look, with_kwargs=True)

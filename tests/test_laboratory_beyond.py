@@ -275,6 +275,11 @@ def test_a_published_run_that_loses_utility_again_is_also_compared_at_its_best()
     assert found["share_alike"] == pytest.approx(50 / 75)
 
 
+def test_a_curve_that_starts_at_the_utility_or_stands_still_reaches_it_where_it_starts():
+    assert beyond.evaluations_to(-5.0, [(20.0, -5.0), (40.0, -5.0), (60.0, -4.0)]) == 20
+    assert beyond.evaluations_to(-4.5, [(20.0, -5.0), (40.0, -5.0), (60.0, -4.0)]) == 50
+
+
 def test_a_mean_that_does_not_reach_the_published_utility_has_no_cost():
     assert beyond.cost_to_reach(runs_with([-10, -9], [-10, -9]), runs_with([-20, -8], [-20, -8])) == {}
     # Both together reach -8, the second alone does not.

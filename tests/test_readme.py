@@ -277,6 +277,36 @@ def test_every_number_of_the_laboratory_is_in_its_tables():
     assert len(shown) > 150 and not shown - known
 
 
+def better_and_worse(task, budget):
+    """Settings with T up to 12 whose AB2 is beyond error (unpaired t, 95 %, n = 5) better, and worse, than Euler."""
+    rows = read_csv(ROOT / "toy" / "laboratory" / "results" / "beyond.csv")
+    rows = [row for row in rows if (row["task"], row["budget"]) == (task, budget) and int(row["T"]) <= 12]
+    found = {(row["method"], row["option"], row["T"], row["solver"]): row for row in rows}
+    pairs = [(found[*key, "euler"], found[*key, "ab2"]) for *key, solver in found if solver == "ab2"]
+    assert len(pairs) == 48
+    gains = [
+        (float(ab2["utility"]) - float(euler["utility"]))
+        / (float(ab2["utility_error"]) ** 2 + float(euler["utility_error"]) ** 2) ** 0.5
+        for euler, ab2 in pairs
+    ]
+    return sum(gain > 2.306 for gain in gains), sum(gain < -2.306 for gain in gains)
+
+
+def test_the_findings_on_the_second_order_solver_and_on_the_published_run_are_those_of_the_tables():
+    page = " ".join(PAGES["toy/laboratory/README.md"].split())
+    for task, budget, words in (
+        ("digits", "small", "better for {} and worse for {} on `digits`"),
+        ("toy", "small", "better for {} and worse for {} on `toy`"),
+        ("digits", "large", "At 8,700 on `digits` it is better for {} and worse for {}"),
+    ):
+        assert words.format(*better_and_worse(task, budget)) in page
+    rows = read_csv(ROOT / "toy" / "laboratory" / "results" / "beyond-headline.csv")
+    first = {row["task"]: float(row["needed"]) / float(row["share_alike"]) for row in rows if row["share_alike"]}
+    assert (
+        f"after {round(first['digits'], -1):,.0f} evaluations (on `toy` after {round(first['toy'], -1):,.0f})" in page
+    )
+
+
 @pytest.mark.parametrize("head", ["| `toy`: eight modes", "| `digits`: 8x8 images"])
 def test_the_toy_tables_of_the_readme_are_those_of_the_toys_page(head):
     _, rows = table(README, head)

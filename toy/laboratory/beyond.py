@@ -236,6 +236,8 @@ def shares(curve: list[tuple[float, float]], published: list[tuple[float, float]
 
 def evaluations_to(utility: float, curve: list[tuple[float, float]]) -> float | None:
     """Where a curve first reaches this utility, interpolated between two of its points."""
+    if curve[0][1] >= utility:
+        return curve[0][0]
     for (x, y), (x_next, y_next) in pairwise(curve):
         if y_next >= utility:
             return x + (utility - y) / (y_next - y) * (x_next - x)
