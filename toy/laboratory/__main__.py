@@ -28,15 +28,8 @@ from toy.laboratory import ablations, beyond, compare, fidelity, leash, memory, 
 from toy.laboratory.laboratory import SMOKE, Laboratory, Scale
 from toy.laboratory.result_cache import ResultCache
 
-EXPERIMENTS: dict[str, Callable[[Laboratory], None]] = {
-    "compare": compare.run,
-    "ablations": ablations.run,
-    "fidelity": fidelity.run,
-    "pairs": pairs.run,
-    "leash": leash.run,
-    "beyond": beyond.run,
-    "memory": memory.run,
-}
+MODULES = (compare, ablations, fidelity, pairs, leash, beyond, memory)
+EXPERIMENTS: dict[str, Callable[[Laboratory], None]] = {m.__name__.split(".")[-1]: m.run for m in MODULES}
 
 
 def main(
