@@ -1,8 +1,7 @@
 """ablations: LeapAlign with one part replaced or removed, at LeapAlign's own learning rate."""
 
-from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 from toy.laboratory import plots
 from toy.laboratory.gradients import ALPHAS
@@ -10,8 +9,7 @@ from toy.laboratory.laboratory import Laboratory, RunMetrics, Scale
 from toy.laboratory.tables import Row, direction, summarize, tables
 
 
-@dataclass(frozen=True)
-class Ablation:
+class Ablation(NamedTuple):
     """Options for one part of LeapAlign, and which of them does better in the paper."""
 
     options: dict[str, tuple[str, dict[str, Any]]]
@@ -41,52 +39,39 @@ def best(reference: str, *others: str) -> tuple[tuple[str, str, str], ...]:
 
 
 LEAP_ALIGN = ("leap_align", {})
-LAMBDAS = {"-2": -2.0, "-1": -1.0, "0": 0.0, "1": 1.0, "none": None}
-DISTANCES = ("1", "6", "12", "18")
+LAMBDAS = options("lam", {"-2": -2.0, "-1": -1.0, "0": 0.0, "1": 1.0, "none": None})
+DISTANCES = {distance: (f"distance_{distance}", {}) for distance in ("1", "6", "12", "18")}
+WEIGHTS = {"none": ("no_weight", {}), "d_j": ("weight_by_d_j", {}), "d_0": ("weight_by_d_0", {}), "both": LEAP_ALIGN}
+NESTED = (("reward", "0.3", "0"), ("reward", "0", "1"), ("grad_norm", "1", "0"), ("grad_norm", "1", "0.3"))
+ALPHA, NESTED_ALPHA = {f"{alpha:g}": alpha for alpha in ALPHAS}, {"0": 0.0, "0.3": 0.3, "1": 1.0}
+LEAPS = {"1": ("one_leap", {}), "2": LEAP_ALIGN, "3": ("three_leaps", {})}
 ABLATIONS = {
-    "alpha": Ablation(options("alpha", {f"{alpha:g}": alpha for alpha in ALPHAS}), best("0.3", "0", "1"), "Fig. 4"),
-    "leaps": Ablation(
-        {"1": ("one_leap", {}), "2": LEAP_ALIGN, "3": ("three_leaps", {})}, best("2", "1", "3"), "Fig. 5"
-    ),
+    "alpha": Ablation(options("alpha", ALPHA), best("0.3", "0", "1"), "Fig. 4"),
+    "leaps": Ablation(LEAPS, best("2", "1", "3"), "Fig. 5"),
     "reward of": Ablation({"x̂_0": ("reward_on_leap", {}), "x_0": LEAP_ALIGN}, best("x_0", "x̂_0"), "Fig. 6"),
-    "weight": Ablation(
-        {"none": ("no_weight", {}), "d_j": ("weight_by_d_j", {}), "d_0": ("weight_by_d_0", {}), "both": LEAP_ALIGN},
-        best("both", "none", "d_j", "d_0"),
-        "Fig. 7",
-    ),
+    "weight": Ablation(WEIGHTS, best("both", "none", "d_j", "d_0"), "Fig. 7"),
     "timesteps": Ablation(options("high", {"[0, 1/2]": 12, "[0, 1]": None}), best("[0, 1]", "[0, 1/2]"), "Fig. 8"),
-    "k - j": Ablation(
-        {d: (f"distance_{d}", {}) for d in DISTANCES} | {"random": LEAP_ALIGN}, best("random", *DISTANCES), "Fig. 9"
-    ),
+    "k - j": Ablation(DISTANCES | {"random": LEAP_ALIGN}, best("random", *DISTANCES), "Fig. 9"),
     "nested only, alpha": Ablation(
-        options("alpha", {"0": 0.0, "0.3": 0.3, "1": 1.0}, "nested_only"),
-        (("reward", "0.3", "0"), ("reward", "0", "1"), ("grad_norm", "1", "0"), ("grad_norm", "1", "0.3")),
-        "supplement's Fig. 2",
-        ema_decay=0.0,
+        options("alpha", NESTED_ALPHA, "nested_only"), NESTED, "supplement's Fig. 2", ema_decay=0.0
     ),
     "lambda": Ablation(
-        options("lam", LAMBDAS),
-        (*best("0", "-2"), ("utility", "0", "-2"), ("utility", "0", "none")),
-        "supplement's Table 2",
+        LAMBDAS, (*best("0", "-2"), ("utility", "0", "-2"), ("utility", "0", "none")), "supplement's Table 2"
     ),
 }
 
-Runs = dict[tuple[str, str, str], list[RunMetrics]]
-"""(task, ablation, option) -> the metrics of its runs, a list over the seeds."""
+Runs = dict[tuple[str, str, str], list[RunMetrics]]  # (task, ablation, option) -> a list over the seeds
 
 
 def run(lab: Laboratory) -> None:
     """Runs every option of every ablation at the learning rate of LeapAlign's large budget, and publishes."""
-    stops, rates, settings = (
-        list(lab.scale.ablation_iterations),
-        lab.learning_rates(("leap_align",), {"hinge": 0.0}),
-        {},
-    )
+    stops, rates = list(lab.scale.ablation_iterations), lab.learning_rates(("leap_align",), {"hinge": 0.0})
+    settings = {}
     for task, (name, ablation) in product(lab.scale.tasks, ABLATIONS.items()):
         shared = {"task": task, "lr": rates[task, "hinge", "leap_align", "large"], "evaluate_at": stops}
-        shared |= {"ema_decay": ablation.ema_decay}
         for option, (method, hyper) in ablation.options.items():
-            settings[task, name, option] = shared | {"method": method, "hyper": hyper}
+            own = {"method": method, "hyper": hyper, "ema_decay": ablation.ema_decay}
+            settings[task, name, option] = shared | own
     runs = lab.run_metrics(settings, "ablations")
     rows = [
         {"task": task, "ablation": name, "option": option, "iterations": n}
@@ -95,16 +80,16 @@ def run(lab: Laboratory) -> None:
         for n in stops
     ]
     figure = plots.ablations(rows, {name: ablation.reference for name, ablation in ABLATIONS.items()})
-    lab.publish("ablations", figure, text(rows), rows, directions=directions(runs, lab.scale))
+    lab.publish("ablations", rows, text(rows), figure, directions=directions(runs, lab.scale))
 
 
 def text(rows: list[Row]) -> str:
     """A table for each ablation and task."""
-    blocks = []
+    blocks, columns = [], ["option", "iterations", "evaluators", "grad_norm"]
     for name, ablation in ABLATIONS.items():
         expected = "; ".join(f"{metric} at {greater} above {lesser}" for metric, greater, lesser in ablation.expected)
         blocks += [f"### {name}", *([f"Expected from the paper ({ablation.source}): {expected}."] if expected else [])]
-        columns, own = ["option", "iterations", "evaluators", "grad_norm"], [r for r in rows if r["ablation"] == name]
+        own = [row for row in rows if row["ablation"] == name]
         blocks.append(tables(own, ("task",), "{task}, n = {n}:", columns))
     return "\n\n".join(blocks)
 

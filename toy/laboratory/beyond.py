@@ -20,34 +20,22 @@ from toy.laboratory.tables import Row, summarize, tables
 from toy.laboratory.train_run import T
 from toy.summary import mean_and_error
 
-COST = 29
-"""Evaluations a sample of an iteration of the published LeapAlign: 25 steps, two of them with gradient."""
-LEASHES = {"toy": 0.3, "digits": 3.0}
-"""beta, as `leash` found it."""
+COST = 29  # evaluations a sample of an iteration of the published LeapAlign: 25 steps, two of them with gradient
+LEASHES = {"toy": 0.3, "digits": 3.0}  # beta, as `leash` found it
 LEARNING_RATES = {"toy": (3e-4, 1e-3, 3e-3, 1e-2), "digits": (3e-4, 1e-3, 3e-3)}
-LOW_LEARNING_RATES = {"toy": (3e-4, 1e-3, 3e-3, 1e-2), "digits": (1e-4, 3e-4, 1e-3)}
-"""Of policy gradient and replay."""
-MORE_TUNING_SEEDS = tuple(range(100, 106))
+LOW_LEARNING_RATES = LEARNING_RATES | {"digits": (1e-4, 3e-4, 1e-3)}  # of policy gradient and replay
 CURVE_FRACTIONS = {"small": (0, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1), "large": (1 / 3, 2 / 3, 1)}
 """Fractions of a budget after which a run is evaluated."""
 PUBLISHED_FRACTIONS = tuple(i / 12 for i in range(1, 13))
 """The same for the large budget of the published setting, of which the best point counts."""
 SHOWN = {"toy": ("utility", "log_density", "spread"), "digits": ("utility", "nearest_real", "diversity")}
-"""Held-out evaluators in the figure."""
-FIDELITY: dict[str, tuple[str, dict[str, Any]]] = {
-    "leap_align": ("leap_align", {}),
-    "leap_align, alpha 1": ("leap_align", {"alpha": 1.0}),
-    **{name: (name, {}) for name in ("refl", "draft_lv", "drtune", "sparse", "bridge", "lagrange")},
-    **{f"stratified, K {K}": ("stratified", {"K": K}) for K in (2, 3, 4, 6, 8)},
-}
-"""Methods and hyperparameters of which the gradient is compared with the true one."""
+FIDELITY = [("leap_align", ""), ("leap_align", "alpha 1")]  # (method, option), of which the gradient is measured
+FIDELITY += [(name, "") for name in ("refl", "draft_lv", "drtune", "sparse", "bridge", "lagrange")]
+FIDELITY += [("stratified", f"K {K}") for K in (2, 3, 4, 6, 8)]
 
-Runs = dict[tuple["Setting", str], list[Run]]
-"""(setting, budget) -> its runs, a list over the seeds."""
-Rates = dict[tuple["Setting", str], float]
-"""(setting, budget) -> its learning rate."""
-Curve = list[tuple[float, float]]
-"""Evaluations and utility at points of a run."""
+Runs = dict[tuple["Setting", str], list[Run]]  # (setting, budget) -> a run a seed
+Rates = dict[tuple["Setting", str], float]  # (setting, budget) -> learning rate
+Curve = list[tuple[float, float]]  # (evaluations, utility) along a run
 
 
 @dataclass(frozen=True)
@@ -56,8 +44,7 @@ class Setting:
 
     task: str
     method: str
-    option: str
-    """A changed hyperparameter, `alpha 1` or `K 4`; `leash`, with K = 3; or nothing."""
+    option: str  # a changed hyperparameter, `alpha 1` or `K 4`; `leash`, with K = 3; or nothing
     T: int
     solver: str = "euler"
 
@@ -65,9 +52,9 @@ class Setting:
     def hyper(self) -> dict[str, Any]:
         """The hyperparameters that differ from the method's own."""
         if self.option == "leash":
-            return {"K": 3, "lam": None, "beta": LEASHES[self.task], "solver": self.solver}
+            return {"K": 3, "lam": None, "beta": LEASHES[self.task]}
         name, _, value = self.option.partition(" ")
-        return {"solver": self.solver} | ({name: {"alpha": float, "K": int}[name](value)} if name else {})
+        return {name: {"alpha": float, "K": int}[name](value)} if name else {}
 
     @property
     def line(self) -> str:
@@ -81,7 +68,7 @@ class Setting:
 
     def run(self, lr: float, evaluate_at: list[int]) -> Settings:
         """The arguments of train_run apart from the seed."""
-        own = {"task": self.task, "method": self.method, "T": self.T, "hyper": self.hyper}
+        own = {"task": self.task, "method": self.method, "T": self.T, "hyper": self.hyper | {"solver": self.solver}}
         return own | {"lr": lr, "evaluate_at": evaluate_at, "unit": "evaluations"}
 
 
@@ -102,14 +89,18 @@ def run(lab: Laboratory) -> None:
     rates = learning_rates(lab, settings)
     runs, chosen = training_runs(lab, settings, rates), chosen_settings(lab, settings, rates)
     published = {s.task: s for s in settings if s.is_published}
-    rows, gradients = table_rows(runs, rates, published), gradient_rows(lab)
-    headline, curves = headline_rows(rows, chosen), curve_rows(runs, [*published.values(), *chosen])
-    figure, others = plots.beyond(curves, SHOWN, lab.scale.budgets["small"] * COST), {"fidelity": gradients}
-    text = tables_text(rows, headline, gradients)
-    lab.publish("beyond", figure, text, rows, headline=headline, curves=curves, **others)
-
-
-# Training runs
+    rows, curves = table_rows(runs, rates, published), curve_rows(runs, [*published.values(), *chosen])
+    others = {"headline": headline_rows(rows, chosen), "fidelity": gradient_rows(lab), "curves": curves}
+    setting, shares = ["method", "option", "T", "solver", "lr"], ["needed", "share", "share_alike", "share_of_best"]
+    title = "### {task}, {budget} budget (n = {n}, mean ± standard error)"
+    columns = ["task", "method", "evaluations", "batch_size", "cosine", "ratio", "one_cosine", "step_cosine"]
+    blocks = [
+        tables(others["headline"], (), "### Evaluations to the published utility", ["task", *setting, *shares]),
+        tables(rows, ("task", "budget"), title, [*setting, "evaluations", "evaluators"]),
+        tables(others["fidelity"], (), "### Gradients, T = 25, before training", columns),
+    ]
+    figure = plots.beyond(curves, SHOWN, lab.scale.budgets["small"] * COST)
+    lab.publish("beyond", rows, "\n\n".join(blocks), figure, **others)
 
 
 def learning_rates(lab: Laboratory, settings: list[Setting]) -> Rates:
@@ -131,7 +122,7 @@ def learning_rates(lab: Laboratory, settings: list[Setting]) -> Rates:
 
 def tuning_seeds(lab: Laboratory, budget: str) -> tuple[int, ...]:
     """Seeds that choose, of which no table has any.  The small budget's short runs vary more, and cost less."""
-    return lab.scale.tuning_seeds if lab.scale.smoke or budget == "large" else MORE_TUNING_SEEDS
+    return lab.scale.tuning_seeds if budget == "large" else lab.scale.more_tuning_seeds
 
 
 def candidate_rates(lab: Laboratory, setting: Setting) -> tuple[float, ...]:
@@ -154,15 +145,12 @@ def training_runs(lab: Laboratory, settings: list[Setting], rates: Rates) -> Run
 
 def chosen_settings(lab: Laboratory, settings: list[Setting], rates: Rates) -> list[Setting]:
     """The setting of each task and method with the highest utility at the small budget on the tuning seeds."""
-    end = lab.scale.budgets["small"] * COST
+    end, lines = lab.scale.budgets["small"] * COST, {}
     planned = {setting: setting.run(rates[setting, "small"], [end]) for setting in settings}
     runs = lab.train_runs(planned, "choice of settings", tuning_seeds(lab, "small"))
-    lines = dict.fromkeys((setting.task, setting.line) for setting in settings)
-    of_line = ([s for s in settings if (s.task, s.line) == line] for line in lines)
-    return [max(candidates, key=lambda setting: tuning_score(runs[setting], "utility")) for candidates in of_line]
-
-
-# Rows
+    for setting in settings:
+        lines.setdefault((setting.task, setting.line), []).append(setting)
+    return [max(line, key=lambda setting: tuning_score(runs[setting], "utility")) for line in lines.values()]
 
 
 def table_rows(runs: Runs, rates: Rates, published: dict[str, Setting]) -> list[Row]:
@@ -174,16 +162,41 @@ def table_rows(runs: Runs, rates: Rates, published: dict[str, Setting]) -> list[
     for (setting, budget), seed_runs in runs.items():
         row = vars(setting) | {"budget": budget, "lr": rates[setting, budget], "n": 0}
         if not any(run["error"] for run in seed_runs):
-            row |= summary_of([run["metrics"][-1] for run in seed_runs], setting)
+            row |= summarize([run["metrics"][-1] for run in seed_runs], setting.task, "evaluations", "iterations")
             if budget == "small":
                 row |= cost_to_reach(seed_runs, runs[published[setting.task], "large"])
         rows.append(row)
     return rows
 
 
-def summary_of(metrics: list[dict[str, float]], setting: Setting) -> Row:
-    """The evaluators, and what they cost."""
-    return summarize(metrics, setting.task, "evaluations", "iterations")
+def headline_rows(rows: list[Row], chosen: list[Setting]) -> list[Row]:
+    """For each task and method, what the chosen setting needs to reach the published utility of the large budget."""
+    shown = (*vars(chosen[0]), "lr", "needed", "share", "share_alike", "share_of_best")
+    small = {Setting(*(row[name] for name in vars(chosen[0]))): row for row in rows if row["budget"] == "small"}
+    return [{k: v for k, v in small[setting].items() if k.removesuffix("_error") in shown} for setting in chosen]
+
+
+def curve_rows(runs: Runs, settings: list[Setting]) -> list[Row]:
+    """The metrics along both budgets of some settings."""
+    return [
+        vars(s) | {"line": s.line, "budget": budget} | summarize(list(metrics), s.task, "evaluations", "iterations")
+        for s, budget in product(settings, CURVE_FRACTIONS)
+        for metrics in zip(*(run["metrics"] for run in runs[s, budget]))
+    ]
+
+
+def gradient_rows(lab: Laboratory) -> list[Row]:
+    """The gradient of each method compared with the true one: its expectation, and a step of equal cost."""
+    shared = {"T": T, "cost": COST * 64, "draws": lab.scale.max_draws // 3, "batch_size": lab.scale.batch_size}
+    settings = {}
+    for task, (method, option) in product(lab.scale.tasks, FIDELITY):
+        own = {"task": task, "method": method, "hyper": Setting(task, method, option, T).hyper}
+        settings[task, f"{method}, {option}" if option else method] = shared | own
+    results = lab.results(step_fidelity, settings, "gradients")
+    return [{"task": task, "method": name} | result for (task, name), result in results.items()]
+
+
+# Evaluations to the published utility
 
 
 def cost_to_reach(runs: list[Run], published: list[Run]) -> dict[str, float]:
@@ -193,11 +206,9 @@ def cost_to_reach(runs: list[Run], published: list[Run]) -> dict[str, float]:
     reaches that utility, and no error if the means of some never do.
     """
     curves = [(mean_curve(runs, left_out), mean_curve(published, left_out)) for left_out in (None, *range(len(runs)))]
-    of_all, *of_others = (shares(*pair) for pair in curves)
-    row = {}
+    (of_all, *of_others), row = [shares(*pair) for pair in curves], {}
     for name, value in of_all.items():
-        others = [of_other.get(name) for of_other in of_others]
-        row[name] = value
+        row[name], others = value, [of_other.get(name) for of_other in of_others]
         if None not in others:
             n, mean = len(others), sum(others) / len(others)
             row[f"{name}_error"] = math.sqrt((n - 1) / n * sum((other - mean) ** 2 for other in others))
@@ -207,9 +218,7 @@ def cost_to_reach(runs: list[Run], published: list[Run]) -> dict[str, float]:
 def mean_curve(runs: list[Run], left_out: int | None) -> Curve:
     """Evaluations and utility along the runs, means over all seeds but one."""
     points = zip(*(run["metrics"] for seed, run in enumerate(runs) if seed != left_out))
-    return [
-        tuple(mean_and_error([m[name] for m in point])[0] for name in ("evaluations", "utility")) for point in points
-    ]
+    return [tuple(mean_and_error([m[name] for m in p])[0] for name in ("evaluations", "utility")) for p in points]
 
 
 def shares(curve: Curve, published: Curve) -> dict[str, float]:
@@ -218,12 +227,10 @@ def shares(curve: Curve, published: Curve) -> dict[str, float]:
     share: needed over theirs.  share_alike: over those with which they first have this utility, for it may fall again.
     share_of_best: evaluations to their best utility, over theirs to it.
     """
-    (end, utility), (to_best, best) = published[-1], max(published, key=lambda point: point[1])
-    needed, needed_for_best = evaluations_to(utility, curve), evaluations_to(best, curve)
-    found = {}
-    if needed is not None:
+    (end, utility), (to_best, best), found = published[-1], max(published, key=lambda point: point[1]), {}
+    if (needed := evaluations_to(utility, curve)) is not None:
         found |= {"needed": needed, "share": needed / end, "share_alike": needed / evaluations_to(utility, published)}
-    if needed_for_best is not None:
+    if (needed_for_best := evaluations_to(best, curve)) is not None:
         found["share_of_best"] = needed_for_best / to_best
     return found
 
@@ -236,46 +243,3 @@ def evaluations_to(utility: float, curve: Curve) -> float | None:
         if y_next >= utility:
             return x + (utility - y) / (y_next - y) * (x_next - x)
     return None
-
-
-def headline_rows(rows: list[Row], chosen: list[Setting]) -> list[Row]:
-    """For each task and method, what the chosen setting needs to reach the published utility of the large budget."""
-    small = {tuple(row[name] for name in vars(chosen[0])): row for row in rows if row["budget"] == "small"}
-    shown = (*vars(chosen[0]), "lr", "needed", "share", "share_alike", "share_of_best")
-    names = {column for name in shown for column in (name, f"{name}_error")}
-    found = (small[tuple(vars(setting).values())] for setting in chosen)
-    return [{name: value for name, value in row.items() if name in names} for row in found]
-
-
-def curve_rows(runs: Runs, settings: list[Setting]) -> list[Row]:
-    """The metrics along both budgets of some settings."""
-    return [
-        vars(setting) | {"line": setting.line, "budget": budget} | summary_of(list(metrics), setting)
-        for setting, budget in product(settings, CURVE_FRACTIONS)
-        for metrics in zip(*(run["metrics"] for run in runs[setting, budget]))
-    ]
-
-
-def gradient_rows(lab: Laboratory) -> list[Row]:
-    """The gradient of each method compared with the true one: its expectation, and a step of equal cost."""
-    scale = lab.scale
-    shared = {"T": T, "cost": COST * 64, "draws": scale.max_draws // 3, "batch_size": scale.batch_size}
-    settings = {
-        (task, name): shared | {"task": task, "method": method, "hyper": hyper}
-        for task, (name, (method, hyper)) in product(scale.tasks, FIDELITY.items())
-    }
-    results = lab.results(step_fidelity, settings, "gradients")
-    return [{"task": task, "method": name} | result for (task, name), result in results.items()]
-
-
-def tables_text(rows: list[Row], headline: list[Row], gradients: list[Row]) -> str:
-    """Tables of the headline, of all settings for each task and budget, and of the gradients."""
-    setting, shares = ["method", "option", "T", "solver", "lr"], ["needed", "share", "share_alike", "share_of_best"]
-    title = "### {task}, {budget} budget (n = {n}, mean ± standard error)"
-    columns = ["task", "method", "evaluations", "batch_size", "cosine", "ratio", "one_cosine", "step_cosine"]
-    blocks = [
-        tables(headline, (), "### Evaluations to the published utility", ["task", *setting, *shares]),
-        tables(rows, ("task", "budget"), title, [*setting, "evaluations", "evaluators"]),
-        tables(gradients, (), "### Gradients, T = 25, before training", columns),
-    ]
-    return "\n\n".join(blocks)

@@ -18,11 +18,9 @@ PAPER_ORDER = (
     ("drtune", "draft_lv", "Table 2: 0.3882, 0.3859; SD3.5: 0.3828, 0.3506"),
 )
 """(better, worse, source): the paper's order by HPSv2.1 on FLUX, at equal iterations."""
-BY = ("task", "hinge", "budget", "equal")
-"""The columns that make a table."""
+BY = ("task", "hinge", "budget", "equal")  # a table for each combination
 
-Runs = dict[tuple[str, str, str, str], list[RunMetrics]]
-"""(task, hinge, method, budget) -> the metrics of its runs, a list over the seeds."""
+Runs = dict[tuple[str, str, str, str], list[RunMetrics]]  # (task, hinge, method, budget) -> a list over the seeds
 
 
 def run(lab: Laboratory) -> None:
@@ -46,7 +44,7 @@ def run(lab: Laboratory) -> None:
     title = "### {task}, {hinge}, {budget} budget, equal {equal} (n = {n}, mean ± standard error)"
     text = tables(rows, BY, title, ["method", "lr", "iterations", "evaluators", "grad_norm", "seconds"])
     figure = plots.compare(curves, SHOWN)
-    lab.publish("compare", figure, text, rows, directions=directions(runs, lab.scale), curves=curves)
+    lab.publish("compare", rows, text, figure, directions=directions(runs, lab.scale), curves=curves)
 
 
 def table_rows(runs: Runs, rates: dict, ends: dict, evaluations: dict, seconds: dict) -> list[Row]:

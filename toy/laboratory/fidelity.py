@@ -30,7 +30,7 @@ def run(lab: Laboratory) -> None:
         weights[f"leap_align x w_sim, {task}"] = weights_by_similarity(comparisons[task, steps, 0]["pairs"], steps)
     weight_rows = [{"i": i + 1, **{name: values[i] for name, values in weights.items()}} for i in range(steps)]
     text = tables(rows, ("task", "T", "iterations"), "### {task}, T = {T}, after {iterations} iterations", COLUMNS)
-    lab.publish("fidelity", plots.fidelity(rows, weight_rows, steps), text, rows, weights=weight_rows)
+    lab.publish("fidelity", rows, text, plots.fidelity(rows, weight_rows, steps), weights=weight_rows)
 
 
 def weights_by_similarity(pairs: list[tuple[int, int, float]], steps: int) -> list[float]:

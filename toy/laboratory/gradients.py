@@ -20,13 +20,10 @@ from toy.laboratory.train_run import fresh_task, make_trainer
 from train_leap_align import METHODS
 
 ALPHAS = (0.0, 0.1, 0.3, 0.5, 0.7, 1.0)
-INPUT_SEED = 1_000_007
-"""Seed of the fixed noise and prompts."""
-TRAINING_LR = 1e-3
-"""Learning rate of the training between two comparisons."""
+INPUT_SEED = 1_000_007  # of the fixed noise and prompts
+TRAINING_LR = 1e-3  # of the training between two comparisons
 
-Case = tuple[str, int, int]
-"""A task, its number of steps T, and the iterations of training before the comparison."""
+Case = tuple[str, int, int]  # a task, its number of steps T, and the iterations of training before the comparison
 
 
 class GradientSampler:
@@ -51,9 +48,9 @@ class GradientSampler:
         velocity = self.task.velocity(self.prompts)
         return self.gradient_of(METHODS[method](velocity, self.x_T, self.task.times, hyper, seeded_generator(seed)))
 
-    def gradient_of(self, endpoints: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        """The gradient of the objective of some endpoints (x_0, weight), as one vector."""
-        for x_0, weight in endpoints:
+    def gradient_of(self, endpoints: Iterable[tuple[Tensor, Tensor, dict]]) -> Tensor:
+        """The gradient of the objective of some endpoints (x_0, weight, log), as one vector."""
+        for x_0, weight, _ in endpoints:
             reward = self.task.reward(self.task.decode(x_0), self.prompts)
             objective(reward, weight, None).backward()
         gradient = torch.cat([p.grad.flatten() for p in self.task.model.parameters()])
@@ -70,7 +67,7 @@ class GradientSampler:
         for i_j, i_k in combinations(range(1, len(times)), 2):
             leaps_0, leaps_1 = (leap_trajectory(velocity, states, times, i_k, i_j, alpha) for alpha in (0.0, 1.0))
             weight = similarity_weight(leaps_0, hyper_for(self.T).tau)
-            gradient_0, gradient_1 = (self.gradient_of([(leaps.x_0, weight)]) for leaps in (leaps_0, leaps_1))
+            gradient_0, gradient_1 = (self.gradient_of([(leaps.x_0, weight, {})]) for leaps in (leaps_0, leaps_1))
             yield i_k, i_j, weight.mean().item(), gradient_0, gradient_1
 
 

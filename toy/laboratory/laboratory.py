@@ -18,10 +18,8 @@ from toy.summary import mean_and_error
 HINGES = {"hinge": 0.0, "no hinge": None}
 """lambda of each: the mean reward of real data, or no hinge; the same for all methods."""
 
-Run = dict[str, Any]
-"""What train_run returns."""
-RunMetrics = dict[int, dict[str, float]]
-"""Iteration -> the metrics of a training run there."""
+Run = dict[str, Any]  # what train_run returns
+RunMetrics = dict[int, dict[str, float]]  # iteration -> the metrics of a training run there
 
 
 @dataclass(frozen=True)
@@ -29,25 +27,18 @@ class Scale:
     """How much the experiments compute."""
 
     tasks: tuple[str, ...] = ("toy", "digits")
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Seeds of the runs in the tables."""
-    tuning_seeds: tuple[int, ...] = (100, 101)
-    """Seeds of the runs that choose learning rates."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the runs in the tables
+    tuning_seeds: tuple[int, ...] = (100, 101)  # of the runs that choose learning rates
+    more_tuning_seeds: tuple[int, ...] = tuple(range(100, 106))  # the same for the short runs of `beyond`
     learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     budgets: dict[str, int] = field(default_factory=lambda: {"small": 60, "large": 300})
     """Iterations of LeapAlign: before anything saturates, and after."""
-    ablation_iterations: tuple[int, int] = (60, 150)
-    """Iterations after which the ablations are evaluated."""
-    step_counts: tuple[int, ...] = (5, 10, 25, 50, 100)
-    """Values of T at which gradients are compared."""
-    training_step_counts: tuple[int, ...] = (5, 6, 8, 12, 25)
-    """Values of T at which `beyond` trains."""
-    training_stages: tuple[int, ...] = (0, 30, 100, 300)
-    """Iterations of training after which gradients are compared."""
-    max_draws: int = 300
-    """Draws of a method over which its mean gradient is taken."""
-    batch_size: int = 256
-    """Samples of a gradient."""
+    ablation_iterations: tuple[int, int] = (60, 150)  # after which the ablations are evaluated
+    step_counts: tuple[int, ...] = (5, 10, 25, 50, 100)  # values of T at which gradients are compared
+    training_step_counts: tuple[int, ...] = (5, 6, 8, 12, 25)  # values of T at which `beyond` trains
+    training_stages: tuple[int, ...] = (0, 30, 100, 300)  # iterations after which gradients are compared
+    max_draws: int = 300  # of a method, over which its mean gradient is taken
+    batch_size: int = 256  # samples of a gradient
     smoke: bool = False
 
 
@@ -55,6 +46,7 @@ SMOKE = Scale(
     tasks=("toy",),
     seeds=(0, 1),
     tuning_seeds=(100,),
+    more_tuning_seeds=(100,),
     learning_rates=(1e-4, 1e-3),
     budgets={"small": 1, "large": 8},
     ablation_iterations=(1, 2),
@@ -127,7 +119,7 @@ class Laboratory:
         results = alone.results(seconds_per_iteration, settings, "seconds")
         return {key: result["seconds"] for key, result in results.items()}
 
-    def publish(self, name: str, figure: Figure, text: str, rows: list[Row], **others: list[Row]) -> None:
+    def publish(self, name: str, rows: list[Row], text: str, figure: Figure, **others: list[Row]) -> None:
         """Writes NAME.png, the rows to NAME.csv, those of each other table to NAME-OTHER.csv, and the text to NAME.md.
 
         The text, tables in Markdown, also goes to the screen, with that of `directions` (`tables.direction`) if given.

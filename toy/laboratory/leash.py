@@ -7,24 +7,18 @@ from toy.laboratory.tables import Row, summarize, tables
 
 BETAS = {"toy": (0.03, 0.1, 0.3, 1.0, 3.0), "digits": (0.5, 1.0, 2.0, 3.0, 4.0, 10.0)}
 """Without hinge, for every method of the paper; the tasks differ in the scale of their rewards."""
-BETAS_WITH_HINGE = {"toy": (0.1, 0.3), "digits": (1.0, 2.0)}
-"""With the hinge at lambda = 0, for LeapAlign."""
-LAMBDAS = (-1.0, 0.0, 1.0)
-"""Without leash, for LeapAlign."""
-MEASURED_ONLY = 1e-9
-"""The beta of runs without a leash: nothing in effect, but they have a `v_norm`, too."""
-LR = 1e-3
-"""The learning rate that `compare` chose for most methods' large budget, on both tasks."""
+BETAS_WITH_HINGE = {"toy": (0.1, 0.3), "digits": (1.0, 2.0)}  # with the hinge at lambda = 0, for LeapAlign
+LAMBDAS = (-1.0, 0.0, 1.0)  # without leash, for LeapAlign
+MEASURED_ONLY = 1e-9  # beta of a run without a leash: it changes nothing, but the run has a `v_norm`
+LR = 1e-3  # what `compare` chose for most methods' large budget, on both tasks
 CURVE_FRACTIONS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 """Fractions of the large budget after which a run is evaluated: the control may stop at each of them."""
 SHOWN = {
     "toy": ("utility", "log_density", "spread", "v_norm"),
     "digits": ("utility", "nearest_real", "diversity", "v_norm"),
 }
-"""Held-out evaluators in the figure, and the velocity's norm over the reference's."""
 
-Runs = dict[tuple[str, str, float | None, float], list[RunMetrics]]
-"""(task, method, lambda, beta) -> the metrics of its runs, a list over the seeds."""
+Runs = dict[tuple[str, str, float | None, float], list[RunMetrics]]  # (task, method, lambda, beta) -> a list over seeds
 
 
 def run(lab: Laboratory) -> None:
@@ -40,7 +34,7 @@ def run(lab: Laboratory) -> None:
     rows = table_rows(lab.run_metrics(settings, "leash"))
     columns = ["kind", "lambda", "beta", "iterations", "evaluators", "v_norm"]
     text = tables(rows, ("task", "method"), "### {task}, {method} (n = {n}, mean ± standard error)", columns)
-    lab.publish("leash", plots.leash(rows, SHOWN), text, rows)
+    lab.publish("leash", rows, text, plots.leash(rows, SHOWN))
 
 
 def table_rows(runs: Runs) -> list[Row]:
@@ -57,8 +51,6 @@ def table_rows(runs: Runs) -> list[Row]:
 
 def kind_of(lam: float | None, beta: float, is_stopped: bool) -> str:
     """What restrains a run: `hinge`, `leash`, `both`, `stop` (early stopping) or `none`."""
-    if lam is None and not beta:
-        return "stop" if is_stopped else "none"
-    if not beta:
-        return "hinge"
-    return "leash" if lam is None else "both"
+    if lam is None:
+        return "leash" if beta else "stop" if is_stopped else "none"
+    return "both" if beta else "hinge"

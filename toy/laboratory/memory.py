@@ -21,7 +21,7 @@ def run(lab: Laboratory) -> None:
             row[f"norm, {name}"] = comparisons[task, T, 0]["methods"][name]["one_norm"]
         rows.append(row)
     text = tables(rows, ("task",), "### {task}", [name for name in rows[0] if name != "task"])
-    lab.publish("memory", plots.memory(rows), text, rows)
+    lab.publish("memory", rows, text, plots.memory(rows))
 
 
 def saved_for_backward(task: str, T: int, batch_size: int, smoke: bool = False) -> dict:

@@ -42,7 +42,7 @@ def run(lab: Laboratory) -> None:
         rows.append(row | summarize([run[n] for run in runs[task, kind]], task, "grad_norm"))
     columns = ["pairs", "budget", "iterations", "evaluations", *columns, "evaluators"]
     text = tables(rows, ("task",), "### {task}, equal compute (n = {n}, mean ± standard error)", columns)
-    lab.publish("pairs", plots.pairs(rows, REDRAWN), text, rows)
+    lab.publish("pairs", rows, text, plots.pairs(rows, REDRAWN))
 
 
 def gradient_variance(task: str, draws: int, batch_size: int = 64, smoke: bool = False) -> dict:

@@ -13,17 +13,24 @@ COLORS = ("#D55E00", "#56B4E9", "#009E73", "#0072B2", "#000000", "#E69F00", "#CC
 """Okabe and Ito's colors, which colour-blind readers can tell apart; one for each method, in the table's order."""
 PUBLISHED_COLOR = COLORS[4]
 MARKERS = "o^Ds*vPX"
-LINES = {"leap_align 1": "-", "leap_align 0.3": "--", "leap_align 0": ":"}
-"""The values of alpha in figures of gradients."""
+LINES = {
+    "leap_align 1": "-",
+    "leap_align 0.3": "--",
+    "leap_align 0": ":",
+}  # the values of alpha in figures of gradients
 KIND_STYLES = {
     "stop": {"linestyle": ":", "lw": 1},
     "hinge": {"linestyle": "none", "fillstyle": "none", "ms": 9},
     "leash": {"linestyle": "-"},
     "both": {"linestyle": "--", "fillstyle": "none"},
 }
-"""What restrains a run, in the figure of the leash; the control's line ends where training does."""
-Shown = dict[str, tuple[str, ...]]
-"""The metrics in a figure, for each task."""
+"""What restrains a run, in the figure of the leash."""
+LABELS = {
+    "iterations": "iterations of LeapAlign",
+    "cosine": "cosine to the true gradient",
+    "variance": "variance of a draw / mean²",
+}
+Shown = dict[str, tuple[str, ...]]  # the metrics in a figure, for each task
 
 
 def style(name: str) -> dict[str, Any]:
@@ -107,39 +114,31 @@ def options_panel(axis: Axes, rows: list[Row], reference: str) -> None:
 def fidelity(rows: list[Row], weights: list[Row], T: int) -> Figure:
     """A row for each task: the cosine to the true gradient over T and over training, the variance of a draw over T.
 
-    Below, the weight of each timestep.
+    Below, the weight of each timestep for each method, scaled to the sum 1, which is the sum of the true weights.
     """
     tasks = groups(rows, "task")
     figure = Figure(figsize=(12, 3 * len(tasks) + 3.2), layout="constrained")
     grid = figure.add_gridspec(len(tasks) + 1, 3)
-    cosine, variance = ("cosine", "cosine to the true gradient"), ("variance", "variance of a draw / mean²")
-    for n, ((task,), task_rows) in enumerate(tasks.items()):
-        pretrained, at_T = [r for r in task_rows if r["iterations"] == 0], [r for r in task_rows if r["T"] == T]
-        over_T, over_training = (pretrained, "T", "T", "log"), (at_T, "iterations", "iterations of LeapAlign", "linear")
-        cases = ((over_T, cosine), (over_training, cosine), (over_T, variance))
-        for column, ((lines, x, xlabel, scale), (y, ylabel)) in enumerate(cases):
-            axis = figure.add_subplot(grid[n, column])
-            others = [name for (name,) in groups(lines, "method") if not name.startswith("leap_align ")]
-            for name in (*LINES, *others):
-                axis.plot(*columns_of(groups(lines, "method")[name,], x, y), label=name, **style(name))
-            axis.set(xlabel=xlabel, ylabel=ylabel, title=task, xscale=scale)
+    for n, ((task,), own) in enumerate(tasks.items()):
+        pretrained, at_T = [row for row in own if row["iterations"] == 0], [row for row in own if row["T"] == T]
+        cases = ((pretrained, "T", "cosine"), (at_T, "iterations", "cosine"), (pretrained, "T", "variance"))
+        for column, (case, x, y) in enumerate(cases):
+            axis, lines = figure.add_subplot(grid[n, column]), groups(case, "method")
+            for name in (*LINES, *(name for (name,) in lines if not name.startswith("leap_align "))):
+                axis.plot(*columns_of(lines[name,], x, y), label=name, **style(name))
+            axis.set(xlabel=LABELS.get(x, x), ylabel=LABELS[y], title=task, xscale="log" if x == "T" else "linear")
             axis.grid(alpha=0.3)
-    weights_panel(figure.add_subplot(grid[-1, :]), weights)
-    return add_legend(figure, 6)
-
-
-def weights_panel(axis: Axes, weights: list[Row]) -> None:
-    """Draws the weight of each timestep for each method, scaled to the sum 1, which is the sum of the true weights."""
-    index, lines = [row["i"] for row in weights], iter(("--", ":"))
-    for name in (column for column in weights[0] if column != "i"):
-        (values,), (method, *with_similarity) = columns_of(weights, name), name.split(" x ")
-        look = style(method) | {"ms": 3} | ({"linestyle": next(lines)} if with_similarity else {})
+    axis, similarity_lines = figure.add_subplot(grid[-1, :]), iter(("--", ":"))
+    for name in list(weights[0])[1:]:
+        (index, values), (method, *with_similarity) = columns_of(weights, "i", name), name.split(" x ")
+        look = style(method) | {"ms": 3} | ({"linestyle": next(similarity_lines)} if with_similarity else {})
         axis.plot(index, values / values.sum(), label=name, **look)
     axis.set(xlabel="timestep i (1 is the last step, next to the image)", ylabel="share of dv(x_i)/dθ")
     axis.set(title="effective weight of each timestep, as a share; full_backprop is the true one")
     axis.set_yscale("symlog", linthresh=0.01)
     axis.legend(fontsize=8, ncols=2)
     axis.grid(alpha=0.3)
+    return add_legend(figure, 6)
 
 
 def pairs(rows: list[Row], redrawn: tuple[str, ...]) -> Figure:
@@ -147,18 +146,15 @@ def pairs(rows: list[Row], redrawn: tuple[str, ...]) -> Figure:
     tasks, colors = groups(rows, "task"), (COLORS[0], COLORS[3])
     figure, grid = panels(10, 2.8, len(tasks), 2)
     for ((task,), task_rows), (left, right) in zip(tasks.items(), grid):
-        budgets = [budget for (budget,) in groups(task_rows, "budget")]
-        for n, ((kind,), kind_rows) in enumerate(groups(task_rows, "pairs").items()):
-            variances, look = [kind_rows[0][f"variance, {inputs}"] for inputs in redrawn], {"color": colors[n]}
+        for n, ((kind,), own) in enumerate(groups(task_rows, "pairs").items()):
+            variances, look = [own[0][f"variance, {inputs}"] for inputs in redrawn], {"color": colors[n]}
             left.bar(np.arange(len(redrawn)) + 0.4 * n - 0.2, variances, 0.38, **look)
             look |= {"fmt": "o^"[n], "capsize": 3, "label": f"a pair a {kind}"}
-            right.errorbar(
-                np.arange(len(kind_rows)) + 0.1 * n - 0.05, *columns_of(kind_rows, "reward", "reward_error"), **look
-            )
+            right.errorbar(np.arange(len(own)) + 0.1 * n - 0.05, *columns_of(own, "reward", "reward_error"), **look)
         left.set_xticks(range(len(redrawn)), [f"over {inputs}" for inputs in redrawn])
         left.set(title=f"{task}: variance of a step's gradient / mean²")
-        right.set_xticks(range(len(budgets)), [f"{budget} budget" for budget in budgets])
-        right.set(title=f"{task}: reward at equal compute", xlim=(-0.5, len(budgets) - 0.5))
+        right.set_xticks(range(len(own)), [f"{row['budget']} budget" for row in own])
+        right.set(title=f"{task}: reward at equal compute", xlim=(-0.5, len(own) - 0.5))
         right.legend()
     return figure
 
@@ -166,16 +162,15 @@ def pairs(rows: list[Row], redrawn: tuple[str, ...]) -> Figure:
 def leash(rows: list[Row], shown: Shown) -> Figure:
     """A row for each task: the shown columns against the reward, a line for each method and kind of restraint.
 
-    The line of early stopping goes on to the end of training without restraint.
+    The line of early stopping ends where training without restraint does.
     """
     tasks = groups(rows, "task")
     figure, grid = panels(15, 3.6, len(tasks), 4)
     for ((task,), task_rows), axes in zip(tasks.items(), grid):
         for axis, name in zip(axes, shown[task]):
-            for (method,), method_rows in groups(task_rows, "method").items():
+            for (method,), own in groups(task_rows, "method").items():
                 for kind, look in KIND_STYLES.items():
-                    kinds = (kind, "none") if kind == "stop" else (kind,)
-                    if line := [row for row in method_rows if row["kind"] in kinds]:
+                    if line := [row for row in own if row["kind"] == kind or (kind, row["kind"]) == ("stop", "none")]:
                         look = style(method) | look | {"label": f"{method}, {kind}"}
                         axis.plot(*columns_of(line, "reward", name), **look)
             axis.set(xlabel="reward (trained on)", ylabel=name, title=task)
@@ -223,14 +218,12 @@ def memory(rows: list[Row]) -> Figure:
     """A row for each task: bytes saved for backward, and the gradient's norm over its value at the smallest T."""
     tasks = groups(rows, "task")
     figure, grid = panels(10, 3, len(tasks), 2)
-    for ((task,), task_rows), (left, right) in zip(tasks.items(), grid):
-        (T,) = columns_of(task_rows, "T")
-        for column in task_rows[0]:
-            (values,), (kind, _, name) = columns_of(task_rows, column), column.partition(", ")
-            if kind == "bytes":
-                left.plot(T, values / 2**20, label=name, **style(name))
-            if kind == "norm":
-                right.plot(T, values / values[0], label=name, **style(name))
+    for ((task,), own), (left, right) in zip(tasks.items(), grid):
+        (T,) = columns_of(own, "T")
+        for column in list(own[0])[2:]:
+            (values,), (kind, name) = columns_of(own, column), column.split(", ")
+            axis, values = (left, values / 2**20) if kind == "bytes" else (right, values / values[0])
+            axis.plot(T, values, label=name, **style(name))
         left.set(title=f"{task}: MiB kept for backward", xlabel="T", ylim=(0, None))
         right.set(title=f"{task}: gradient's norm over that at T = {T[0]}", xlabel="T", ylim=(0, None))
         left.legend(fontsize=8)

@@ -18,8 +18,7 @@ from tqdm import tqdm
 from leap_align import BadInput
 from runtime.run_dir import digest, read_json, write_json
 
-Function = Callable[..., dict]
-"""Its keyword arguments and its result are JSON; worker processes must be able to import it."""
+Function = Callable[..., dict]  # of JSON, to JSON; worker processes must be able to import it
 Settings = dict[str, Any]
 Key = TypeVar("Key", bound=Hashable)
 

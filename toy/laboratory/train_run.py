@@ -2,7 +2,8 @@
 
 import math
 import statistics
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import cache
 from io import StringIO
@@ -18,13 +19,11 @@ from toy.modes import Modes
 from toy.task import ToyOptions, ToyTask
 from train_leap_align import METHODS, Config, Trainer
 
-T = 25
-"""Steps of a sampling run."""
+T = 25  # steps of a sampling run
 TASKS = {"toy": Modes, "digits": Digits}
 SMOKE_OPTIONS = {"pretrain_steps": 60, "reward_steps": 60, "evaluation_samples": 160}
 """Task options that only check that everything runs; the results mean nothing."""
-LAST = 20
-"""Steps over which `v_norm` is averaged."""
+LAST = 20  # steps over which `v_norm` is averaged
 
 
 @cache
@@ -42,49 +41,39 @@ def fresh_task(name: str, T: int = T, smoke: bool = False) -> ToyTask:
     return task
 
 
-def make_trainer(
-    task: ToyTask,
-    method: str,
-    lr: float,
-    hyper: dict[str, Any],
-    seed: int = 0,
-    batch_size: int = 64,
-    ema_decay: float = 0.99,
-) -> Trainer:
+def make_trainer(task: ToyTask, method: str, lr: float, hyper: dict[str, Any], **run: Any) -> Trainer:
     """A trainer before its first step: with a method, a variant of LeapAlign, or one of the other trainers.
 
-    hyper: in place of the method's own hyperparameters, at lambda = 0.
+    hyper: in place of the method's own hyperparameters, at lambda = 0.  run: other fields of Config.
     """
     if hyper.get("beta"):
         task.keep_reference()
-    config = Config(task=task.name, batch_size=batch_size, lr=lr, seed=seed, ema_decay=ema_decay)
+    config = Config(**{"task": task.name, "batch_size": 64, "lr": lr, "ema_decay": 0.99} | run)
     values = replace(hyper_for(len(task.times) - 1, method), **{"lam": 0.0} | hyper)
     if method in TRAINERS:
         return TRAINERS[method](config, values, task)
     return Trainer(config, values, task, (METHODS | VARIANTS)[method])
 
 
-class EvaluationCounter:
-    """Counts a trainer's velocity evaluations a sample while it is entered; one with gradient counts as three.
+@contextmanager
+def count_evaluations(trainer: Trainer, used: dict[str, float]) -> Iterator[None]:
+    """Adds the trainer's velocity evaluations a sample to used["evaluations"]; one with gradient counts as three.
 
     On a leash, the evaluations of the reference count too, and a second backward to the input as one.
     """
+    has_leash = trainer.hyper.beta > 0
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.batch_size, self.count, self.has_leash = trainer.config.batch_size, 0.0, trainer.hyper.beta > 0
-        self.models = [trainer.task.model, *([trainer.task.reference] if self.has_leash else [])]
+    def add(model: nn.Module, inputs: tuple[Tensor, ...], v: Tensor) -> None:
+        passes = 3 + (has_leash and inputs[0].requires_grad) if v.requires_grad else 1
+        used["evaluations"] += passes * len(v) / trainer.config.batch_size
 
-    def __enter__(self) -> None:
-        self.hooks = [model.register_forward_hook(self.add) for model in self.models]
-
-    def __exit__(self, *exception: object) -> None:
-        for hook in self.hooks:
+    models = [trainer.task.model, *([trainer.task.reference] if has_leash else [])]
+    hooks = [model.register_forward_hook(add) for model in models]
+    try:
+        yield
+    finally:
+        for hook in hooks:
             hook.remove()
-
-    def add(self, model: nn.Module, inputs: tuple[Tensor, ...], v: Tensor) -> None:
-        """Counts one call."""
-        passes = 3 + (self.has_leash and inputs[0].requires_grad) if v.requires_grad else 1
-        self.count += passes * len(v) / self.batch_size
 
 
 def train_run(
@@ -92,7 +81,7 @@ def train_run(
     method: str,
     lr: float,
     seed: int,
-    hyper: dict[str, Any],
+    hyper: dict,
     evaluate_at: list[int],
     unit: str = "iterations",
     T: int = T,
@@ -105,16 +94,16 @@ def train_run(
     Returns {"metrics": a list over evaluate_at, "error": why the run broke, or ""}.  The metrics are the task's
     evaluators, both units, and those of `step_means`.
     """
-    trainer = make_trainer(fresh_task(task, T, smoke), method, lr, hyper, seed, ema_decay=ema_decay)
-    counter, rows, metrics, error = EvaluationCounter(trainer), [], [], ""
-    used = {"iterations": 0, "evaluations": 0.0}
+    trainer = make_trainer(fresh_task(task, T, smoke), method, lr, hyper, seed=seed, ema_decay=ema_decay)
+    used, rows, metrics, error = {"iterations": 0, "evaluations": 0.0}, [], [], ""
     try:
         for end in evaluate_at:
             # An iteration more would be farther from the end; all cost the same, except those that stop early.
-            while used[unit] + used[unit] / max(1, len(rows)) / 2 < end:
-                with redirect_stdout(StringIO()), counter:  # a message for each skipped step would break the bar
+            while used[unit] + used[unit] / max(1, used["iterations"]) / 2 < end:
+                # Without its output: a message for each skipped step would break the progress bar.
+                with redirect_stdout(StringIO()), count_evaluations(trainer, used):
                     rows.append(trainer.step())
-                used = {"evaluations": counter.count, "iterations": len(rows)}
+                used["iterations"] += 1
             metrics.append(trainer.evaluate() | used | step_means(rows))
     except ValueError as broken:  # BadInput, or an evaluator that received infinite samples
         error = str(broken)
@@ -131,5 +120,5 @@ def step_means(rows: list[dict[str, float]]) -> dict[str, float]:
 
 def seconds_per_iteration(task: str, method: str, iterations: int, smoke: bool = False) -> dict:
     """{"seconds": the median over some training iterations}; meaningful only if nothing else runs."""
-    trainer = make_trainer(fresh_task(task, smoke=smoke), method, 1e-4, {})
+    trainer = make_trainer(fresh_task(task, smoke=smoke), method, 1e-4, {}, seed=0)
     return {"seconds": statistics.median(trainer.step()["seconds"] for _ in range(iterations))}
