@@ -77,8 +77,9 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def mean(rows: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of each entry over rows with the same entries."""
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    """The mean of each entry over rows with the same entries in the same order."""
+    columns = zip(*[row.values() for row in rows])
+    return dict(zip(rows[0], [sum(column) / len(rows) for column in columns]))
 
 
 def mean_over_ranks(metrics: dict[str, float], device: torch.device) -> dict[str, float]:
