@@ -9,9 +9,8 @@ import torch
 from leap_align import METHODS, Hyper, leap_trajectory, sample_pair, similarity_weight, uniform_times
 from tests.problems import Net, euler, grid, randn, seeded
 from toy.laboratory import variants
-from toy.laboratory.fidelity import weights_by_similarity
+from toy.laboratory.gradient_experiments import saved_for_backward, weights_by_similarity
 from toy.laboratory.gradients import GradientSampler, Moments, compare_gradients
-from toy.laboratory.memory import saved_for_backward
 from toy.laboratory.method_measurements import distinct_draws, effective_weights, evaluation_count
 
 # Variants

@@ -24,18 +24,18 @@ import tyro
 
 from leap_align import BadInput
 from runtime.run_dir import claimed_output_folder
-from toy.laboratory import ablations, beyond, compare, fidelity, leash, memory, pairs
+from toy.laboratory import ablations, beyond, compare, gradient_experiments, leash
 from toy.laboratory.laboratory import SMOKE, Laboratory, Scale
 from toy.laboratory.result_cache import ResultCache
 
 EXPERIMENTS: dict[str, Callable[[Laboratory], None]] = {
     "compare": compare.run,
     "ablations": ablations.run,
-    "fidelity": fidelity.run,
-    "pairs": pairs.run,
+    "fidelity": gradient_experiments.fidelity,
+    "pairs": gradient_experiments.pairs,
     "leash": leash.run,
     "beyond": beyond.run,
-    "memory": memory.run,
+    "memory": gradient_experiments.memory,
 }
 ALL = tuple(EXPERIMENTS)
 

@@ -1,7 +1,6 @@
 """beyond: every method, over the steps T, the solver and the budget: quality against velocity evaluations.
 
-Each setting gets the learning rate with the best held-out utility on the tuning seeds, for either budget.  The steps of
-an evaluation are 25 whatever a run trains on.
+Each setting gets the learning rate with the best held-out utility on the tuning seeds, for either budget.
 """
 
 import math
@@ -154,10 +153,7 @@ def chosen_settings(lab: Laboratory, settings: list[Setting], rates: Rates) -> l
 
 
 def table_rows(runs: Runs, rates: Rates, published: dict[str, Setting]) -> list[Row]:
-    """The metrics of each setting at the end of each budget; no metrics and n = 0 if a run of it broke.
-
-    Rows of the small budget also have what `cost_to_reach` returns.
-    """
+    """The metrics of each setting at the end of each budget, n = 0 if a run broke; `cost_to_reach` of the small one."""
     rows = []
     for (setting, budget), seed_runs in runs.items():
         row = vars(setting) | {"budget": budget, "lr": rates[setting, budget], "n": 0}
@@ -200,10 +196,9 @@ def gradient_rows(lab: Laboratory) -> list[Row]:
 
 
 def cost_to_reach(runs: list[Run], published: list[Run]) -> dict[str, float]:
-    """What the runs need for the mean utility of the published runs: see `shares`.
+    """What the runs need for the mean utility of the published runs: see `shares`; nothing if they never reach it.
 
-    The errors are the jackknife's: all means without one seed after the other.  Nothing if the mean of all seeds never
-    reaches that utility, and no error if the means of some never do.
+    The errors are the jackknife's: all means without one seed after the other; none if some never reach it.
     """
     curves = [(mean_curve(runs, left_out), mean_curve(published, left_out)) for left_out in (None, *range(len(runs)))]
     (of_all, *of_others), row = [shares(*pair) for pair in curves], {}

@@ -1,8 +1,7 @@
 """Each method's gradient compared with the true one: that of the reward through all T steps of the sampling run.
 
-For fixed noise and prompts a method's gradient is random through the timesteps that it draws.  Its mean is taken over
-every distinct draw, or over many seeds where there are too many draws.  All gradients are those of -weight * reward,
-without a hinge, which would hide the samples above it.
+For fixed noise and prompts it is random through the timesteps that it draws.  Its mean is over every distinct draw, or
+over many seeds.  All gradients are those of -weight * reward, without a hinge, which would hide the samples above it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,7 +21,6 @@ from train_leap_align import METHODS
 ALPHAS = (0.0, 0.1, 0.3, 0.5, 0.7, 1.0)
 INPUT_SEED = 1_000_007  # of the fixed noise and prompts
 TRAINING_LR = 1e-3  # of the training between two comparisons
-
 Case = tuple[str, int, int]  # a task, its number of steps T, and the iterations of training before the comparison
 
 
@@ -58,10 +56,7 @@ class GradientSampler:
         return gradient
 
     def pair_gradients(self) -> Iterator[tuple[int, int, float, Tensor, Tensor]]:
-        """Every pair i_k > i_j, its mean weight w_sim, and LeapAlign's gradients at alpha = 0 and alpha = 1.
-
-        All pairs use states that are recorded once.  A test shows that the result equals that of `leap_align`.
-        """
+        """Every pair i_k > i_j, its mean w_sim, LeapAlign's gradients at alpha = 0 and 1; states are recorded once."""
         velocity, times = self.task.velocity(self.prompts), self.task.times
         states = rollout(velocity, self.x_T, times)
         for i_j, i_k in combinations(range(1, len(times)), 2):
@@ -87,10 +82,9 @@ class Moments:
         self.cosines += torch.cosine_similarity(gradient, self.true, dim=0).item()
 
     def values(self) -> dict[str, float]:
-        """The columns of a table.
+        """Of the mean gradient, its cosine to the true one and the ratio of their norms; of a single draw the rest.
 
-        Of the mean gradient: its cosine to the true gradient, and the ratio of their norms.  Of a single draw: the mean
-        cosine, the root mean square norm, and the variance over the squared norm of the mean gradient.
+        one_norm is the root mean square, variance is over the squared norm of the mean gradient.
         """
         mean, square = self.sum / self.n, self.square / self.n
         return {
@@ -108,8 +102,8 @@ def compare_gradients(
 ) -> dict:
     """The gradients of some methods and of LeapAlign compared with the true one, after some iterations of LeapAlign.
 
-    Returns {"norm": of the true gradient, "methods": {name: Moments.values()}, "pairs": [[i_k, i_j, mean w_sim]]}.
-    A method's column `every` is True if the mean is over all draws that exist.
+    {"norm": of the true gradient, "methods": {name: Moments.values(), and whether of every draw that exists}, "pairs":
+    [[i_k, i_j, mean w_sim]]}.
     """
     sampler = GradientSampler(task, T, batch_size, smoke, iterations)
     true, compared = sampler.gradient("full_backprop", 0), {}
@@ -138,11 +132,10 @@ def gradient_comparisons(lab: Laboratory, cases: list[Case]) -> dict[Case, dict]
 def step_fidelity(
     task: str, method: str, T: int, hyper: dict, cost: int, draws: int, batch_size: int, smoke: bool = False
 ) -> dict:
-    """A method's gradient compared with the true one, before training.
+    """Moments.values() of a method's gradient before training, on fixed noise and prompts; hyper: not the method's own.
 
-    On fixed noise and prompts: Moments.values() over the method's draws.  `step_cosine`: the mean cosine of a step on
-    new noise and prompts, with as many samples as `cost` evaluations allow, to the true gradient over 16 batches.
-    hyper: in place of the method's own.
+    `step_cosine`: the mean cosine of a step on new noise and prompts, with as many samples as `cost` evaluations allow,
+    to the true gradient over 16 batches.
     """
     sampler, (seeds, _) = GradientSampler(task, T, batch_size, smoke), distinct_draws(method, T, draws)
     true = sampler.gradient("full_backprop", 0)

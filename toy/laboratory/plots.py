@@ -24,12 +24,9 @@ KIND_STYLES = {
     "leash": {"linestyle": "-"},
     "both": {"linestyle": "--", "fillstyle": "none"},
 }
-"""What restrains a run, in the figure of the leash."""
-LABELS = {
-    "iterations": "iterations of LeapAlign",
-    "cosine": "cosine to the true gradient",
-    "variance": "variance of a draw / mean²",
-}
+"""What restrains a run, in the figure of the leash; the line of early stopping ends where training does."""
+LABELS = {"T": "T", "iterations": "iterations of LeapAlign"}
+LABELS |= {"cosine": "cosine to the true gradient", "variance": "variance of a draw / mean²"}
 Shown = dict[str, tuple[str, ...]]  # the metrics in a figure, for each task
 
 
@@ -62,10 +59,7 @@ def columns_of(rows: list[Row], *names: str) -> list[np.ndarray]:
 
 
 def compare(rows: list[Row], shown: Shown) -> Figure:
-    """The large budget: the reward over training, and two held-out evaluators of each task against the reward.
-
-    A row for each task and hinge.  Bands and crosses are standard errors.
-    """
+    """A row for each task and hinge: the reward over training, and held-out evaluators against it; standard errors."""
     cases = groups(rows, "task", "hinge")
     figure, grid = panels(12, 3.1, len(cases), 3)
     for ((task, hinge), case), axes in zip(cases.items(), grid):
@@ -81,10 +75,7 @@ def compare(rows: list[Row], shown: Shown) -> Figure:
 
 
 def ablations(rows: list[Row], references: dict[str, str]) -> Figure:
-    """The reward of every option minus that of the reference, the paper's choice; a panel for each ablation and task.
-
-    Bars are standard errors of the option's own reward.
-    """
+    """A panel for each ablation and task: each option's reward, and its standard error, minus that of the reference."""
     names, tasks = groups(rows, "ablation"), groups(rows, "task")
     figure, grid = panels(12, 2.3, -(-len(names) // 2), 2 * len(tasks))
     cases = [(name, task) for (name,) in names for (task,) in tasks]
@@ -126,7 +117,7 @@ def fidelity(rows: list[Row], weights: list[Row], T: int) -> Figure:
             axis, lines = figure.add_subplot(grid[n, column]), groups(case, "method")
             for name in (*LINES, *(name for (name,) in lines if not name.startswith("leap_align "))):
                 axis.plot(*columns_of(lines[name,], x, y), label=name, **style(name))
-            axis.set(xlabel=LABELS.get(x, x), ylabel=LABELS[y], title=task, xscale="log" if x == "T" else "linear")
+            axis.set(xlabel=LABELS[x], ylabel=LABELS[y], title=task, xscale="log" if x == "T" else "linear")
             axis.grid(alpha=0.3)
     axis, similarity_lines = figure.add_subplot(grid[-1, :]), iter(("--", ":"))
     for name in list(weights[0])[1:]:
@@ -160,10 +151,7 @@ def pairs(rows: list[Row], redrawn: tuple[str, ...]) -> Figure:
 
 
 def leash(rows: list[Row], shown: Shown) -> Figure:
-    """A row for each task: the shown columns against the reward, a line for each method and kind of restraint.
-
-    The line of early stopping ends where training without restraint does.
-    """
+    """A row for each task: the shown columns against the reward, a line for each method and kind of restraint."""
     tasks = groups(rows, "task")
     figure, grid = panels(15, 3.6, len(tasks), 4)
     for ((task,), task_rows), axes in zip(tasks.items(), grid):
