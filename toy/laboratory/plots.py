@@ -11,7 +11,6 @@ from toy.laboratory.tables import Row, groups
 
 COLORS = ("#D55E00", "#56B4E9", "#009E73", "#0072B2", "#000000", "#E69F00", "#CC79A7", "#999999")
 """Okabe and Ito's colors, which colour-blind readers can tell apart; one for each method, in the table's order."""
-PUBLISHED_COLOR = COLORS[4]
 MARKERS = "o^Ds*vPX"
 LINES = {
     "leap_align 1": "-",
@@ -190,11 +189,11 @@ def setting_lines(axis: Axes, number: int, setting: tuple, rows: list[Row], name
     """Draws one setting: a line for each budget.  The first setting of a task is the published one."""
     line, option, T, solver = setting
     label = ", ".join(text for text in (line, option if option not in line else "", f"T = {T}", solver) if text)
-    colors = [color for color in COLORS if color != PUBLISHED_COLOR]
+    colors = [color for color in COLORS if color != "#000000"]  # black is the published setting
     dashed, color = divmod(number - 1, len(colors))
     look = {"color": colors[color], "marker": MARKERS[color], "linestyle": ("-", "--")[dashed % 2], "lw": 1.2, "ms": 4}
     if number == 0:
-        look |= {"color": PUBLISHED_COLOR, "linestyle": "-", "lw": 3.5, "ms": 7}
+        look |= {"color": "#000000", "linestyle": "-", "lw": 3.5, "ms": 7}
         label = "published: " + label
     for points in groups(rows, "budget").values():
         x, y, error = columns_of(points, "evaluations", name, f"{name}_error")
