@@ -175,6 +175,7 @@ def test_a_sampling_run_has_two_updates_each_with_the_mean_over_the_trained_time
 
 
 def test_the_window_slides_from_the_noise_to_the_image_and_returns():
+    assert (TRAINERS["dancegrpo"].eta, TRAINERS["mixgrpo"].eta) == (0.3, 0.7)  # the papers'
     trainer, windows = trainer_of("mixgrpo", T=25), []
     for iteration in range(0, 25 * 23, 25):
         trainer.progress.iteration = iteration

@@ -1,7 +1,7 @@
 """Each method's gradient compared with the true one: that of the reward through all T steps of the sampling run.
 
-For fixed noise and prompts it is random through the timesteps that it draws.  Its mean is over every distinct draw, or
-over many seeds.  All gradients are those of -weight * reward, without a hinge, which would hide the samples above it.
+With fixed noise and prompts, a method's gradient is random through the timesteps that it draws.  Its mean is over every
+distinct draw, or over many seeds.  The loss is -weight * reward: a hinge would hide the samples above it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -86,14 +86,10 @@ class Moments:
         square norm, variance over the squared norm of the mean gradient, number of draws.
         """
         mean, square = self.sum / self.n, self.square / self.n
-        return {
-            "cosine": torch.cosine_similarity(mean, self.true, dim=0).item(),
-            "ratio": (mean.norm() / self.true.norm()).item(),
-            "one_cosine": self.cosines / self.n,
-            "one_norm": square**0.5,
-            "variance": square / mean.square().sum().item() - 1,
-            "draws": self.n,
-        }
+        cosine, ratio = torch.cosine_similarity(mean, self.true, dim=0).item(), (mean.norm() / self.true.norm()).item()
+        one = {"one_cosine": self.cosines / self.n, "one_norm": square**0.5}
+        variance = square / mean.square().sum().item() - 1
+        return {"cosine": cosine, "ratio": ratio} | one | {"variance": variance, "draws": self.n}
 
 
 def compare_gradients(

@@ -18,11 +18,9 @@ LINES = {
     "leap_align 0": ":",
 }  # the values of alpha in figures of gradients
 KIND_STYLES = {
-    "stop": {"linestyle": ":", "lw": 1},
-    "hinge": {"linestyle": "none", "fillstyle": "none", "ms": 9},
-    "leash": {"linestyle": "-"},
-    "both": {"linestyle": "--", "fillstyle": "none"},
-}
+    "stop": {"linestyle": ":", "lw": 1}, "hinge": {"linestyle": "none", "fillstyle": "none", "ms": 9},
+    "leash": {"linestyle": "-"}, "both": {"linestyle": "--", "fillstyle": "none"},
+}  # fmt: skip
 """What restrains a run, in the figure of the leash; the line of early stopping ends where training does."""
 LABELS = {"T": "T", "iterations": "iterations of LeapAlign"}
 LABELS |= {"cosine": "cosine to the true gradient", "variance": "variance of a draw / mean²"}
@@ -167,8 +165,8 @@ def leash(rows: list[Row], shown: Shown) -> Figure:
 def beyond(rows: list[Row], shown: Shown, small: int) -> Figure:
     """A row for each task: held-out evaluators against evaluations, a line for each method at its chosen setting.
 
-    Left of `small` evaluations are the runs with the rate for the small budget, right of it those for the large one.
-    The published setting is thick, and drawn from its start with both.  Bands are standard errors.
+    Left of `small` are the runs with the small budget's learning rate, right of it those with the large one's; both of
+    the published setting, which is thick, start at the left.  Bands are standard errors.
     """
     tasks = groups([row for row in rows if row["evaluations"] > 0], "task")
     figure, grid = panels(15, 4.6, len(tasks), 3)
