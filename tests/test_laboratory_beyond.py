@@ -238,6 +238,8 @@ def runs_with(*utilities):
         (([-10, -5, -4], [-10, -7, -4]), ([-20, -9], [-20, -7]), 50, (1 / 2, 1 / 2, 1 / 2), 40),
         # The published run has -8 after 75 evaluations, is best after 100, with -6, and ends after 300, with -8 again.
         (([-10, -6, -4],) * 2, ([-14, -6, -7, -8],) * 2, 50, (1 / 6, 2 / 3, 1), 0),
+        # Without one seed it takes 400/7, 50 and 400/9 evaluations.
+        (([-10, -5], [-10, -6], [-10, -7]), ([-20, -8],) * 3, 50, (1 / 2, 1 / 2, 1 / 2), 7.350499465317359),
         # Both together reach -8, the second alone does not.
         (([-10, -5], [-10, -9]), ([-20, -8],) * 2, 200 / 3, (2 / 3, 2 / 3, 2 / 3), None),
     ],
