@@ -17,8 +17,6 @@ from toy.laboratory.other_trainers import GROUP, TRAINERS, NoisyStep, advantages
 from toy.laboratory.train_run import count_evaluations, fresh_task, make_trainer
 from train_leap_align import METHODS
 
-# Counted evaluations
-
 
 def trainer_of(method, T=10, **hyper):
     return make_trainer(fresh_task("toy", T, smoke=True), method, 1e-3, {"lam": None} | hyper, seed=0, batch_size=16)
@@ -83,9 +81,6 @@ def test_a_run_trains_with_the_methods_own_hyperparameters_and_a_hinge_at_0(meth
     values = vars(trainer.config) | vars(trainer.hyper)
     own = {"lr": 1e-3, "seed": 5, "ema_decay": 0.5, "batch_size": 64}
     assert {name: values[name] for name in expected | own} == expected | own
-
-
-# Policy gradient
 
 
 def test_noise_does_not_change_the_marginals():
@@ -194,9 +189,6 @@ def test_policy_gradient_raises_a_reward_that_has_no_gradient(monkeypatch):
     assert sum(rewards[-8:]) / 8 > sum(rewards[:8]) / 8 + 0.3
 
 
-# Gradients
-
-
 def test_a_step_of_the_exact_gradient_has_the_cosine_1():
     """K = T strata at alpha = 1 are full backpropagation; w is a constant there, as every leap is exact."""
     found = step_fidelity("toy", "stratified", 4, {"K": 4}, cost=16 * 15, draws=3, batch_size=16, smoke=True)
@@ -216,9 +208,6 @@ def test_a_step_of_equal_cost_has_new_noise_and_as_many_samples_as_its_cost_allo
     monkeypatch.setattr(GradientSampler, "sample_inputs", record)
     step_fidelity("toy", "leap_align", 4, {}, cost=80, draws=3, batch_size=8, smoke=True)
     assert drawn == [(8, INPUT_SEED), (16 * 8, INPUT_SEED), (10, 0), (10, 1), (10, 2)]
-
-
-# Choices and tables
 
 
 def runs_with(*utilities):

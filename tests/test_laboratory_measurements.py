@@ -12,8 +12,6 @@ from toy.laboratory.gradient_experiments import saved_for_backward, weights_by_s
 from toy.laboratory.gradients import GradientSampler, Moments, compare_gradients
 from toy.laboratory.method_measurements import distinct_draws, effective_weights, evaluation_count
 
-# Variants
-
 
 def leaps_of_net(i_k, i_j):
     """The states of a run of a network on 8 steps, and one pair's leap trajectory."""
@@ -84,9 +82,6 @@ def test_pairs_at_a_fixed_distance_reach_every_j(name, distance):
     assert {log["i_j"] for log in logs} == set(range(1, 8 - distance + 1))
 
 
-# Method measurements
-
-
 def test_evaluation_counts_against_a_hand_calculation():
     """Each evaluation counts one, two more with gradient: T = 10, m = 4 (11 of 25), K = 2, n = 2."""
     drtune = [10 - i_min + 1 + 2 * sum(i >= i_min for i in (s, s + 5)) for i_min in range(1, 5) for s in range(1, 6)]
@@ -126,9 +121,6 @@ def test_distinct_draws_are_all_draws():
     assert distinct_draws("leap_align", 10, 45)[1] is True
     assert distinct_draws("leap_align", 10, 44) == (list(range(44)), False)
     assert distinct_draws("draft_lv", 10, 50) == (list(range(5)), False)
-
-
-# Gradients
 
 
 def test_moments_against_a_hand_calculation():
