@@ -312,9 +312,10 @@ def test_rows_of_the_tables_against_a_hand_calculation():
         (broken, "small"): [*runs_with([-4.0]), {"metrics": [], "error": "broke"}],
         (chosen, "small"): runs_with([-4, -2], [-4, -2]),
         (published, "large"): runs_with([-4, -3], [-4, -3]),
+        (chosen, "large"): runs_with([-4, -1], [-4, -1]),
     }
     rows = beyond.table_rows(runs, dict.fromkeys(runs, 1e-3), {"toy": published})
-    bad, small, large = rows
+    bad, small, large, _ = rows
     assert bad["n"] == 0 and "utility" not in bad and "needed" not in bad
     assert small["n"] == 2 and small["utility"] == -2
     assert large["n"] == 2 and "needed" not in large
