@@ -30,8 +30,8 @@ from torch import Tensor
 import train_leap_align
 from beyond import DEFAULTS
 from leap_align import BadInput, Hyper, Velocity
+from runtime.backward import CutVelocity
 from runtime.counters import flop_count, saved_bytes
-from runtime.run_dir import write_csv
 from runtime.task import Task
 from toy.laboratory.laboratory import Laboratory
 from toy.laboratory.variants import leap_align_variant
@@ -56,15 +56,13 @@ Row = dict[str, Any]
 
 
 def run(lab: Laboratory) -> None:
-    """Measures each task, nothing beside it, because times need a quiet machine; writes tables and figure."""
-    sequential = replace(lab.cache, workers=1)
-    settings = [{"task": name, "smoke": lab.scale.smoke} for name in tasks_to_measure(lab)]
-    costs = sequential.results(step_costs, [s | {"methods": [*METHODS, *TWO_PASSES]} for s in settings], "operations")
-    times = sequential.results(step_times, settings, "times")
-    rows = [row for result in costs for row in result["rows"]]
-    lab.publish("cost", rows, tables(rows, times))
-    write_csv(lab.out / "cost-time.csv", times)
-    draw(lab.out / "cost.png", rows, times)
+    """Measures one task after the other, because times need a quiet machine, and publishes."""
+    alone, smoke, names = replace(lab.cache, workers=1), lab.scale.smoke, tasks_to_measure(lab)
+    methods = [*METHODS, *TWO_PASSES]
+    costs = alone.results(step_costs, {n: {"task": n, "methods": methods, "smoke": smoke} for n in names}, "operations")
+    times = list(alone.results(step_times, {n: {"task": n, "smoke": smoke} for n in names}, "times").values())
+    rows = [row for result in costs.values() for row in result["rows"]]
+    lab.publish("cost", rows, tables(rows, times), figure(rows, times), time=times)
 
 
 def tasks_to_measure(lab: Laboratory) -> list[str]:
@@ -134,13 +132,13 @@ def representative_seeds(method: Callable, times: Tensor, hyper: Hyper) -> list[
     """
     seeds, middle = {}, (1 + hyper.m) // 2
     for seed in range(2000):
-        endpoints = method(lambda x, t: 0 * x, torch.zeros(1, 1), times, hyper, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            list(endpoints)
-        if "i_min" not in endpoints.log:  # practically every draw costs the same
+            _, _, log = next(method(lambda x, t: 0 * x, torch.zeros(1, 1), times, hyper, generator))
+        if "i_min" not in log:  # practically every draw costs the same
             return [seed]
-        if endpoints.log["i_min"] == middle:
-            seeds.setdefault(endpoints.log.get("s"), seed)
+        if log["i_min"] == middle:
+            seeds.setdefault(log.get("s"), seed)
     return list(seeds.values()) or [0]  # an early stop that is drawn in another way
 
 
@@ -155,16 +153,17 @@ def method_cost(method: Callable, task: Task, condition: Any, x_T: Tensor, hyper
         evaluations.append(torch.is_grad_enabled())
         return velocity(x, t)
 
-    def endpoints(seed: int) -> Iterator:
-        return method(counted_velocity, x_T, task.times, hyper, torch.Generator().manual_seed(seed))
+    def endpoints(velocity: Velocity, seed: int) -> Iterator[tuple[Tensor, Tensor, dict]]:
+        return method(velocity, x_T, task.times, hyper, torch.Generator().manual_seed(seed))
 
     def step(seed: int) -> None:
-        for x_0, _ in endpoints(seed):
-            x_0.sum().backward()
+        cut_velocity = CutVelocity(counted_velocity)  # as in the trainer
+        for x_0, weight, _ in endpoints(cut_velocity, seed):
+            cut_velocity.backward(x_0, torch.ones_like(x_0), weight)
 
     operations = sum(flop_count(partial(step, seed)) for seed in seeds)
     totals = {"evaluations": len(evaluations), "with gradient": sum(evaluations), "operations": operations}
-    largest = max(saved_bytes(partial(next, endpoints(seed)), task.model) for seed in seeds)
+    largest = max(saved_bytes(partial(next, endpoints(velocity, seed)), task.model) for seed in seeds)
     return {name: total / len(seeds) for name, total in totals.items()} | {"MiB": largest / 2**20}
 
 
@@ -307,10 +306,10 @@ def tables(rows: list[Row], times: list[Row]) -> str:
     return "\n\n".join(markdown_table(list(table), columns) for table, columns in shown)
 
 
-def draw(path: Path, rows: list[Row], times: list[Row]) -> None:
-    """The figure: operations of each method over the floor, and the shares of a step."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    operations, shares = figure.subplots(1, 2)
+def figure(rows: list[Row], times: list[Row]) -> Figure:
+    """Operations of each method over the floor, and the shares of a step."""
+    drawn = Figure(figsize=(13, 4), layout="constrained")
+    operations, shares = drawn.subplots(1, 2)
     for marker, task in zip("os^D", tasks := [row["task"] for row in times]):
         values, methods = zip(*((row["operations"], row["method"]) for row in rows if row["task"] == task))
         operations.plot(values, methods, marker, label=task, alpha=0.7)
@@ -324,4 +323,4 @@ def draw(path: Path, rows: list[Row], times: list[Row]) -> None:
     for axis in (operations, shares):
         axis.invert_yaxis()
         axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=110)
+    return drawn
