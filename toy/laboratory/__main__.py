@@ -29,16 +29,8 @@ from toy.laboratory import ablations, beyond, compare, cost, fidelity, leash, me
 from toy.laboratory.laboratory import SMOKE, Laboratory, Scale
 from toy.laboratory.result_cache import ResultCache
 
-EXPERIMENTS: dict[str, Callable[[Laboratory], None]] = {
-    "compare": compare.run,
-    "ablations": ablations.run,
-    "fidelity": fidelity.run,
-    "pairs": pairs.run,
-    "leash": leash.run,
-    "beyond": beyond.run,
-    "memory": memory.run,
-    "cost": cost.run,
-}
+MODULES = (compare, ablations, fidelity, pairs, leash, beyond, memory, cost)
+EXPERIMENTS: dict[str, Callable[[Laboratory], None]] = {m.__name__.split(".")[-1]: m.run for m in MODULES}
 
 
 def main(

@@ -16,25 +16,24 @@ from leap_align import METHODS as PAPER_METHODS
 from leap_align import leap_trajectory, objective, rollout, similarity_weight
 from toy.laboratory.laboratory import Laboratory
 from toy.laboratory.method_measurements import distinct_draws, evaluation_count, hyper_for, seeded_generator
-from toy.laboratory.train_run import fresh_task, train_with_leap_align
+from toy.laboratory.train_run import fresh_task, make_trainer
 from train_leap_align import METHODS
 
 ALPHAS = (0.0, 0.1, 0.3, 0.5, 0.7, 1.0)
-INPUT_SEED = 1_000_007
-"""Seed of the fixed noise and prompts."""
-TRAINING_LR = 1e-3
-"""Learning rate of the training between two comparisons."""
+INPUT_SEED = 1_000_007  # of the fixed noise and prompts
+TRAINING_LR = 1e-3  # of the training between two comparisons
 
-Case = tuple[str, int, int]
-"""A task, its number of steps T, and the iterations of training before the comparison."""
+Case = tuple[str, int, int]  # a task, its number of steps T, and the iterations of training before the comparison
 
 
 class GradientSampler:
-    """A task after some training, with fixed noise and prompts: the gradient of any method for any draw."""
+    """A task after some iterations of LeapAlign, with fixed noise and prompts: the gradient of any method and draw."""
 
-    def __init__(self, task: str, T: int, iterations: int, lr: float, batch_size: int, smoke: bool) -> None:
+    def __init__(self, task: str, T: int, batch_size: int, smoke: bool, iterations: int = 0) -> None:
         self.task, self.T = fresh_task(task, T, smoke), T
-        train_with_leap_align(self.task, iterations, lr)
+        trainer = make_trainer(self.task, "leap_align", TRAINING_LR, {}, ema_decay=0.0)
+        for _ in range(iterations):
+            trainer.step()
         self.sample_inputs(batch_size, INPUT_SEED)
 
     def sample_inputs(self, batch_size: int, seed: int) -> None:
@@ -49,9 +48,9 @@ class GradientSampler:
         velocity = self.task.velocity(self.prompts)
         return self.gradient_of(METHODS[method](velocity, self.x_T, self.task.times, hyper, seeded_generator(seed)))
 
-    def gradient_of(self, endpoints: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        """The gradient of the objective of some endpoints (x_0, weight), as one vector."""
-        for x_0, weight in endpoints:
+    def gradient_of(self, endpoints: Iterable[tuple[Tensor, Tensor, dict]]) -> Tensor:
+        """The gradient of the objective of some endpoints (x_0, weight, log), as one vector."""
+        for x_0, weight, _ in endpoints:
             reward = self.task.reward(self.task.decode(x_0), self.prompts)
             objective(reward, weight, None).backward()
         gradient = torch.cat([p.grad.flatten() for p in self.task.model.parameters()])
@@ -68,15 +67,17 @@ class GradientSampler:
         for i_j, i_k in combinations(range(1, len(times)), 2):
             leaps_0, leaps_1 = (leap_trajectory(velocity, states, times, i_k, i_j, alpha) for alpha in (0.0, 1.0))
             weight = similarity_weight(leaps_0, hyper_for(self.T).tau)
-            gradient_0, gradient_1 = (self.gradient_of([(leaps.x_0, weight)]) for leaps in (leaps_0, leaps_1))
+            gradient_0, gradient_1 = (self.gradient_of([(leaps.x_0, weight, {})]) for leaps in (leaps_0, leaps_1))
             yield i_k, i_j, weight.mean().item(), gradient_0, gradient_1
 
 
 class Moments:
     """Mean and variance of random gradients, and their cosine to the true gradient."""
 
-    def __init__(self, true: Tensor) -> None:
+    def __init__(self, true: Tensor, gradients: Iterable[Tensor] = ()) -> None:
         self.true, self.sum, self.square, self.cosines, self.n = true, torch.zeros_like(true), 0.0, 0.0, 0
+        for gradient in gradients:
+            self.add(gradient)
 
     def add(self, gradient: Tensor) -> None:
         """Adds the gradient of one draw."""
@@ -103,29 +104,18 @@ class Moments:
 
 
 def compare_gradients(
-    task: str,
-    T: int,
-    iterations: int,
-    lr: float,
-    max_draws: int,
-    batch_size: int,
-    methods: list[str],
-    smoke: bool = False,
+    task: str, T: int, iterations: int, max_draws: int, batch_size: int, methods: list[str], smoke: bool = False
 ) -> dict:
     """The gradients of some methods and of LeapAlign compared with the true one, after some iterations of LeapAlign.
 
     Returns {"norm": of the true gradient, "methods": {name: Moments.values()}, "pairs": [[i_k, i_j, mean w_sim]]}.
     A method's column `every` is True if the mean is over all draws that exist.
     """
-    sampler = GradientSampler(task, T, iterations, lr, batch_size, smoke)
-    true = sampler.gradient("full_backprop", 0)
-    compared = {}
+    sampler = GradientSampler(task, T, batch_size, smoke, iterations)
+    true, compared = sampler.gradient("full_backprop", 0), {}
     for name in methods:
         seeds, every = distinct_draws(name, T, max_draws)
-        moments = Moments(true)
-        for seed in seeds:
-            moments.add(sampler.gradient(name, seed))
-        compared[name] = moments.values() | {"every": every}
+        compared[name] = Moments(true, (sampler.gradient(name, seed) for seed in seeds)).values() | {"every": every}
     pairs, by_alpha = [], {alpha: Moments(true) for alpha in ALPHAS}
     for i_k, i_j, weight, gradient_0, gradient_1 in sampler.pair_gradients():
         pairs.append([i_k, i_j, weight])
@@ -137,15 +127,12 @@ def compare_gradients(
 
 def gradient_comparisons(lab: Laboratory, cases: list[Case]) -> dict[Case, dict]:
     """compare_gradients for every case and every method."""
-    scale, methods = lab.scale, [name for name in PAPER_METHODS if name not in ("leap_align", "full_backprop")]
-    for task in scale.tasks:
-        fresh_task(task, smoke=scale.smoke)  # pre-trains it here, because otherwise every worker would
-    shared = {"lr": TRAINING_LR, "max_draws": scale.max_draws, "batch_size": scale.batch_size, "smoke": scale.smoke}
-    shared |= {"methods": methods}
+    methods = [name for name in PAPER_METHODS if name not in ("leap_align", "full_backprop")]
+    shared = {"max_draws": lab.scale.max_draws, "batch_size": lab.scale.batch_size, "methods": methods}
     # The largest T, which take longest, come first, so that no worker runs alone at the end.
     cases = sorted(cases, key=lambda case: -case[1])
-    settings = [shared | dict(zip(("task", "T", "iterations"), case)) for case in cases]
-    return dict(zip(cases, lab.cache.results(compare_gradients, settings, "gradients")))
+    settings = {case: shared | dict(zip(("task", "T", "iterations"), case)) for case in cases}
+    return lab.results(compare_gradients, settings, "gradients")
 
 
 def step_fidelity(
@@ -157,10 +144,9 @@ def step_fidelity(
     new noise and prompts, with as many samples as `cost` evaluations allow, to the true gradient over 16 batches.
     hyper: in place of the method's own.
     """
-    sampler = GradientSampler(task, T, 0, 0.0, batch_size, smoke)
-    moments, (seeds, _) = Moments(sampler.gradient("full_backprop", 0)), distinct_draws(method, T, draws)
-    for seed in seeds:
-        moments.add(sampler.gradient(method, seed, **hyper))
+    sampler, (seeds, _) = GradientSampler(task, T, batch_size, smoke), distinct_draws(method, T, draws)
+    true = sampler.gradient("full_backprop", 0)
+    moments = Moments(true, (sampler.gradient(method, seed, **hyper) for seed in seeds))
     sampler.sample_inputs(16 * batch_size, INPUT_SEED)
     steps = Moments(sampler.gradient("full_backprop", 0))
     evaluations = evaluation_count(method, T, draws, **hyper)["evaluations"]

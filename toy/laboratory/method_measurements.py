@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from beyond import DEFAULTS, Hyper
-from leap_align import uniform_times
+from leap_align import Velocity, uniform_times
 from train_leap_align import METHODS
 
 
@@ -23,14 +23,20 @@ def seeded_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def run_method(velocity: Velocity, method: str, T: int, seed: int, **changes: object) -> list[dict]:
+    """The logs of a method's endpoints on one sample, each after a backward where there is a gradient."""
+    hyper, logs = replace(hyper_for(T, method), **changes), []
+    for x_0, _, log in METHODS[method](velocity, torch.zeros(1, 1), uniform_times(T), hyper, seeded_generator(seed)):
+        if x_0.requires_grad:
+            x_0.sum().backward()
+        logs.append(log)
+    return logs
+
+
 def timesteps_drawn(method: str, T: int, seed: int) -> tuple[int, ...]:
     """The indices that a method draws with this seed; empty for a method that draws only noise."""
-    generator = seeded_generator(seed)
-    hyper = hyper_for(T, method)
-    endpoints = METHODS[method](lambda x, t: 0 * x, torch.zeros(1, 1), uniform_times(T), hyper, generator)
-    with torch.no_grad():
-        list(endpoints)
-    indices = (value if isinstance(value, tuple) else (value,) for value in endpoints.log.values())
+    log = run_method(lambda x, t: 0 * x, method, T, seed)[-1]
+    indices = (value if isinstance(value, tuple) else (value,) for value in log.values())
     return tuple(value for values in indices for value in values if isinstance(value, int))
 
 
@@ -46,8 +52,7 @@ def distinct_draws(method: str, T: int, max_draws: int) -> tuple[list[int], bool
     seeds: dict[tuple[int, ...], int] = {}
     seed = newest = 0
     while seed <= newest + 50 + 10 * len(seeds):
-        draw = timesteps_drawn(method, T, seed)
-        if draw not in seeds:
+        if (draw := timesteps_drawn(method, T, seed)) not in seeds:
             seeds[draw], newest = seed, seed
         if len(seeds) > max_draws:
             return list(range(max_draws)), False
@@ -62,15 +67,9 @@ def effective_weights(method: str, T: int, max_draws: int) -> dict:
     sampling run, are the lengths of its intervals.
     """
     times, theta = uniform_times(T), torch.zeros(T + 1, requires_grad=True)
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        return theta[int(torch.searchsorted(times, t))].expand_as(x)
-
     seeds, _ = distinct_draws(method, T, max_draws)
     for seed in seeds:
-        hyper = hyper_for(T, method)
-        for x_0, _ in METHODS[method](velocity, torch.zeros(1, 1), times, hyper, seeded_generator(seed)):
-            x_0.sum().backward()
+        run_method(lambda x, t: theta[int(torch.searchsorted(times, t))].expand_as(x), method, T, seed)
     return {"weights": (-theta.grad / len(seeds))[1:].tolist()}
 
 
@@ -79,7 +78,7 @@ def evaluation_count(method: str, T: int, max_draws: int, **changes: object) -> 
 
     changes: of the hyperparameters.
     """
-    count, hyper, theta = 0, replace(hyper_for(T, method), **changes), torch.zeros((), requires_grad=True)
+    count, theta = 0, torch.zeros((), requires_grad=True)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         nonlocal count
@@ -88,6 +87,5 @@ def evaluation_count(method: str, T: int, max_draws: int, **changes: object) -> 
 
     seeds, _ = distinct_draws(method, T, max_draws)
     for seed in seeds:
-        for x_0, _ in METHODS[method](velocity, torch.zeros(1, 1), uniform_times(T), hyper, seeded_generator(seed)):
-            x_0.sum().backward()
+        run_method(velocity, method, T, seed, **changes)
     return {"evaluations": count / len(seeds)}

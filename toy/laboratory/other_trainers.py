@@ -21,6 +21,7 @@ that PPO's usual c = 0.2 fits, two updates from a sampling run, and a last step 
 import math
 import time
 from abc import abstractmethod
+from collections.abc import Iterator
 from functools import partial
 from typing import ClassVar
 
@@ -28,15 +29,12 @@ import torch
 from torch import Tensor
 
 from beyond import Hyper
-from leap_align import Endpoints, Velocity, leap, leap_trajectory, method, rollout, sample_pair, similarity_weight
+from leap_align import Step, Velocity, leap, leap_trajectory, rollout, sample_pair, similarity_weight
 from train_leap_align import Trainer
 
-GROUP = 8
-"""Images of a prompt."""
-CLIP = 0.2
-"""c: the probability of a step has no gradient once it has changed by this share."""
-UPDATES = 2
-"""Optimizer steps for a sampling run, each with half of the groups."""
+GROUP = 8  # images of a prompt
+CLIP = 0.2  # c: the probability of a step has no gradient once it has changed by this share
+UPDATES = 2  # optimizer steps for a sampling run, each with half of the groups
 
 
 class NoisyStep:
@@ -122,16 +120,13 @@ class MixGRPO(PolicyGradient):
     """Noise in a sliding window."""
 
     eta = 0.7
-    interval: ClassVar[int] = 25
-    """Iterations after which the window moves by one timestep; from the last one it returns to the noise."""
+    interval: ClassVar[int] = 25  # iterations after which it moves by one timestep, at last back to the noise
 
     def timesteps(self) -> tuple[list[int], list[int]]:
         """The window, with noise and trained."""
-        T = len(self.task.times) - 1
-        size = max(1, round(4 * T / 25))
+        size = max(1, round(4 * (T := len(self.task.times) - 1) / 25))
         first = T - self.progress.iteration // self.interval % (T - size)
-        window = list(range(first, first - size, -1))
-        return window, window
+        return (window := list(range(first, first - size, -1))), window
 
 
 class Replay(Trainer):
@@ -153,15 +148,19 @@ class Replay(Trainer):
         return row | {"seconds": time.perf_counter() - start}
 
 
-@method
 def leap_align_on_states(
-    states: list[Tensor], velocity: Velocity, x_T: None, times: Tensor, hyper: Hyper, generator: torch.Generator
-) -> Endpoints:
+    states: list[Tensor],
+    velocity: Velocity,
+    x_T: None,
+    times: Tensor,
+    hyper: Hyper,
+    generator: torch.Generator,
+    step: Step,
+) -> Iterator[tuple[Tensor, Tensor, dict]]:
     """LeapAlign on recorded states, from a model that may have been trained since."""
     i_k, i_j = sample_pair(len(times) - 1, generator, hyper.low, hyper.high)
     trajectory = leap_trajectory(velocity, states, times, i_k, i_j, hyper.alpha)
-    yield trajectory.x_0, similarity_weight(trajectory, hyper.tau)
-    return {"i_k": i_k, "i_j": i_j}
+    yield trajectory.x_0, similarity_weight(trajectory, hyper.tau), {"i_k": i_k, "i_j": i_j}
 
 
 TRAINERS: dict[str, type[Trainer]] = {"dancegrpo": DanceGRPO, "mixgrpo": MixGRPO, "replay": Replay}
