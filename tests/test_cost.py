@@ -162,7 +162,7 @@ def test_the_second_run_finds_the_networks_of_the_first(monkeypatch):
         caches.append([(path.name, path.stat().st_mtime_ns) for path in cost.Path(words[2]).iterdir()])
 
     monkeypatch.setattr(cost, "run_python", observed)
-    assert set(cost.run_seconds("toy", SMOKE)) == {"first run s", "second run s"}
+    assert set(cost.run_seconds("toy", *SMOKE)) == {"first run s", "second run s"}
     assert caches[0] == caches[1] != []
 
 

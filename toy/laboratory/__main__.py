@@ -29,8 +29,17 @@ from toy.laboratory import ablations, beyond, compare, cost, fidelity, leash, me
 from toy.laboratory.laboratory import SMOKE, Laboratory, Scale
 from toy.laboratory.result_cache import ResultCache
 
-MODULES = (compare, ablations, fidelity, pairs, leash, beyond, memory, cost)
-EXPERIMENTS: dict[str, Callable[[Laboratory], None]] = {m.__name__.split(".")[-1]: m.run for m in MODULES}
+EXPERIMENTS: dict[str, Callable[[Laboratory], None]] = {
+    "compare": compare.run,
+    "ablations": ablations.run,
+    "fidelity": fidelity.run,
+    "pairs": pairs.run,
+    "leash": leash.run,
+    "beyond": beyond.run,
+    "memory": memory.run,
+    "cost": cost.run,
+}
+ALL = tuple(EXPERIMENTS)
 
 
 def main(
@@ -52,7 +61,7 @@ def main(
     lab = Laboratory(out, ResultCache(out / "cache", workers), SMOKE if smoke else Scale())
     try:
         with claimed_output_folder(out, "toy.laboratory", {"scale": "smoke" if smoke else "full"}):
-            for experiment in EXPERIMENTS if name == "all" else [name]:
+            for experiment in ALL if name == "all" else [name]:
                 EXPERIMENTS[experiment](lab)
     except KeyboardInterrupt:
         sys.exit("interrupted: finished results are kept, and the same command continues from them")

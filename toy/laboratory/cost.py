@@ -267,7 +267,7 @@ def step_shares(trainer: Trainer, steps: int) -> dict[str, float]:
     return {name: seconds[name] / total for name in SHARES}
 
 
-def run_seconds(task: str, flags: list[str]) -> dict[str, float]:
+def run_seconds(task: str, *flags: str) -> dict[str, float]:
     """Seconds of `python train_leap_align.py --task NAME`: from nothing, then with the networks in the cache."""
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -280,14 +280,13 @@ def run_seconds(task: str, flags: list[str]) -> dict[str, float]:
 
 def step_times(task: str, smoke: bool) -> Row:
     """A row of cost-time.csv: a minute of steps and bare steps, shares of further steps, and a toy's whole runs."""
-    flags, seconds = (SMOKE, 0.1) if smoke else ([], 60)
-    trainer, condition, x_T = start_trainer(task, *flags)
-    times = time_in_turns(trainer, condition, x_T, seconds)
+    trainer, condition, x_T = start_trainer(task, *SMOKE if smoke else ())
+    times = time_in_turns(trainer, condition, x_T, seconds=0.1 if smoke else 60)
     ratio, error = median_ratio(times["step"], times["bare"])
     row = {"task": task, **{f"{name} ms": 1e3 * statistics.median(times[name]) for name in ("step", "bare")}}
     row |= {"ratio": ratio, "ratio_error": error, "steps": len(times["step"])}
     row |= step_shares(trainer, max(3, len(times["step"]) // 4))
-    return row if task in TINY_PIPELINES else row | run_seconds(task, flags)
+    return row if smoke or task in TINY_PIPELINES else row | run_seconds(task)
 
 
 # -- Tables and figure ------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from beyond import DEFAULTS, Hyper
 from leap_align import Velocity, uniform_times
+from runtime.backward import CutVelocity
 from train_leap_align import METHODS
 
 
@@ -23,19 +24,21 @@ def seeded_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def run_method(velocity: Velocity, method: str, T: int, seed: int, **changes: object) -> list[dict]:
-    """The logs of a method's endpoints on one sample, each after a backward where there is a gradient."""
-    hyper, logs = replace(hyper_for(T, method), **changes), []
-    for x_0, _, log in METHODS[method](velocity, torch.zeros(1, 1), uniform_times(T), hyper, seeded_generator(seed)):
+def run_method(v: Velocity, method: str, T: int, seed: int, **changes: object) -> list[dict]:
+    """The logs of a method's endpoints on one sample, each after a backward of their sum, run as by the trainer."""
+    velocity, hyper, logs = CutVelocity(v), replace(hyper_for(T, method), **changes), []
+    arguments = velocity, torch.zeros(1, 1), uniform_times(T), hyper, seeded_generator(seed)
+    for x_0, weight, log in METHODS[method](*arguments):
         if x_0.requires_grad:
-            x_0.sum().backward()
+            velocity.backward(x_0, torch.ones_like(x_0), weight)
         logs.append(log)
     return logs
 
 
 def timesteps_drawn(method: str, T: int, seed: int) -> tuple[int, ...]:
     """The indices that a method draws with this seed; empty for a method that draws only noise."""
-    log = run_method(lambda x, t: 0 * x, method, T, seed)[-1]
+    with torch.no_grad():
+        log = run_method(lambda x, t: 0 * x, method, T, seed)[-1]
     indices = (value if isinstance(value, tuple) else (value,) for value in log.values())
     return tuple(value for values in indices for value in values if isinstance(value, int))
 
@@ -69,7 +72,7 @@ def effective_weights(method: str, T: int, max_draws: int) -> dict:
     times, theta = uniform_times(T), torch.zeros(T + 1, requires_grad=True)
     seeds, _ = distinct_draws(method, T, max_draws)
     for seed in seeds:
-        run_method(lambda x, t: theta[int(torch.searchsorted(times, t))].expand_as(x), method, T, seed)
+        run_method(lambda x, t: theta[int(torch.searchsorted(times, t))] * torch.ones_like(x), method, T, seed)
     return {"weights": (-theta.grad / len(seeds))[1:].tolist()}
 
 

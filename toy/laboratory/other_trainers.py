@@ -21,15 +21,13 @@ that PPO's usual c = 0.2 fits, two updates from a sampling run, and a last step 
 import math
 import time
 from abc import abstractmethod
-from collections.abc import Iterator
 from functools import partial
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from beyond import Hyper
-from leap_align import Step, Velocity, leap, leap_trajectory, rollout, sample_pair, similarity_weight
+from beyond import SOLVERS
+from leap_align import Endpoints, leap, leap_trajectory, rollout, sample_pair, similarity_weight
 from train_leap_align import Trainer
 
 GROUP = 8  # images of a prompt
@@ -67,9 +65,9 @@ def advantages(reward: Tensor) -> Tensor:
 
 
 class PolicyGradient(Trainer):
-    """Groups of images, a noisy sampling run, and clipped updates; a subclass chooses the timesteps."""
+    """Groups of images, a noisy sampling run, and clipped updates; a subclass chooses eta and the timesteps."""
 
-    eta: ClassVar[float]
+    eta: float
 
     @abstractmethod
     def timesteps(self) -> tuple[list[int], list[int]]:
@@ -105,26 +103,25 @@ class PolicyGradient(Trainer):
 
 
 class DanceGRPO(PolicyGradient):
-    """Noise at every timestep but the last."""
+    """Noise at every timestep but the last; a random 60 % of them are trained."""
 
     eta = 0.3
 
     def timesteps(self) -> tuple[list[int], list[int]]:
-        """All with noise; a random 60 % of them trained."""
         noisy = list(range(len(self.task.times) - 1, 1, -1))
         drawn = torch.randperm(len(noisy), generator=self.generator)[: math.ceil(0.6 * len(noisy))]
         return noisy, [noisy[n] for n in drawn.tolist()]
 
 
 class MixGRPO(PolicyGradient):
-    """Noise in a sliding window."""
+    """Noise and training in a window, which slides; from its last place it returns to the noise."""
 
     eta = 0.7
-    interval: ClassVar[int] = 25  # iterations after which it moves by one timestep, at last back to the noise
+    interval = 25  # iterations after which the window moves by one timestep
 
     def timesteps(self) -> tuple[list[int], list[int]]:
-        """The window, with noise and trained."""
-        size = max(1, round(4 * (T := len(self.task.times) - 1) / 25))
+        T = len(self.task.times) - 1
+        size = max(1, round(4 * T / 25))
         first = T - self.progress.iteration // self.interval % (T - size)
         return (window := list(range(first, first - size, -1))), window
 
@@ -132,7 +129,7 @@ class MixGRPO(PolicyGradient):
 class Replay(Trainer):
     """LeapAlign with four updates from a sampling run, each with its own pair of timesteps."""
 
-    updates: ClassVar[int] = 4
+    updates = 4
 
     def step(self) -> dict[str, float]:
         """One update; every fourth time it samples first."""
@@ -140,7 +137,7 @@ class Replay(Trainer):
         if self.progress.iteration % self.updates == 0:
             self.prompts = task.sample_conditions(self.config.batch_size, self.generator)
             x_T = task.noise(self.config.batch_size, self.generator)
-            states = rollout(task.velocity(self.prompts), x_T, task.times, 0, self.hyper.step())
+            states = rollout(task.velocity(self.prompts), x_T, task.times, 0, SOLVERS[self.config.solver]())
             self.method = partial(leap_align_on_states, states)
         row = self.backward(self.prompts, None, self.generator)
         row["grad_norm"] = self.optimizer_step(row["loss"])
@@ -148,15 +145,7 @@ class Replay(Trainer):
         return row | {"seconds": time.perf_counter() - start}
 
 
-def leap_align_on_states(
-    states: list[Tensor],
-    velocity: Velocity,
-    x_T: None,
-    times: Tensor,
-    hyper: Hyper,
-    generator: torch.Generator,
-    step: Step,
-) -> Iterator[tuple[Tensor, Tensor, dict]]:
+def leap_align_on_states(states, velocity, x_T, times, hyper, generator, step) -> Endpoints:
     """LeapAlign on recorded states, from a model that may have been trained since."""
     i_k, i_j = sample_pair(len(times) - 1, generator, hyper.low, hyper.high)
     trajectory = leap_trajectory(velocity, states, times, i_k, i_j, hyper.alpha)

@@ -44,12 +44,15 @@ def fresh_task(name: str, T: int = T, smoke: bool = False) -> ToyTask:
 def make_trainer(task: ToyTask, method: str, lr: float, hyper: dict[str, Any], **run: Any) -> Trainer:
     """A trainer before its first step: with a method, a variant of LeapAlign, or one of the other trainers.
 
-    hyper: in place of the method's own hyperparameters, at lambda = 0.  run: other fields of Config.
+    hyper: in place of the method's own hyperparameters, at lambda = 0; `solver` and `beta` are fields of Config, as are
+    those of `run`.
     """
-    if hyper.get("beta"):
+    run |= {name: value for name, value in hyper.items() if name in ("solver", "beta")}
+    if run.get("beta"):
         task.keep_reference()
     config = Config(**{"task": task.name, "batch_size": 64, "lr": lr, "ema_decay": 0.99} | run)
-    values = replace(hyper_for(len(task.times) - 1, method), **{"lam": 0.0} | hyper)
+    own = {"lam": 0.0} | {name: value for name, value in hyper.items() if name not in run}
+    values = replace(hyper_for(len(task.times) - 1, method), **own)
     if method in TRAINERS:
         return TRAINERS[method](config, values, task)
     return Trainer(config, values, task, (METHODS | VARIANTS)[method])
@@ -61,7 +64,7 @@ def count_evaluations(trainer: Trainer, used: dict[str, float]) -> Iterator[None
 
     On a leash, the evaluations of the reference count too, and a second backward to the input as one.
     """
-    has_leash = trainer.hyper.beta > 0
+    has_leash = trainer.config.beta > 0
 
     def add(model: nn.Module, inputs: tuple[Tensor, ...], v: Tensor) -> None:
         passes = 3 + (has_leash and inputs[0].requires_grad) if v.requires_grad else 1

@@ -1,36 +1,20 @@
 """Variants of LeapAlign that only the laboratory needs; each is a method, like those of leap_align.py."""
 
-from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from leap_align import (
-    Hyper,
-    LeapTrajectory,
-    Step,
-    Velocity,
-    connect,
-    discount,
-    distances,
-    leap,
-    leap_trajectory,
-    rollout,
-    sample_pair,
-    stop_gradient,
-)
-
-Endpoints = Iterator[tuple[Tensor, Tensor, dict]]
+import leap_align
+from leap_align import Endpoints, LeapTrajectory, connect, discount, distances, leap, rollout, stop_gradient
 
 
-def nested_trajectory(
-    velocity: Velocity, states: list[Tensor], times: Tensor, i_k: int, i_j: int, alpha: float
-) -> LeapTrajectory:
+def nested_trajectory(velocity, states, times, i_k, i_j, alpha) -> LeapTrajectory:
     """A leap trajectory that trains its first leap only through the nested gradient (supplement's Eq. 1).
 
-    The second leap starts from sg(x_j), which removes the term -(k - j) dv(x_k)/dtheta from Eq. S18.
+    Arguments as of `leap_trajectory`.  The second leap starts from sg(x_j), which removes the term
+    -(k - j) dv(x_k)/dtheta from Eq. S18.
     """
     x_k, k, j = states[i_k], times[i_k], times[i_j]
     x_hat_j = leap(x_k, velocity(x_k, k), k, j)
@@ -39,9 +23,7 @@ def nested_trajectory(
     return LeapTrajectory(connect(x_hat_0, states[0]), x_hat_0, x_j, x_hat_j)
 
 
-def multi_leap_trajectory(
-    velocity: Velocity, states: list[Tensor], times: Tensor, indices: list[int], alpha: float
-) -> list[tuple[Tensor, Tensor]]:
+def multi_leap_trajectory(velocity, states, times, indices, alpha) -> list[tuple[Tensor, Tensor]]:
     """Leaps through the states at descending indices and then to x_0; two indices give `leap_trajectory`.
 
     Returns the pairs (x̂, x) in order, each (B, *S): the end of a leap, and the recorded state with x̂'s gradient.
@@ -54,46 +36,30 @@ def multi_leap_trajectory(
     return connections
 
 
-def pair_at_distance(distance: int, T: int, generator: torch.Generator) -> tuple[int, int]:
+def pair_at_distance(distance: int, T: int, generator: Generator) -> tuple[int, int]:
     """A pair with i_k - i_j = distance; i_j is uniform."""
     i_j = int(torch.randint(1, T - distance + 1, (), generator=generator))
     return i_j + distance, i_j
 
 
 def leap_align_variant(
-    velocity: Velocity,
-    x_T: Tensor,
-    times: Tensor,
-    hyper: Hyper,
-    generator: torch.Generator,
-    step: Step = leap,
-    trajectory: Callable[..., LeapTrajectory] = leap_trajectory,
-    distance: int | None = None,
-    weighted: tuple[str, ...] = ("d_j", "d_0"),
-    endpoint: str = "x_0",
-) -> Endpoints:
+    velocity, x_T, times, hyper, generator, step=leap,
+    trajectory=leap_align.leap_trajectory, distance=None, weighted=("d_j", "d_0"), endpoint="x_0",
+) -> Endpoints:  # fmt: skip
     """LeapAlign in two passes, with a part to replace: its trajectory, the pair's distance, the weight, the endpoint.
 
     weighted: the distances d in the weight 1 / sum max(d, tau), which is 1 without any.  endpoint: what is rewarded.
     """
     T = len(times) - 1
-    pair = pair_at_distance(distance, T, generator) if distance else sample_pair(T, generator, hyper.low, hyper.high)
-    leaps = trajectory(velocity, rollout(velocity, x_T, times, 0, step), times, *pair, hyper.alpha)
-    d_j, d_0 = distances(leaps)
-    log = {"i_k": pair[0], "i_j": pair[1], "d_j": d_j, "d_0": d_0}
-    gaps = sum(log[name].clamp(min=hyper.tau) for name in weighted)
-    yield getattr(leaps, endpoint), 1 / gaps if weighted else x_T.new_ones(len(x_T)), log
+    drawn = pair_at_distance(distance, T, generator) if distance else ()
+    i_k, i_j = drawn or leap_align.sample_pair(T, generator, hyper.low, hyper.high)
+    leaps = trajectory(velocity, rollout(velocity, x_T, times, 0, step), times, i_k, i_j, hyper.alpha)
+    d = dict(zip(("d_j", "d_0"), distances(leaps)))
+    gaps = sum(d[name].clamp(min=hyper.tau) for name in weighted)
+    yield getattr(leaps, endpoint), 1 / gaps if weighted else x_T.new_ones(len(x_T)), {"i_k": i_k, "i_j": i_j, **d}
 
 
-def leap_align_with_leaps(
-    leaps: int,
-    velocity: Velocity,
-    x_T: Tensor,
-    times: Tensor,
-    hyper: Hyper,
-    generator: torch.Generator,
-    step: Step = leap,
-) -> Endpoints:
+def leap_align_with_leaps(leaps, velocity, x_T, times, hyper, generator, step=leap) -> Endpoints:
     """LeapAlign with any number of leaps; every choice of timesteps is equally likely."""
     drawn = 1 + torch.randperm(len(times) - 1, generator=generator)[:leaps]
     states, indices = rollout(velocity, x_T, times, 0, step), sorted(drawn.tolist(), reverse=True)
@@ -103,7 +69,7 @@ def leap_align_with_leaps(
 
 
 nested_only = partial(leap_align_variant, trajectory=nested_trajectory)
-VARIANTS: dict[str, Callable[..., Endpoints]] = {
+VARIANTS = {
     "one_leap": partial(leap_align_with_leaps, 1),
     "three_leaps": partial(leap_align_with_leaps, 3),
     "reward_on_leap": partial(leap_align_variant, endpoint="x_hat_0"),
