@@ -131,14 +131,14 @@ def representative_seeds(method: Callable, times: Tensor, hyper: Hyper) -> list[
     odd).  DRTune also draws the start s, which decides how many of the trained timesteps are run, so every s is taken.
     """
     seeds, middle = {}, (1 + hyper.m) // 2
-    for seed in range(2000):
+    for seed in range(1000):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             _, _, log = next(method(lambda x, t: 0 * x, torch.zeros(1, 1), times, hyper, generator))
-        if "i_min" not in log:  # practically every draw costs the same
-            return [seed]
-        if log["i_min"] == middle:
+        if log.get("i_min", middle) == middle:  # without an early stop practically every draw costs the same
             seeds.setdefault(log.get("s"), seed)
+        if seeds and "s" not in log:
+            break
     return list(seeds.values()) or [0]  # an early stop that is drawn in another way
 
 
