@@ -203,7 +203,8 @@ def bare_step(task: Task, condition: Any, x: Tensor) -> None:
             v = velocity(x + with_graph if i == i_j else x, task.times[i])
             if i in (i_k, i_j):
                 with_graph = with_graph + 1e-3 * v
-        x = x - interval * v.detach()
+        with torch.no_grad():
+            x = x - interval * v
     task.reward(task.decode(x + with_graph), condition).mean().backward()
 
 
@@ -294,8 +295,9 @@ def step_times(task: str, smoke: bool) -> Row:
 
 def tables(rows: list[Row], times: list[Row]) -> str:
     """Evaluations, operations over the floor on every task, and bytes over LeapAlign's; times; shares of a step."""
-    mib, methods = {row["task"]: row["MiB"] for row in rows if row["method"] == "leap_align"}, {}
+    mib, methods = {}, {}
     for row in rows:
+        mib.setdefault(row["task"], row["MiB"])  # LeapAlign's, which comes first
         cells = methods.setdefault(row["method"], {"method": row["method"]})
         cells |= {name: f"{row[name]:.3g}" for name in ("evaluations", "with gradient")}
         cells |= {f"FLOP, {row['task']}": row["operations"], "bytes": row["MiB"] / mib[row["task"]]}
