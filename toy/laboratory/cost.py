@@ -303,8 +303,9 @@ def tables(rows: list[Row], times: list[Row]) -> str:
         cells |= {f"FLOP, {row['task']}": row["operations"], "bytes": row["MiB"] / mib[row["task"]]}
     costs = ["method", "evaluations", "with gradient", *(f"FLOP, {task}" for task in mib), "bytes"]
     seconds = ["task", "step ms", "bare ms", "ratio", "steps", "first run s", "second run s"]
-    shown = (methods.values(), costs), (times, seconds), (times, ["task", *SHARES])
-    return "\n\n".join(markdown_table(list(table), columns) for table, columns in shown)
+    shares = [row | {name: round(row[name], 3) for name in SHARES} for row in times]
+    shown = (list(methods.values()), costs), (times, seconds), (shares, ["task", *SHARES])
+    return "\n\n".join(markdown_table(table, columns) for table, columns in shown)
 
 
 def figure(rows: list[Row], times: list[Row]) -> Figure:
