@@ -25,18 +25,18 @@ import tyro
 
 from leap_align import BadInput
 from runtime.run_dir import claimed_output_folder
-from toy.laboratory import ablations, beyond, compare, cost, fidelity, leash, memory, pairs
+from toy.laboratory import ablations, beyond, compare, cost, gradient_experiments, leash
 from toy.laboratory.laboratory import SMOKE, Laboratory, Scale
 from toy.laboratory.result_cache import ResultCache
 
 EXPERIMENTS: dict[str, Callable[[Laboratory], None]] = {
     "compare": compare.run,
     "ablations": ablations.run,
-    "fidelity": fidelity.run,
-    "pairs": pairs.run,
+    "fidelity": gradient_experiments.fidelity,
+    "pairs": gradient_experiments.pairs,
     "leash": leash.run,
     "beyond": beyond.run,
-    "memory": memory.run,
+    "memory": gradient_experiments.memory,
     "cost": cost.run,
 }
 ALL = tuple(EXPERIMENTS)

@@ -12,13 +12,8 @@ from toy.laboratory.tables import Row, direction, summarize, tables
 class Ablation(NamedTuple):
     """Options for one part of LeapAlign, and which of them does better in the paper."""
 
-    options: dict[str, tuple[str, dict[str, Any]]]
-    """Name -> method or variant, and changed hyperparameters."""
-    expected: tuple[tuple[str, str, str], ...] = ()
-    """(metric, option with the greater value, option with the lesser value), as the paper reports.
-
-    The first greater option is the paper's choice.
-    """
+    options: dict[str, tuple[str, dict[str, Any]]]  # name -> method or variant, and changed hyperparameters
+    expected: tuple[tuple[str, str, str], ...] = ()  # (metric, greater option, lesser option), the paper's choice first
     source: str = ""
     ema_decay: float = 0.99
 
@@ -42,22 +37,19 @@ LEAP_ALIGN = ("leap_align", {})
 LAMBDAS = options("lam", {"-2": -2.0, "-1": -1.0, "0": 0.0, "1": 1.0, "none": None})
 DISTANCES = {distance: (f"distance_{distance}", {}) for distance in ("1", "6", "12", "18")}
 WEIGHTS = {"none": ("no_weight", {}), "d_j": ("weight_by_d_j", {}), "d_0": ("weight_by_d_0", {}), "both": LEAP_ALIGN}
-NESTED = (("reward", "0.3", "0"), ("reward", "0", "1"), ("grad_norm", "1", "0"), ("grad_norm", "1", "0.3"))
-ALPHA, NESTED_ALPHA = {f"{alpha:g}": alpha for alpha in ALPHAS}, {"0": 0.0, "0.3": 0.3, "1": 1.0}
+LAMBDAS_EXPECTED = (("reward", "0", "-2"), ("utility", "0", "-2"), ("utility", "0", "none"))
+NESTED = options("alpha", {"0": 0.0, "0.3": 0.3, "1": 1.0}, "nested_only")
+NESTED_EXPECTED = (("reward", "0.3", "0"), ("reward", "0", "1"), ("grad_norm", "1", "0"), ("grad_norm", "1", "0.3"))
 LEAPS = {"1": ("one_leap", {}), "2": LEAP_ALIGN, "3": ("three_leaps", {})}
 ABLATIONS = {
-    "alpha": Ablation(options("alpha", ALPHA), best("0.3", "0", "1"), "Fig. 4"),
+    "alpha": Ablation(options("alpha", {f"{alpha:g}": alpha for alpha in ALPHAS}), best("0.3", "0", "1"), "Fig. 4"),
     "leaps": Ablation(LEAPS, best("2", "1", "3"), "Fig. 5"),
     "reward of": Ablation({"x̂_0": ("reward_on_leap", {}), "x_0": LEAP_ALIGN}, best("x_0", "x̂_0"), "Fig. 6"),
     "weight": Ablation(WEIGHTS, best("both", "none", "d_j", "d_0"), "Fig. 7"),
     "timesteps": Ablation(options("high", {"[0, 1/2]": 12, "[0, 1]": None}), best("[0, 1]", "[0, 1/2]"), "Fig. 8"),
     "k - j": Ablation(DISTANCES | {"random": LEAP_ALIGN}, best("random", *DISTANCES), "Fig. 9"),
-    "nested only, alpha": Ablation(
-        options("alpha", NESTED_ALPHA, "nested_only"), NESTED, "supplement's Fig. 2", ema_decay=0.0
-    ),
-    "lambda": Ablation(
-        LAMBDAS, (*best("0", "-2"), ("utility", "0", "-2"), ("utility", "0", "none")), "supplement's Table 2"
-    ),
+    "nested only, alpha": Ablation(NESTED, NESTED_EXPECTED, "supplement's Fig. 2", ema_decay=0.0),
+    "lambda": Ablation(LAMBDAS, LAMBDAS_EXPECTED, "supplement's Table 2"),
 }
 
 Runs = dict[tuple[str, str, str], list[RunMetrics]]  # (task, ablation, option) -> a list over the seeds
@@ -70,8 +62,7 @@ def run(lab: Laboratory) -> None:
     for task, (name, ablation) in product(lab.scale.tasks, ABLATIONS.items()):
         shared = {"task": task, "lr": rates[task, "hinge", "leap_align", "large"], "evaluate_at": stops}
         for option, (method, hyper) in ablation.options.items():
-            own = {"method": method, "hyper": hyper, "ema_decay": ablation.ema_decay}
-            settings[task, name, option] = shared | own
+            settings[task, name, option] = shared | {"method": method, "hyper": hyper, "ema_decay": ablation.ema_decay}
     runs = lab.run_metrics(settings, "ablations")
     rows = [
         {"task": task, "ablation": name, "option": option, "iterations": n}
@@ -79,19 +70,14 @@ def run(lab: Laboratory) -> None:
         for (task, name, option), seed_runs in runs.items()
         for n in stops
     ]
-    figure = plots.ablations(rows, {name: ablation.reference for name, ablation in ABLATIONS.items()})
-    lab.publish("ablations", rows, text(rows), figure, directions=directions(runs, lab.scale))
-
-
-def text(rows: list[Row]) -> str:
-    """A table for each ablation and task."""
     blocks, columns = [], ["option", "iterations", "evaluators", "grad_norm"]
     for name, ablation in ABLATIONS.items():
         expected = "; ".join(f"{metric} at {greater} above {lesser}" for metric, greater, lesser in ablation.expected)
         blocks += [f"### {name}", *([f"Expected from the paper ({ablation.source}): {expected}."] if expected else [])]
         own = [row for row in rows if row["ablation"] == name]
         blocks.append(tables(own, ("task",), "{task}, n = {n}:", columns))
-    return "\n\n".join(blocks)
+    figure = plots.ablations(rows, {name: ablation.reference for name, ablation in ABLATIONS.items()})
+    lab.publish("ablations", rows, "\n\n".join(blocks), figure, directions=directions(runs, lab.scale))
 
 
 def directions(runs: Runs, scale: Scale) -> list[Row]:

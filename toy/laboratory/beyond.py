@@ -1,7 +1,6 @@
 """beyond: every method, over the steps T, the solver and the budget: quality against velocity evaluations.
 
-Each setting gets the learning rate with the best held-out utility on the tuning seeds, for either budget.  The steps of
-an evaluation are 25 whatever a run trains on.
+Each setting gets the learning rate with the best held-out utility on the tuning seeds, for either budget.
 """
 
 import math
@@ -64,7 +63,7 @@ class Setting:
     @property
     def is_published(self) -> bool:
         """Whether it is the paper's own: T = 25, alpha = 0.3, Euler."""
-        return (self.method, self.option, self.T, self.solver) == ("leap_align", "", 25, "euler")
+        return self == Setting(self.task, "leap_align", "", 25)
 
     def run(self, lr: float, evaluate_at: list[int]) -> Settings:
         """The arguments of train_run apart from the seed."""
@@ -112,17 +111,13 @@ def learning_rates(lab: Laboratory, settings: list[Setting]) -> Rates:
     for budget, end in lab.scale.budgets.items():
         ends = sorted({n * COST for n in lab.scale.budgets.values() if n <= end})
         tried = {(s, lr): s.run(lr, ends) for s in euler for lr in candidate_rates(lab, s)}
-        runs = lab.train_runs(tried, f"learning rates, {budget} budget", tuning_seeds(lab, budget))
+        seeds = lab.scale.tuning_seeds if budget == "large" else lab.scale.more_tuning_seeds
+        runs = lab.train_runs(tried, f"learning rates, {budget} budget", seeds)
         for setting in settings:
             tuned = replace(setting, solver="euler")
             scores = {lr: tuning_score(runs[tuned, lr], "utility") for lr in candidate_rates(lab, tuned)}
             best[setting, budget] = max(scores, key=scores.get)
     return best
-
-
-def tuning_seeds(lab: Laboratory, budget: str) -> tuple[int, ...]:
-    """Seeds that choose, of which no table has any.  The small budget's short runs vary more, and cost less."""
-    return lab.scale.tuning_seeds if budget == "large" else lab.scale.more_tuning_seeds
 
 
 def candidate_rates(lab: Laboratory, setting: Setting) -> tuple[float, ...]:
@@ -147,17 +142,14 @@ def chosen_settings(lab: Laboratory, settings: list[Setting], rates: Rates) -> l
     """The setting of each task and method with the highest utility at the small budget on the tuning seeds."""
     end, lines = lab.scale.budgets["small"] * COST, {}
     planned = {setting: setting.run(rates[setting, "small"], [end]) for setting in settings}
-    runs = lab.train_runs(planned, "choice of settings", tuning_seeds(lab, "small"))
+    runs = lab.train_runs(planned, "choice of settings", lab.scale.more_tuning_seeds)
     for setting in settings:
         lines.setdefault((setting.task, setting.line), []).append(setting)
     return [max(line, key=lambda setting: tuning_score(runs[setting], "utility")) for line in lines.values()]
 
 
 def table_rows(runs: Runs, rates: Rates, published: dict[str, Setting]) -> list[Row]:
-    """The metrics of each setting at the end of each budget; no metrics and n = 0 if a run of it broke.
-
-    Rows of the small budget also have what `cost_to_reach` returns.
-    """
+    """The metrics of each setting at the end of each budget, n = 0 if a run broke; `cost_to_reach` of the small one."""
     rows = []
     for (setting, budget), seed_runs in runs.items():
         row = vars(setting) | {"budget": budget, "lr": rates[setting, budget], "n": 0}
@@ -200,10 +192,9 @@ def gradient_rows(lab: Laboratory) -> list[Row]:
 
 
 def cost_to_reach(runs: list[Run], published: list[Run]) -> dict[str, float]:
-    """What the runs need for the mean utility of the published runs: see `shares`.
+    """What the runs need for the mean utility of the published runs: see `shares`; nothing if they never reach it.
 
-    The errors are the jackknife's: all means without one seed after the other.  Nothing if the mean of all seeds never
-    reaches that utility, and no error if the means of some never do.
+    The errors are the jackknife's: all means without one seed after the other; none if some never reach it.
     """
     curves = [(mean_curve(runs, left_out), mean_curve(published, left_out)) for left_out in (None, *range(len(runs)))]
     (of_all, *of_others), row = [shares(*pair) for pair in curves], {}

@@ -1,13 +1,13 @@
 """What the experiments share: how much they compute, training runs, learning rates, publishing of tables."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from leap_align import BadInput
+from leap_align import require
 from runtime.run_dir import atomic_file, write_csv, write_text
 from toy.laboratory.method_measurements import evaluation_count
 from toy.laboratory.result_cache import Function, Key, ResultCache, Settings
@@ -15,8 +15,7 @@ from toy.laboratory.tables import Row, directions_table
 from toy.laboratory.train_run import T, fresh_task, seconds_per_iteration, train_run
 from toy.summary import mean_and_error
 
-HINGES = {"hinge": 0.0, "no hinge": None}
-"""lambda of each: the mean reward of real data, or no hinge; the same for all methods."""
+HINGES = {"hinge": 0.0, "no hinge": None}  # lambda: the mean reward of real data, or no hinge; for all methods
 
 Run = dict[str, Any]  # what train_run returns
 RunMetrics = dict[int, dict[str, float]]  # iteration -> the metrics of a training run there
@@ -29,10 +28,10 @@ class Scale:
     tasks: tuple[str, ...] = ("toy", "digits")
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the runs in the tables
     tuning_seeds: tuple[int, ...] = (100, 101)  # of the runs that choose learning rates
-    more_tuning_seeds: tuple[int, ...] = tuple(range(100, 106))  # the same for the short runs of `beyond`
+    more_tuning_seeds: tuple[int, ...] = tuple(range(100, 106))  # the same for `beyond`'s short runs, which vary more
     learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+    # Iterations of LeapAlign: before anything saturates, and after.
     budgets: dict[str, int] = field(default_factory=lambda: {"small": 60, "large": 300})
-    """Iterations of LeapAlign: before anything saturates, and after."""
     ablation_iterations: tuple[int, int] = (60, 150)  # after which the ablations are evaluated
     step_counts: tuple[int, ...] = (5, 10, 25, 50, 100)  # values of T at which gradients are compared
     training_step_counts: tuple[int, ...] = (5, 6, 8, 12, 25)  # values of T at which `beyond` trains
@@ -43,20 +42,10 @@ class Scale:
 
 
 SMOKE = Scale(
-    tasks=("toy",),
-    seeds=(0, 1),
-    tuning_seeds=(100,),
-    more_tuning_seeds=(100,),
-    learning_rates=(1e-4, 1e-3),
-    budgets={"small": 1, "large": 8},
-    ablation_iterations=(1, 2),
-    step_counts=(3, 5),
-    training_step_counts=(25,),
-    training_stages=(0, 2),
-    max_draws=4,
-    batch_size=8,
-    smoke=True,
-)
+    tasks=("toy",), seeds=(0, 1), tuning_seeds=(100,), more_tuning_seeds=(100,), learning_rates=(1e-4, 1e-3),
+    budgets={"small": 1, "large": 8}, ablation_iterations=(1, 2), step_counts=(3, 5), training_step_counts=(25,),
+    training_stages=(0, 2), max_draws=4, batch_size=8, smoke=True,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,30 +69,22 @@ class Laboratory:
         return {key: [runs[key, seed] for seed in seeds] for key in settings}
 
     def run_metrics(self, settings: dict[Key, Settings], title: str) -> dict[Key, list[RunMetrics]]:
-        """The metrics of each key's training runs, a list over the seeds of the tables.
-
-        Raises BadInput for a run that broke, because a table needs all of its seeds.
-        """
+        """The metrics of each key's training runs, a list over the seeds of the tables; a run that broke is refused."""
         runs = self.train_runs(settings, title, self.scale.seeds)
-        for key, s in settings.items():
-            for seed, run in zip(self.scale.seeds, runs[key]):
-                if error := " ".join(run["error"].split()):
-                    raise BadInput(f"{s['task']}, {s['method']}, lr {s['lr']}, seed {seed} broke: {error:.200}")
+        for (key, s), (n, seed) in product(settings.items(), enumerate(self.scale.seeds)):
+            error = " ".join(runs[key][n]["error"].split())
+            require(not error, f"{s['task']}, {s['method']}, lr {s['lr']}, seed {seed} broke: {error:.200}")
         return {k: [dict(zip(s["evaluate_at"], run["metrics"])) for run in runs[k]] for k, s in settings.items()}
 
     def learning_rates(self, methods: tuple[str, ...], hinges: dict[str, float | None]) -> dict[tuple, float]:
-        """(task, hinge, method, budget) -> the learning rate with the highest mean reward at the end of the budget.
-
-        The runs use the tuning seeds, which no table uses.
-        """
-        rates, ends, settings = self.scale.learning_rates, list(self.scale.budgets.values()), {}
+        """(task, hinge, method, budget) -> the learning rate with the highest mean reward at the end of the budget."""
+        rates, ends, settings, best = self.scale.learning_rates, list(self.scale.budgets.values()), {}, {}
         for task, hinge, method, lr in product(self.scale.tasks, hinges, methods, rates):
             run = {"task": task, "method": method, "lr": lr, "evaluate_at": ends, "hyper": {"lam": hinges[hinge]}}
             settings[task, hinge, method, lr] = run
-        runs, best = self.train_runs(settings, "learning rates", self.scale.tuning_seeds), {}
-        for key in product(self.scale.tasks, hinges, methods):
-            for n, budget in enumerate(self.scale.budgets):
-                best[*key, budget] = max(rates, key=lambda lr: tuning_score(runs[*key, lr], "reward", n))
+        runs = self.train_runs(settings, "learning rates", self.scale.tuning_seeds)
+        for key, (n, budget) in product(product(self.scale.tasks, hinges, methods), enumerate(self.scale.budgets)):
+            best[*key, budget] = max(rates, key=lambda lr: tuning_score(runs[*key, lr], "reward", n))
         return best
 
     def evaluation_counts(self, methods: dict[Key, str]) -> dict[Key, float]:
@@ -114,18 +95,19 @@ class Laboratory:
 
     def seconds_per_iteration(self, keys: list[tuple[str, str]], iterations: int) -> dict[tuple[str, str], float]:
         """(task, method) -> seconds of an iteration, always measured one run at a time."""
-        alone = Laboratory(self.out, ResultCache(self.cache.folder, workers=1), self.scale)
+        alone = replace(self, cache=replace(self.cache, workers=1))
         settings = {key: {"task": key[0], "method": key[1], "iterations": iterations} for key in keys}
         results = alone.results(seconds_per_iteration, settings, "seconds")
         return {key: result["seconds"] for key, result in results.items()}
 
     def publish(self, name: str, rows: list[Row], text: str, figure: Figure, **others: list[Row]) -> None:
-        """Writes NAME.png, the rows to NAME.csv, those of each other table to NAME-OTHER.csv, and the text to NAME.md.
+        """Writes NAME.png, NAME.csv, NAME-OTHER.csv of each other table, and the text in Markdown to NAME.md.
 
-        The text, tables in Markdown, also goes to the screen, with that of `directions` (`tables.direction`) if given.
+        The text also goes to the screen.  `directions` (tables.direction) are added to it.
         """
-        for path, table in {name: rows, **{f"{name}-{other}": table for other, table in others.items()}}.items():
-            write_csv(self.out / f"{path}.csv", table)
+        write_csv(self.out / f"{name}.csv", rows)
+        for other, table in others.items():
+            write_csv(self.out / f"{name}-{other}.csv", table)
         if "directions" in others:
             text += f"\n\n{directions_table(others['directions'])}"
         write_text(self.out / f"{name}.md", text + "\n")

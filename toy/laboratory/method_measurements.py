@@ -1,7 +1,4 @@
-"""Properties of a method, measured by running it: distinct draws, effective weights of timesteps, evaluation counts.
-
-Each measurement runs the method with a velocity made for this purpose; no model is needed.
-"""
+"""What a method draws, the weights of its timesteps, and its evaluations, measured by running it without a model."""
 
 from dataclasses import replace
 
@@ -19,15 +16,10 @@ def hyper_for(T: int, method: str = "leap_align") -> Hyper:
     return Hyper(**{"lam": None, "m": max(1, round(11 * T / 25)), **DEFAULTS.get(method, {})})
 
 
-def seeded_generator(seed: int) -> torch.Generator:
-    """A CPU generator with this seed."""
-    return torch.Generator().manual_seed(seed)
-
-
 def run_method(v: Velocity, method: str, T: int, seed: int, **changes: object) -> list[dict]:
     """The logs of a method's endpoints on one sample, each after a backward of their sum, run as by the trainer."""
     velocity, hyper, logs = CutVelocity(v), replace(hyper_for(T, method), **changes), []
-    arguments = velocity, torch.zeros(1, 1), uniform_times(T), hyper, seeded_generator(seed)
+    arguments = velocity, torch.zeros(1, 1), uniform_times(T), hyper, torch.Generator().manual_seed(seed)
     for x_0, weight, log in METHODS[method](*arguments):
         if x_0.requires_grad:
             velocity.backward(x_0, torch.ones_like(x_0), weight)
@@ -46,9 +38,8 @@ def timesteps_drawn(method: str, T: int, seed: int) -> tuple[int, ...]:
 def distinct_draws(method: str, T: int, max_draws: int) -> tuple[list[int], bool]:
     """A seed for each distinct draw of a method's timesteps, and whether these are all possible draws.
 
-    If there are more than `max_draws`, the seeds are 0, 1, ..., max_draws - 1.  A method that draws only noise gets a
-    tenth of that, because its gradient varies little.  The search ends when the last 50 seeds, and ten more for each
-    draw found so far, gave no new draw.
+    If there are more than `max_draws`, the seeds are 0..max_draws - 1; a tenth of them for a method that draws only
+    noise, whose gradient varies little.  The search ends after 50 seeds, and ten for each draw, without a new draw.
     """
     if not timesteps_drawn(method, T, seed=0):
         return list(range(max(2, max_draws // 10))), False

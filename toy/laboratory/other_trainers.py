@@ -14,8 +14,8 @@ of a step from mu_theta rises if its image is better than the mean of its group 
     mixgrpo     MixGRPO (arXiv 2507.21802): noise and training in a window of 4 of 25 steps alone, which slides from the
                 noise to the image, eta 0.7
 
-Ours, because the toys are small: groups of 8 images for 12, log probabilities that are summed over the dimensions, so
-that PPO's usual c = 0.2 fits, two updates from a sampling run, and a last step without noise.
+Ours, for small toys: groups of 8 images for 12, log probabilities summed over the dimensions, so that PPO's usual c =
+0.2 fits, two updates from a sampling run, and a last step without noise.
 """
 
 import math
@@ -153,4 +153,3 @@ def leap_align_on_states(states, velocity, x_T, times, hyper, generator, step) -
 
 
 TRAINERS: dict[str, type[Trainer]] = {"dancegrpo": DanceGRPO, "mixgrpo": MixGRPO, "replay": Replay}
-"""By name, as methods are."""

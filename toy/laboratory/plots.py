@@ -11,7 +11,6 @@ from toy.laboratory.tables import Row, groups
 
 COLORS = ("#D55E00", "#56B4E9", "#009E73", "#0072B2", "#000000", "#E69F00", "#CC79A7", "#999999")
 """Okabe and Ito's colors, which colour-blind readers can tell apart; one for each method, in the table's order."""
-PUBLISHED_COLOR = COLORS[4]
 MARKERS = "o^Ds*vPX"
 LINES = {
     "leap_align 1": "-",
@@ -19,17 +18,12 @@ LINES = {
     "leap_align 0": ":",
 }  # the values of alpha in figures of gradients
 KIND_STYLES = {
-    "stop": {"linestyle": ":", "lw": 1},
-    "hinge": {"linestyle": "none", "fillstyle": "none", "ms": 9},
-    "leash": {"linestyle": "-"},
-    "both": {"linestyle": "--", "fillstyle": "none"},
-}
-"""What restrains a run, in the figure of the leash."""
-LABELS = {
-    "iterations": "iterations of LeapAlign",
-    "cosine": "cosine to the true gradient",
-    "variance": "variance of a draw / mean²",
-}
+    "stop": {"linestyle": ":", "lw": 1}, "hinge": {"linestyle": "none", "fillstyle": "none", "ms": 9},
+    "leash": {"linestyle": "-"}, "both": {"linestyle": "--", "fillstyle": "none"},
+}  # fmt: skip
+"""What restrains a run, in the figure of the leash; the line of early stopping ends where training does."""
+LABELS = {"T": "T", "iterations": "iterations of LeapAlign"}
+LABELS |= {"cosine": "cosine to the true gradient", "variance": "variance of a draw / mean²"}
 Shown = dict[str, tuple[str, ...]]  # the metrics in a figure, for each task
 
 
@@ -62,10 +56,7 @@ def columns_of(rows: list[Row], *names: str) -> list[np.ndarray]:
 
 
 def compare(rows: list[Row], shown: Shown) -> Figure:
-    """The large budget: the reward over training, and two held-out evaluators of each task against the reward.
-
-    A row for each task and hinge.  Bands and crosses are standard errors.
-    """
+    """A row for each task and hinge: the reward over training, and held-out evaluators against it; standard errors."""
     cases = groups(rows, "task", "hinge")
     figure, grid = panels(12, 3.1, len(cases), 3)
     for ((task, hinge), case), axes in zip(cases.items(), grid):
@@ -81,10 +72,7 @@ def compare(rows: list[Row], shown: Shown) -> Figure:
 
 
 def ablations(rows: list[Row], references: dict[str, str]) -> Figure:
-    """The reward of every option minus that of the reference, the paper's choice; a panel for each ablation and task.
-
-    Bars are standard errors of the option's own reward.
-    """
+    """A panel for each ablation and task: each option's reward, and its standard error, minus that of the reference."""
     names, tasks = groups(rows, "ablation"), groups(rows, "task")
     figure, grid = panels(12, 2.3, -(-len(names) // 2), 2 * len(tasks))
     cases = [(name, task) for (name,) in names for (task,) in tasks]
@@ -126,7 +114,7 @@ def fidelity(rows: list[Row], weights: list[Row], T: int) -> Figure:
             axis, lines = figure.add_subplot(grid[n, column]), groups(case, "method")
             for name in (*LINES, *(name for (name,) in lines if not name.startswith("leap_align "))):
                 axis.plot(*columns_of(lines[name,], x, y), label=name, **style(name))
-            axis.set(xlabel=LABELS.get(x, x), ylabel=LABELS[y], title=task, xscale="log" if x == "T" else "linear")
+            axis.set(xlabel=LABELS[x], ylabel=LABELS[y], title=task, xscale="log" if x == "T" else "linear")
             axis.grid(alpha=0.3)
     axis, similarity_lines = figure.add_subplot(grid[-1, :]), iter(("--", ":"))
     for name in list(weights[0])[1:]:
@@ -160,10 +148,7 @@ def pairs(rows: list[Row], redrawn: tuple[str, ...]) -> Figure:
 
 
 def leash(rows: list[Row], shown: Shown) -> Figure:
-    """A row for each task: the shown columns against the reward, a line for each method and kind of restraint.
-
-    The line of early stopping ends where training without restraint does.
-    """
+    """A row for each task: the shown columns against the reward, a line for each method and kind of restraint."""
     tasks = groups(rows, "task")
     figure, grid = panels(15, 3.6, len(tasks), 4)
     for ((task,), task_rows), axes in zip(tasks.items(), grid):
@@ -180,8 +165,8 @@ def leash(rows: list[Row], shown: Shown) -> Figure:
 def beyond(rows: list[Row], shown: Shown, small: int) -> Figure:
     """A row for each task: held-out evaluators against evaluations, a line for each method at its chosen setting.
 
-    Left of `small` evaluations are the runs with the rate for the small budget, right of it those for the large one.
-    The published setting is thick, and drawn from its start with both.  Bands are standard errors.
+    Left of `small` are the runs with the small budget's learning rate, right of it those with the large one's; both of
+    the published setting, which is thick, start at the left.  Bands are standard errors.
     """
     tasks = groups([row for row in rows if row["evaluations"] > 0], "task")
     figure, grid = panels(15, 4.6, len(tasks), 3)
@@ -202,11 +187,11 @@ def setting_lines(axis: Axes, number: int, setting: tuple, rows: list[Row], name
     """Draws one setting: a line for each budget.  The first setting of a task is the published one."""
     line, option, T, solver = setting
     label = ", ".join(text for text in (line, option if option not in line else "", f"T = {T}", solver) if text)
-    colors = [color for color in COLORS if color != PUBLISHED_COLOR]
+    colors = [color for color in COLORS if color != "#000000"]  # black is the published setting
     dashed, color = divmod(number - 1, len(colors))
     look = {"color": colors[color], "marker": MARKERS[color], "linestyle": ("-", "--")[dashed % 2], "lw": 1.2, "ms": 4}
     if number == 0:
-        look |= {"color": PUBLISHED_COLOR, "linestyle": "-", "lw": 3.5, "ms": 7}
+        look |= {"color": "#000000", "linestyle": "-", "lw": 3.5, "ms": 7}
         label = "published: " + label
     for points in groups(rows, "budget").values():
         x, y, error = columns_of(points, "evaluations", name, f"{name}_error")

@@ -1,7 +1,4 @@
-"""A cache of results: a function of JSON settings is computed once, on several worker processes, and its result kept.
-
-An experiment that was stopped continues with the results that it lacks, and experiments share results.
-"""
+"""A cache of results: a function of JSON settings is computed once, on several processes; experiments share results."""
 
 import json
 import signal

@@ -21,8 +21,7 @@ from train_leap_align import METHODS, Config, Trainer
 
 T = 25  # steps of a sampling run
 TASKS = {"toy": Modes, "digits": Digits}
-SMOKE_OPTIONS = {"pretrain_steps": 60, "reward_steps": 60, "evaluation_samples": 160}
-"""Task options that only check that everything runs; the results mean nothing."""
+SMOKE_OPTIONS = {"pretrain_steps": 60, "reward_steps": 60, "evaluation_samples": 160}  # these results mean nothing
 LAST = 20  # steps over which `v_norm` is averaged
 
 
@@ -44,10 +43,9 @@ def fresh_task(name: str, T: int = T, smoke: bool = False) -> ToyTask:
 def make_trainer(task: ToyTask, method: str, lr: float, hyper: dict[str, Any], **run: Any) -> Trainer:
     """A trainer before its first step: with a method, a variant of LeapAlign, or one of the other trainers.
 
-    hyper: in place of the method's own hyperparameters, at lambda = 0; `solver` and `beta` are fields of Config, as are
-    those of `run`.
+    hyper: in place of the method's own, at lambda = 0; its `solver` and `beta` are fields of Config, as is `run`.
     """
-    run |= {name: value for name, value in hyper.items() if name in ("solver", "beta")}
+    run |= {name: hyper[name] for name in ("solver", "beta") if name in hyper}
     if run.get("beta"):
         task.keep_reference()
     config = Config(**{"task": task.name, "batch_size": 64, "lr": lr, "ema_decay": 0.99} | run)
@@ -80,22 +78,13 @@ def count_evaluations(trainer: Trainer, used: dict[str, float]) -> Iterator[None
 
 
 def train_run(
-    task: str,
-    method: str,
-    lr: float,
-    seed: int,
-    hyper: dict,
-    evaluate_at: list[int],
-    unit: str = "iterations",
-    T: int = T,
-    ema_decay: float = 0.99,
-    smoke: bool = False,
-) -> dict:
+    task: str, method: str, lr: float, seed: int, hyper: dict, evaluate_at: list[int], unit: str = "iterations",
+    T: int = T, ema_decay: float = 0.99, smoke: bool = False,
+) -> dict:  # fmt: skip
     """Trains on sampling runs of T steps, and evaluates the averaged weights (on 25 steps) at each of `evaluate_at`.
 
-    evaluate_at: ascending, in `iterations`, or in velocity `evaluations` a sample: then in the iteration next to it.
-    Returns {"metrics": a list over evaluate_at, "error": why the run broke, or ""}.  The metrics are the task's
-    evaluators, both units, and those of `step_means`.
+    These ascend, in iterations, or in velocity `evaluations` a sample: then at the iteration next to it.  Returns
+    {"metrics": evaluators, both units, and `step_means` at each of them, "error": why the run broke, or ""}.
     """
     trainer = make_trainer(fresh_task(task, T, smoke), method, lr, hyper, seed=seed, ema_decay=ema_decay)
     used, rows, metrics, error = {"iterations": 0, "evaluations": 0.0}, [], [], ""
