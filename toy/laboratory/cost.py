@@ -73,9 +73,7 @@ def tasks_to_measure(lab: Laboratory) -> list[str]:
     return list(lab.scale.tasks)
 
 
-# -- The task and its trainer -----------------------------------------------------------------------------------------
-
-
+# ---------------------------------------------- The task and its trainer ----------------------------------------------
 def run_python(*arguments: str) -> None:
     """Runs Python in its own process; raises BadInput with the last line of its stderr if it fails."""
     finished = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -110,9 +108,7 @@ def start_trainer(name: str, *flags: str) -> tuple[Trainer, Any, Tensor]:
     return trainer, condition, task.noise(batch_size, trainer.generator).to(task.device)
 
 
-# -- Evaluations, operations, bytes -----------------------------------------------------------------------------------
-
-
+# ------------------------------------------- Evaluations, operations, bytes -------------------------------------------
 def floor_flop_count(task: Task, condition: Any, x: Tensor) -> int:
     """T forwards, one backward to the weights, one to the weights and the input; each counted on a single call."""
     velocity, t = task.velocity(condition), task.times[1]
@@ -186,9 +182,7 @@ def step_costs(task: str, smoke: bool, methods: list[str]) -> dict[str, list[Row
     return {"rows": rows}
 
 
-# -- Times ------------------------------------------------------------------------------------------------------------
-
-
+# ------------------------------------------------------- Times --------------------------------------------------------
 def bare_step(task: Task, condition: Any, x: Tensor) -> None:
     """The model calls of a LeapAlign step from noise x (B, *S), and nothing else; adds a gradient to every weight.
 
@@ -290,9 +284,7 @@ def step_times(task: str, smoke: bool) -> Row:
     return row if smoke or task in TINY_PIPELINES else row | run_seconds(task)
 
 
-# -- Tables and figure ------------------------------------------------------------------------------------------------
-
-
+# ------------------------------------------------- Tables and figure --------------------------------------------------
 def tables(rows: list[Row], times: list[Row]) -> str:
     """Evaluations, operations over the floor on every task, and bytes over LeapAlign's; times; shares of a step."""
     mib, methods = {}, {}
