@@ -15,9 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import leap_align
 import train_leap_align as trainer
+from runtime.command_line import check, choose
 from runtime.run_dir import read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,7 +87,7 @@ def test_every_command_of_the_trainer_parses(command):
         pytest.importorskip("diffusers")
     if "--help" not in command:
         flags = trainer.parse(command)
-        trainer.check(flags.run, flags.method, world_size=1)
+        check(flags.run, flags.method, choose("method", flags.run.method, trainer.METHODS), world_size=1)
 
 
 @pytest.mark.parametrize("command", TOOLS, ids=" ".join)
@@ -169,19 +171,18 @@ def extended(tmp_path_factory):
         shutil.copy(ROOT / name, folder)
     for name in ("runtime", "toy"):
         shutil.copytree(ROOT / name, folder / name)
-    field, method, method_entry, task = examples(RUNTIME)
+    field, method, task = examples(RUNTIME)
     task_entry = re.search(r'`("points": "my_task:Points")`', PAGES[RUNTIME]).group(1)
-    insert_before(folder / "leap_align.py", "\n    def __post_init__(self)", field)
-    insert_before(folder / "leap_align.py", "METHODS: dict", f"{method}\n\n")
-    insert_before(folder / "leap_align.py", '    "refl": refl,', method_entry)
-    insert_before(folder / "train_leap_align.py", '    "digits": ', f"    {task_entry},\n")
+    for path, mark, text in (
+        (folder / "leap_align.py", "\n    def __post_init__(self)", field),
+        (folder / "train_leap_align.py", '    "digits": ', f"    {task_entry},\n"),
+    ):
+        before, mark, after = path.read_text().rpartition(mark)
+        path.write_text(before + text + mark + after)
+    with (folder / "leap_align.py").open("a") as file:
+        file.write(f"\n\n{method}")
     (folder / "my_task.py").write_text(task)
     return folder
-
-
-def insert_before(path, mark, text):
-    before, mark, after = path.read_text().rpartition(mark)
-    path.write_text(before + text + mark + after)
 
 
 def run_extended(folder, name, *flags, processes=1):
@@ -203,11 +204,9 @@ def test_the_example_of_a_method_and_a_hyperparameter_trains(extended):
 
 
 def test_a_column_of_a_methods_log_appears_once_it_is_in_metrics(monkeypatch, tmp_path):
-    @leap_align.method
-    def with_path(velocity, x_T, times, hyper, generator):
-        x_0 = leap_align.leap(x_T, velocity(x_T, times[-1]), times[-1], 0)
-        yield x_0, x_0.new_ones(len(x_0))
-        return {"path": (x_0 - x_T).abs().mean()}
+    def with_path(velocity, x_T, times, hyper, generator, step=leap_align.leap):
+        x_0 = step(x_T, velocity(x_T, times[-1]), times[-1], 0)
+        yield x_0, x_0.new_ones(len(x_0)), {"path": (x_0 - x_T).abs().mean()}
 
     monkeypatch.setitem(trainer.METHODS, "with_path", with_path)
     for columns, is_shown in ((trainer.METRICS, False), ((*trainer.METRICS, "path"), True)):
@@ -226,8 +225,8 @@ def test_the_example_of_a_task_trains_on_one_process_and_on_two(extended):
     for a, b in zip(rows, other_rows, strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=1e-4)
         assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-3)
-    weights = [torch.load(run / "model" / "weights.pt", weights_only=True) for run in (one, two)]
-    assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-3) for name in weights[0])
+    weights, other_weights = (load_file(run / "model" / "weights.safetensors") for run in (one, two))
+    assert all(torch.allclose(weights[name], other_weights[name], atol=1e-3) for name in weights)
 
 
 def test_the_example_of_a_task_trains_on_a_leash(extended):
