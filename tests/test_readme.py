@@ -1,7 +1,4 @@
-"""The pages: what they name exists, examples run, commands parse, tables have the numbers of their CSV files.
-
-`python -m tests.test_readme` writes these numbers into the tables.
-"""
+"""The pages: what they name exists, commands parse, examples run."""
 
 import importlib.util
 import inspect
@@ -74,7 +71,7 @@ def test_every_function_of_the_equation_table_exists_and_has_a_test(row):
     assert "`test_" in proofs
 
 
-def test_every_method_of_the_paper_is_in_the_table():
+def test_every_method_of_the_paper_is_in_the_equation_table():
     assert set(leap_align.METHODS) - {"full_backprop"} <= set(re.findall(r"`(\w+)`", "".join(EQUATIONS)))
 
 
