@@ -168,7 +168,7 @@ def extended(tmp_path_factory):
         shutil.copy(ROOT / name, folder)
     for name in ("runtime", "toy"):
         shutil.copytree(ROOT / name, folder / name)
-    field, method, task = examples(RUNTIME)
+    field, method, entry, task = examples(RUNTIME)
     task_entry = re.search(r'`("points": "my_task:Points")`', PAGES[RUNTIME]).group(1)
     for path, mark, text in (
         (folder / "leap_align.py", "\n    def __post_init__(self)", field),
@@ -177,7 +177,7 @@ def extended(tmp_path_factory):
         before, mark, after = path.read_text().rpartition(mark)
         path.write_text(before + text + mark + after)
     with (folder / "leap_align.py").open("a") as file:
-        file.write(f"\n\n{method}")
+        file.write(f"\n\n{method}\n\n{entry}")
     (folder / "my_task.py").write_text(task)
     return folder
 
