@@ -23,8 +23,6 @@ from toy.laboratory.tables import EVALUATORS, direction, directions_table, group
 from toy.laboratory.train_run import SMOKE_OPTIONS, train_run
 from toy.laboratory.variants import VARIANTS
 
-# The cache, and the output folder
-
 
 def double(value, log):
     with open(log, "a") as file:
@@ -79,9 +77,6 @@ def test_smoke_and_real_results_have_a_folder_each_and_other_folders_are_refused
     with pytest.raises(SystemExit, match=r"toy.laboratory did not fill it: choose another folder$"):
         laboratory.main("pairs", tmp_path / "mine")
     assert (tmp_path / "mine" / "pairs.md").read_text() == "mine"
-
-
-# Training runs
 
 
 def test_train_run_equals_the_trainers_command(tmp_path):
@@ -159,9 +154,6 @@ def test_learning_rates_are_chosen_by_the_reward_and_a_broken_run_is_worst(monke
     assert rates == {(task, "hinge", "refl", budget): lr for (task, budget), lr in expected.items()}
 
 
-# Tables
-
-
 def test_directions_against_a_hand_calculation():
     """Differences 1, 2, 3: mean 2, error 1/sqrt(3) = 0.577; Student's t at 2 degrees of freedom is 4.303."""
     compared = partial(direction, "a > b", "Fig. 0", "toy", "reward", "late")
@@ -198,9 +190,6 @@ def test_every_run_of_the_leash_says_what_restrained_it():
         ("hinge", 0.0, 0.0, 3),
         ("both", 0.0, 2.0, 3),
     ]
-
-
-# The experiments at a small scale, with a method and a variant of a user's own
 
 
 def half_way(velocity, x_T, times, hyper, generator, step=leap):
@@ -270,9 +259,6 @@ def test_tables_have_every_method_and_the_users_own(experiments):
     assert kinds == {method: {"stop", "none", "leash"} for method in (*METHODS, "half_way") if method != "leap_align"}
 
 
-# Figures, and the committed tables
-
-
 def results(name, *numbers):
     """The rows of a committed table, with numbers in some columns."""
     rows = read_csv(ROOT / "toy" / "laboratory" / "results" / name)
@@ -316,9 +302,6 @@ def test_every_method_has_a_color_and_a_marker_of_its_own(monkeypatch):
     monkeypatch.setitem(METHODS, "half_way", half_way)
     looks = [plots.style(name) for name in METHODS]
     assert len({look["color"] for look in looks}) == len({look["marker"] for look in looks}) == len(METHODS)
-
-
-# What the experiments compare
 
 
 @pytest.mark.parametrize("scale", [Scale(), SMOKE])

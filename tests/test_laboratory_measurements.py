@@ -12,14 +12,12 @@ from toy.laboratory.gradient_experiments import saved_for_backward, weights_by_s
 from toy.laboratory.gradients import GradientSampler, Moments, compare_gradients
 from toy.laboratory.method_measurements import distinct_draws, effective_weights, evaluation_count
 
-# Variants
-
 
 def leaps_of_net(i_k, i_j):
-    """The states of a run of a network on 8 steps, and one pair's leap trajectory."""
-    velocity = Net().velocity(Net().theta)
-    states = euler(velocity, randn(5, 3), grid(8))
-    return states, leap_trajectory(velocity, states, grid(8), i_k, i_j, 0.3)
+    """The states of a run of a network on 8 uneven steps, one pair's leap trajectory, and its parameters."""
+    net, theta, times = Net(), Net().leaf(), grid(8, 2.2243)
+    states = euler(net.velocity(net.theta), randn(5, 3), times)
+    return states, leap_trajectory(net.velocity(theta), states, times, i_k, i_j, 0.3), theta
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
@@ -41,7 +39,7 @@ def test_gradient_of_several_leaps_against_a_hand_calculation(float64, indices, 
 def run_on_net(method, seed=0, T=8):
     """The only endpoint of a method on a small network, its weight and log, and the gradient of the endpoint's sum."""
     net, theta = Net(), Net().leaf()
-    ((x_0, weight, log),) = method(net.velocity(theta), randn(5, 3), grid(T), Hyper(), seeded(seed))
+    ((x_0, weight, log),) = method(net.velocity(theta), randn(5, 3), grid(T, 2.2243), Hyper(), seeded(seed))
     return x_0, weight, log, torch.autograd.grad(x_0.sum(), theta)[0]
 
 
@@ -54,7 +52,7 @@ def test_a_variant_without_a_change_is_leap_align(float64, seed):
 
 def test_weights_of_the_variants_against_a_hand_calculation(float64):
     seed = next(seed for seed in range(100) if sample_pair(8, seeded(seed)) == (7, 3))
-    states, leaps = leaps_of_net(7, 3)
+    states, leaps, _ = leaps_of_net(7, 3)
     d_j = (states[3] - leaps.x_hat_j).abs().mean(1).clamp(min=0.1)
     d_0 = (states[0] - leaps.x_hat_0).abs().mean(1).clamp(min=0.1)
     assert (d_j > 0.1).any() and (d_0 > 0.1).any()
@@ -63,10 +61,12 @@ def test_weights_of_the_variants_against_a_hand_calculation(float64):
         torch.testing.assert_close(run_on_net(variants.VARIANTS[name], seed)[1], weight)
 
 
-def test_the_variant_with_two_leaps_has_the_weight_of_leap_align(float64):
+def test_the_variant_with_two_leaps_has_the_gradient_and_the_weight_of_leap_align(float64):
     i_j, i_k = sorted((1 + torch.randperm(8, generator=seeded(3))[:2]).tolist())
-    _, weight, _, _ = run_on_net(partial(variants.leap_align_with_leaps, 2), seed=3)
-    torch.testing.assert_close(weight, similarity_weight(leaps_of_net(i_k, i_j)[1], 0.1))
+    _, weight, _, gradient = run_on_net(partial(variants.leap_align_with_leaps, 2), seed=3)
+    _, leaps, theta = leaps_of_net(i_k, i_j)
+    torch.testing.assert_close(weight, similarity_weight(leaps, 0.1))
+    torch.testing.assert_close(gradient, torch.autograd.grad(leaps.x_0.sum(), theta)[0])
 
 
 def test_a_variant_can_reward_the_leap(float64):
@@ -82,9 +82,6 @@ def test_pairs_at_a_fixed_distance_reach_every_j(name, distance):
     logs = [run_on_net(variants.VARIANTS[name], seed)[2] for seed in range(60)]
     assert {log["i_k"] - log["i_j"] for log in logs} == {distance}
     assert {log["i_j"] for log in logs} == set(range(1, 8 - distance + 1))
-
-
-# Method measurements
 
 
 def test_evaluation_counts_against_a_hand_calculation():
@@ -126,9 +123,6 @@ def test_distinct_draws_are_all_draws():
     assert distinct_draws("leap_align", 10, 45)[1] is True
     assert distinct_draws("leap_align", 10, 44) == (list(range(44)), False)
     assert distinct_draws("draft_lv", 10, 50) == (list(range(5)), False)
-
-
-# Gradients
 
 
 def test_moments_against_a_hand_calculation():
