@@ -8,8 +8,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from full_scale.models.family import Family
-from full_scale.models.parts import SCHEDULER
+from full_scale.models.family import SCHEDULER, Family
 
 CONFIGS = {
     # Its dynamic shift is that of FLUX.1-dev's config, of which the pipeline reads nothing: it computes its own mu.
@@ -84,10 +83,10 @@ def tiny(qwen3_width: int = 16, **networks: nn.Module) -> Any:
 FAMILY = Family(
     title="FLUX.2-klein",
     model="black-forest-labs/FLUX.2-klein-base-4B",
-    pipeline_name="Flux2KleinPipeline",
-    transformer_name="Flux2Transformer2DModel",
+    pipeline_class=diffusers.Flux2KleinPipeline,
+    transformer_class=diffusers.Flux2Transformer2DModel,
     encode_text=encode_text,
-    text_inputs={"encoder_hidden_states": (512, "joint_attention_dim")},
+    text_shapes=lambda config: {"encoder_hidden_states": (512, config["joint_attention_dim"])},
     configs=CONFIGS,
     tiny=tiny,
     widths={"qwen3_width": 2560},

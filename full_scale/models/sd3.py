@@ -8,10 +8,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from full_scale.models.family import Family
-from full_scale.models.parts import CLIP_G, CLIP_L, SCHEDULER, T5_XXL, VAE, tiny_text, tiny_vae
+from full_scale.models.family import CLIP_G, CLIP_L, SCHEDULER, T5_XXL, VAE, Family, text_shapes, tiny_text, tiny_vae
 
-# fmt: off
 CONFIGS = {
     "scheduler": SCHEDULER,
     "transformer": {
@@ -24,8 +22,7 @@ CONFIGS = {
     "text_encoder": CLIP_L | {"architectures": ["CLIPTextModelWithProjection"]},
     "text_encoder_2": CLIP_G | {"architectures": ["CLIPTextModelWithProjection"]},
     "text_encoder_3": T5_XXL,
-}
-# fmt: on
+}  # fmt: skip
 
 
 def encode_text(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
@@ -62,13 +59,10 @@ def tiny(t5_width: int = 64, clip_widths: Sequence[int] = (32, 32), **networks: 
 FAMILY = Family(
     title="SD3.5-M",
     model="stabilityai/stable-diffusion-3.5-medium",
-    pipeline_name="StableDiffusion3Pipeline",
-    transformer_name="SD3Transformer2DModel",
+    pipeline_class=diffusers.StableDiffusion3Pipeline,
+    transformer_class=diffusers.SD3Transformer2DModel,
     encode_text=encode_text,
-    text_inputs={
-        "encoder_hidden_states": (77 + 256, "joint_attention_dim"),
-        "pooled_projections": ("pooled_projection_dim",),
-    },
+    text_shapes=text_shapes(77 + 256),
     configs=CONFIGS,
     tiny=tiny,
     widths={"t5_width": T5_XXL["d_model"], "clip_widths": (CLIP_L["hidden_size"], CLIP_G["hidden_size"])},
