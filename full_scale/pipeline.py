@@ -24,8 +24,6 @@ TEXT_SUBFOLDERS = ("text_encoder", "text_encoder_[23]", "tokenizer", "tokenizer_
 PIPELINES = {family.pipeline_class.__name__: (task, family) for task, family in FAMILIES.items()}
 """The task and the family of each pipeline's class."""
 
-# --- Folders and pipelines ---
-
 
 def family_of(folder: Path) -> Family:
     """The family of the pipeline in a folder."""
@@ -77,9 +75,6 @@ def _component_class(entry: Any) -> Any:
     if not isinstance(entry, list) or len(entry) != 2 or entry[0] not in ("diffusers", "transformers"):
         return None
     return getattr(importlib.import_module(entry[0]), str(entry[1]), None)
-
-
-# --- Size and guidance ---
 
 
 def log_shift(scheduler: Any, latent_size: tuple[int, int, int], default_max: float) -> float:
@@ -134,9 +129,6 @@ def choose_guidance(model: str, guidance: float | None) -> float:
     require(is_guided, f"guidance={guidance}, but {reason}: leave --guidance out")
     check_guidance(family, guidance)
     return guidance
-
-
-# --- This rank ---
 
 
 def gpu_or_cpu() -> torch.device:

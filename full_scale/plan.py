@@ -144,12 +144,10 @@ def start_trainer(flags: PlanFlags, simulation: Simulation, folder: Path) -> Tra
 def label(simulation: Simulation, trainer: Trainer) -> None:
     """Says what the storages that exist before the step are."""
     task, model = trainer.task, trainer.task.model
-    for reference in task.transformers():
-        simulation.label("reference", [*reference.parameters(), *reference.buffers()])
-    simulation.label("weights", [*model.parameters(), *model.buffers()])
+    modules = [("reference", each) for each in task.transformers()] + [("weights", model)]
+    for kind, module in modules + [("frozen models", each) for each in task.frozen_modules()]:
+        simulation.label(kind, [*module.parameters(), *module.buffers()])
     simulation.label("average", trainer.ema.average)
-    for module in task.frozen_modules():
-        simulation.label("frozen models", [*module.parameters(), *module.buffers()])
     shapes = [(p.shape, p.to_local().shape if hasattr(p, "to_local") else p.shape) for p in trainer.parameters]
     simulation.gradient_shapes = {shape for pair in shapes for shape in pair}
 
@@ -181,16 +179,15 @@ def step_counts(simulation: Simulation, trainer: Trainer) -> dict[str, Counter[s
     def counted(*arguments: Any, **keywords: Any) -> Any:
         before = counts_by_phase(simulation)
         result = backward(*arguments, **keywords)
-        after = counts_by_phase(simulation)
-        microbatches.append({name: after[name] - before.get(name, Counter()) for name in after})
+        after = counts_by_phase(simulation).items()
+        microbatches.append({name: counts - before.get(name, Counter()) for name, counts in after})
         return result
 
     trainer.backward = counted
     trainer.step()
     counts = counts_by_phase(simulation)
     for name, repeated in microbatches[0].items():
-        for key, value in repeated.items():
-            counts[name][key] += (steps - executed) * value
+        counts[name].update({key: (steps - executed) * value for key, value in repeated.items()})
     return counts
 
 
@@ -269,14 +266,14 @@ def plan(arguments: list[str]) -> None:
     diffusers.utils.logging.set_verbosity_error()
     flags = read_flags(arguments)
     machine, costs = flags.machine, simulate(flags, "plan")
-    print_memory(costs)
-    print_time(costs, machine)
-    for title, values in {"host memory of a node": costs.host, "disk": costs.disk}.items():
-        print(f"{title}: " + ", ".join(f"{name} {value / 1e9:.1f} GB" for name, value in values.items()))
+    values = numbers(costs, machine)
+    print_tables(values["phases"])
+    for title, kind in {"host memory of a node": "host_gb", "disk": "disk_gb"}.items():
+        print(f"{title}: " + ", ".join(f"{name} {value:.1f} GB" for name, value in values[kind].items()))
     judgement = verdict(flags, costs)
     print(f"{costs.gib():.1f} GiB and {RESERVED_GIB:.0f} reserved, of {machine.gpu_memory:.0f} GiB: {judgement}")
     if machine.json:
-        write_json(machine.json, numbers(costs, flags) | {"verdict": judgement})
+        write_json(machine.json, values | {"verdict": judgement})
 
 
 def read_flags(arguments: list[str]) -> PlanFlags:
@@ -305,39 +302,14 @@ def read_flags(arguments: list[str]) -> PlanFlags:
     return flags
 
 
-def print_memory(costs: Costs) -> None:
-    """A row per phase, a column per kind, in GiB."""
-    print(f"\n{'GiB per GPU':12}" + "".join(f"{kind.split()[0]:>12}" for kind in (*KINDS, "sum")))
-    for phase, peak in costs.peaks.items():
-        values = [peak.get(kind, 0) / GIB for kind in KINDS]
-        print(f"{phase:12}" + "".join(f"{value:12.2f}" for value in (*values, total_gib(peak))))
-
-
-def print_time(costs: Costs, machine: Machine) -> None:
-    """A row per phase of an optimizer step."""
-    print(f"\n{'per GPU':12}{'TFLOP':>12}{'GB in node':>12}{'GB between':>12}{'seconds':>12}")
-    phases = {phase: units(counts, machine) for phase, counts in costs.counts.items()}
-    columns = ("tflop", "gb_within", "gb_between", "seconds")
-    rows = {phase: [row[name] for name in columns] for phase, row in phases.items() if any(row.values())}
-    rows["step"] = [sum(column) for column in zip(*rows.values())]
-    for phase, values in rows.items():
-        print(f"{phase:12}" + "".join(f"{value:12.1f}" for value in values))
-    print()
-
-
-def units(counts: Counter[str], machine: Machine) -> dict[str, float]:
-    """A phase's operations, time and traffic."""
-    traffic = {"gb_within": counts[WITHIN] / 1e9, "gb_between": counts[BETWEEN] / 1e9}
-    return {"tflop": counts[FLOP] / 1e12, "seconds": seconds(counts, machine)} | traffic
-
-
-def numbers(costs: Costs, flags: PlanFlags) -> dict[str, Any]:
+def numbers(costs: Costs, machine: Machine) -> dict[str, Any]:
     """The plan as JSON.  tflop_per_step is that of all GPUs together; everything else is that of one GPU or node."""
-    machine, step = flags.machine, sum(costs.counts.values(), Counter())
-    phases = {}
+    step, phases = sum(costs.counts.values(), Counter()), {}
     for name, peak in costs.peaks.items():
+        counts = costs.counts.get(name, Counter())
         phases[name] = {"gib": {kind: peak.get(kind, 0) / GIB for kind in KINDS}, "peak_gib": total_gib(peak)}
-        phases[name] |= units(costs.counts.get(name, Counter()), machine)
+        phases[name] |= {"tflop": counts[FLOP] / 1e12, "seconds": seconds(counts, machine)}
+        phases[name] |= {"gb_within": counts[WITHIN] / 1e9, "gb_between": counts[BETWEEN] / 1e9}
     return {
         "peak_gib": costs.gib(),
         "training_gib": costs.training_gib(),
@@ -348,3 +320,17 @@ def numbers(costs: Costs, flags: PlanFlags) -> dict[str, Any]:
         "disk_gb": {name: value / 1e9 for name, value in costs.disk.items()},
         "phases": phases,
     }
+
+
+def print_tables(phases: dict[str, dict[str, Any]]) -> None:
+    """Memory: a row per phase, a column per kind.  Time: a row per phase of an optimizer step, and their sum."""
+    print(f"\n{'GiB per GPU':12}" + "".join(f"{kind.split()[0]:>12}" for kind in (*KINDS, "sum")))
+    for name, phase in phases.items():
+        print(f"{name:12}" + "".join(f"{value:12.2f}" for value in (*phase["gib"].values(), phase["peak_gib"])))
+    print(f"\n{'per GPU':12}{'TFLOP':>12}{'GB in node':>12}{'GB between':>12}{'seconds':>12}")
+    columns = ("tflop", "gb_within", "gb_between", "seconds")
+    rows = {name: [phase[column] for column in columns] for name, phase in phases.items()}
+    rows = {name: values for name, values in rows.items() if any(values)}
+    for name, values in (rows | {"step": map(sum, zip(*rows.values()))}).items():
+        print(f"{name:12}" + "".join(f"{value:12.1f}" for value in values))
+    print()

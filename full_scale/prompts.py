@@ -47,9 +47,6 @@ def few_prompts(*prompts: list[str]) -> list[str]:
     return distinct if len(distinct) <= FEW_PROMPTS else []
 
 
-# --- Embeddings ---
-
-
 def embed(model: str, prompts: Path, out: Path, precision: Precision = "bfloat16") -> None:
     """Store the text embedding of every prompt, 4.2 MB each for FLUX.1-dev, 7.9 MB for FLUX.2-klein.
 

@@ -116,9 +116,6 @@ def draw_prompt(draw: Any, i: int, prompt: str, files: list[Path], batch_size: i
                 image.save(temporary, format="png")
 
 
-# --- Prompts and files ---
-
-
 @dataclass(frozen=True)
 class Layout:
     """Which prompts are drawn, and into which files."""
@@ -156,9 +153,6 @@ def read_geneval_line(path: Path, line: str) -> str:
     is_text = isinstance(prompt, str)
     require(is_text, f'{path}: the line {line!r:.60} must be a JSON object with a text "prompt"')
     return prompt
-
-
-# --- The pipeline with trained weights ---
 
 
 def open_trained(model: str, transformer: Path | None, lora: Path | None, dtype: torch.dtype) -> Any:

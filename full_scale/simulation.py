@@ -78,9 +78,6 @@ def simulated_cluster(nodes: int, gpus: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-# --- A task without weights ---
-
-
 def read_configs(family: Family, model: str) -> dict[str, dict[str, Any]]:
     """The config of each component, from a local pipeline's folder, else the published one."""
     if not (Path(model) / "model_index.json").is_file():
