@@ -331,6 +331,8 @@ def test_other_settings_other_prompts_and_another_model_need_another_folder(mode
         tool(*command)  # the same again changes nothing
         assert content_of(tmp_path) == before
     tool(*tiny.embedding(models, tmp_path / "e", "--prompts", tmp_path / "copy.txt"))
+    shutil.copytree(models / "flux", tmp_path / "moved")
+    tool(*sampling(models, tmp_path / "i", "--model", tmp_path / "moved"))
 
 
 @pytest.fixture(scope="module")
