@@ -33,9 +33,10 @@ from full_scale.transformer import EXPORT_FILE_BYTES, export_files
 from leap_align import require
 from runtime import processes
 from runtime.checkpoint import HOST_BYTES, checkpoint_bytes
+from runtime.command_line import check, choose
 from runtime.cost_counter import BETWEEN, FLOP, WITHIN
 from runtime.run_dir import write_json
-from train_leap_align import Flags, TaskOptions, Trainer, check, parse, task_class
+from train_leap_align import METHODS, Flags, TaskOptions, Trainer, parse, task_class
 
 GIB = 2**30
 RESERVED_GIB = 3.0  # an assumption: CUDA's context, NCCL's and cuBLAS's buffers, fragmentation
@@ -97,7 +98,7 @@ def total_gib(peak: dict[str, int]) -> float:
     return sum(peak.values()) / GIB
 
 
-# --- Execute ---
+# ------------------------------------------------------ Execute ------------------------------------------------------
 
 
 def simulate(flags: PlanFlags, title: str) -> Costs:
@@ -134,7 +135,7 @@ def start_trainer(flags: PlanFlags, simulation: Simulation, folder: Path) -> Tra
     files = {"model": str(folder), "prompts": prompts, "evaluation_prompts": None}
     kind = simulated(task_class(name), flags.task.model, simulation, flags.machine.stored_embeddings)
     task = kind(replace(flags.task, **files), flags.run.T)
-    if flags.method.beta:
+    if flags.run.beta:
         task.keep_reference()
     with simulation:
         task.parallelize(processes.device_mesh("cpu"))
@@ -213,7 +214,7 @@ def host_and_disk(trainer: Trainer, machine: Machine) -> tuple[dict[str, int], d
     return host | {"export": min(EXPORT_FILE_BYTES, export)}, disk
 
 
-# --- Judge ---
+# ------------------------------------------------------- Judge -------------------------------------------------------
 
 
 def seconds(counts: Counter[str], machine: Machine) -> float:
@@ -258,7 +259,7 @@ def verdict(flags: PlanFlags, costs: Costs) -> str:
     return f"does not fit; with all changes of flags it still needs {least:.1f} GiB: {more}"
 
 
-# --- Report ---
+# ------------------------------------------------------- Report ------------------------------------------------------
 
 
 def plan(arguments: list[str]) -> None:
@@ -296,7 +297,7 @@ def read_flags(arguments: list[str]) -> PlanFlags:
     for name in ("gpus", "nodes", "gpu_memory", "tflops", "bandwidth"):
         value = min(machine.bandwidth) if name == "bandwidth" else getattr(machine, name)
         require(0 < value < math.inf, f"{name}={value:g} must be positive and finite")
-    check(run, flags.method, machine.world_size)
+    check(run, flags.method, choose("method", run.method, METHODS), machine.world_size)
     if (path := task.prompts) and (path.is_dir() or few_prompts(read_prompts(path))):
         return replace(flags, machine=replace(machine, stored_embeddings=True))
     return flags

@@ -143,9 +143,9 @@ class WithoutWeights:
         with self.simulation.fake:
             return {name: torch.empty(len(prompts), *shape, dtype=self.dtype) for name, shape in shapes.items()}
 
-    def velocity_of(self, network: nn.Module, inputs: dict[str, Any]) -> Velocity:
+    def velocity_of(self, model: Any, inputs: dict[str, Any]) -> Velocity:
         """The task's own, but equal evaluations without gradient are executed once."""
-        return Repeated(super().velocity_of(network, inputs), self.simulation)
+        return Repeated(super().velocity_of(model, inputs), self.simulation)
 
 
 class Repeated:

@@ -23,6 +23,7 @@ from full_scale import plan
 from full_scale.components import network_from_config
 from full_scale.models import FAMILIES
 from full_scale.simulation import Simulation
+from runtime.backward import CutVelocity
 from runtime.cost_counter import BETWEEN, FLOP, WITHIN, CostCounter
 from runtime.counters import flop_count
 from train_leap_align import METHODS, Config, Trainer
@@ -149,20 +150,16 @@ def test_a_joint_backward_needs_the_unsharded_gradients_of_both_leaps(models, mo
     flags = replace(flags, run=replace(flags.run, batch_size=8))
     cut = plan.simulate(flags, "")
 
-    class Joint:
-        log, weight = {}, None
-
-        def __init__(self, velocity):
-            self.velocity = velocity
-
+    class Joint(CutVelocity):
         def __call__(self, x, t):
             return self.velocity(x, t)
 
-        def backward(self, x_0, gradient, before_last):
+        def backward(self, x_0, gradient, weight, before_last=None):
             before_last()
             x_0.backward(gradient)
+            return {}
 
-    monkeypatch.setattr("train_leap_align.Leash", Joint)
+    monkeypatch.setattr("train_leap_align.CutVelocity", Joint)
     joint = plan.simulate(flags, "")
     assert joint.counts["backward"][FLOP] == cut.counts["backward"][FLOP]
     weights = sum(p.numel() for p in network_from_config(config).parameters())
