@@ -21,7 +21,6 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor
 from torch.profiler import record_function
 from tqdm import tqdm
 
@@ -84,10 +83,6 @@ class Costs:
         """The largest peak of all phases."""
         return max(map(total_gib, self.peaks.values()))
 
-    def training_gib(self) -> float:
-        """The largest peak without frozen models: weights, gradients, optimizer, average, activations."""
-        return max(total_gib(peak | {"frozen models": 0}) for peak in self.peaks.values())
-
     def fits(self, machine: Machine) -> bool:
         """Whether the peak leaves RESERVED_GIB of a GPU free."""
         return self.gib() + RESERVED_GIB <= machine.gpu_memory
@@ -111,12 +106,12 @@ def simulate(flags: PlanFlags, title: str) -> Costs:
         tqdm(desc=title, total=3, leave=False) as bar,
     ):
         trainer = start_trainer(flags, simulation, Path(folder))
-        label(simulation, trainer)
-        bar.update()
         with simulation:
             warm_up(trainer)
-            simulation.label("moments", optimizer_tensors(trainer))
-            simulation.phases.clear()
+        label(simulation, trainer)
+        simulation.phases.clear()
+        bar.update()
+        with simulation:
             counts = step_counts(simulation, trainer)
             bar.update()
             with trainer.ema.swapped(), torch.no_grad(), record_function("evaluation"):
@@ -144,11 +139,12 @@ def start_trainer(flags: PlanFlags, simulation: Simulation, folder: Path) -> Tra
 
 def label(simulation: Simulation, trainer: Trainer) -> None:
     """Says what the storages that exist before the step are."""
-    task, model = trainer.task, trainer.task.model
+    task, model, states = trainer.task, trainer.task.model, trainer.optimizer.state.values()
     modules = [("reference", each) for each in task.transformers()] + [("weights", model)]
     for kind, module in modules + [("frozen models", each) for each in task.frozen_modules()]:
         simulation.label(kind, [*module.parameters(), *module.buffers()])
     simulation.label("average", trainer.ema.average)
+    simulation.label("moments", [value for state in states for value in state.values() if torch.is_tensor(value)])
     shapes = [(p.shape, p.to_local().shape if hasattr(p, "to_local") else p.shape) for p in trainer.parameters]
     simulation.gradient_shapes = {shape for pair in shapes for shape in pair}
 
@@ -160,11 +156,6 @@ def warm_up(trainer: Trainer) -> None:
         parameter.grad = torch.zeros_like(parameter)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
-
-
-def optimizer_tensors(trainer: Trainer) -> list[Tensor]:
-    """The moments of AdamW."""
-    return [value for state in trainer.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
 
 
 def step_counts(simulation: Simulation, trainer: Trainer) -> dict[str, Counter[str]]:
@@ -313,7 +304,7 @@ def numbers(costs: Costs, machine: Machine) -> dict[str, Any]:
         phases[name] |= {"gb_within": counts[WITHIN] / 1e9, "gb_between": counts[BETWEEN] / 1e9}
     return {
         "peak_gib": costs.gib(),
-        "training_gib": costs.training_gib(),
+        "training_gib": max(total_gib(peak | {"frozen models": 0}) for peak in costs.peaks.values()),
         "fits": costs.fits(machine),
         "tflop_per_step": step[FLOP] / 1e12 * machine.gpus * machine.nodes,
         "seconds_per_step": sum(seconds(counts, machine) for counts in costs.counts.values()),

@@ -19,8 +19,7 @@ from leap_align import BadInput, require
 from runtime.processes import barrier, one_line, rank, run_on_all_ranks, run_on_rank0, world_size
 from runtime.run_dir import atomic_file, claimed_output_folder, read_json, write_text
 
-EMBED = "embed"
-"""The `tool` of settings.json, by which a folder of embeddings is recognised."""
+EMBED = "embed"  # the `tool` of settings.json, by which a folder of embeddings is recognised
 
 
 def read_prompts(path: Path | None) -> list[str]:

@@ -10,19 +10,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from full_scale import pipeline
 from full_scale.components import LOADING_ERRORS, load_component
 from full_scale.contents import pipeline_content, prompts_content, weights_content
-from full_scale.pipeline import (
-    TEXT_SUBFOLDERS,
-    Precision,
-    check_image_size,
-    choose_guidance,
-    family_of,
-    gpu_or_cpu,
-    open_pipeline,
-    pipeline_folder,
-    silence_other_ranks,
-)
+from full_scale.pipeline import TEXT_SUBFOLDERS, Precision, pipeline_folder
 from full_scale.prompts import read_prompts
 from full_scale.transformer import read_lora
 from leap_align import BadInput, require
@@ -65,22 +56,22 @@ def sample(
         batch_size: Images of one prompt that are drawn at once.
         precision: What the networks compute in.
     """
-    silence_other_ranks()
-    check_image_size(height, width)
+    pipeline.silence_other_ranks()
+    pipeline.check_image_size(height, width)
     for name, value in {"steps": steps, "images_per_prompt": images_per_prompt, "batch_size": batch_size}.items():
         require(value >= 1, f"{name}={value} must be at least 1")
-    guidance = run_on_all_ranks(lambda: choose_guidance(model, guidance))
+    guidance = run_on_all_ranks(lambda: pipeline.choose_guidance(model, guidance))
     layout = run_on_all_ranks(lambda: choose_layout(prompts, geneval, images_per_prompt))
     texts = prompts_content([*layout.prompts, *layout.metadata])
     settings = {"prompts": texts, "steps": steps, "images_per_prompt": images_per_prompt, "height": height}
     settings |= {"width": width, "guidance": guidance, "batch_size": batch_size, "precision": precision}
-    pipeline = run_on_all_ranks(lambda: open_trained(model, transformer, lora, getattr(torch, precision)))
+    pipe = run_on_all_ranks(lambda: open_trained(model, transformer, lora, getattr(torch, precision)))
     settings |= run_on_all_ranks(lambda: contents(model, transformer, lora) if rank() == 0 else {})
     with claimed_output_folder(out, "sample", settings):
         run_on_rank0(lambda: layout.write(out))
-        pipeline.to(gpu_or_cpu())
+        pipe.to(pipeline.gpu_or_cpu())
         options = {"height": height, "width": width, "num_inference_steps": steps, "guidance_scale": guidance}
-        draw_missing(partial(pipeline, **options), layout, out, batch_size)
+        draw_missing(partial(pipe, **options), layout, out, batch_size)
         barrier()
     if rank() == 0:
         count = sum(map(len, layout.files))
@@ -159,22 +150,22 @@ def open_trained(model: str, transformer: Path | None, lora: Path | None, dtype:
     """A complete pipeline on the CPU, with the trained transformer or adapters if one is given."""
     require(not (transformer and lora), "give --transformer or --lora, not both: a run trains one of them")
     folder = pipeline_folder(model)
-    family, components = family_of(folder), {}
+    family, components = pipeline.family_of(folder), {}
     if transformer:
         remedy = "a finished run leaves one in its own folder"
         require(transformer.is_dir(), f"transformer={transformer} is not a folder: {remedy}")
         components["transformer"] = load_component(transformer, family.transformer_class, dtype)
     if lora:
         require(lora.exists(), f"lora={lora} does not exist: a finished run leaves it in its own folder")
-    pipeline = open_pipeline(family, folder, dtype, **components)
+    pipe = pipeline.open_pipeline(family, folder, dtype, **components)
     if lora:
-        check_adapters(lora, pipeline.transformer)
+        check_adapters(lora, pipe.transformer)
         try:
-            pipeline.load_lora_weights(lora, local_files_only=True, use_safetensors=True)
+            pipe.load_lora_weights(lora, local_files_only=True, use_safetensors=True)
         except LOADING_ERRORS as error:
             raise BadInput(f"{lora} does not fit {model}: {one_line(error)}") from error
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def check_adapters(lora: Path, transformer: nn.Module) -> None:

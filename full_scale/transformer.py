@@ -30,11 +30,8 @@ from leap_align import BadInput, require
 from runtime.processes import full_value, one_line, rank, reshard, run_on_all_ranks, run_on_rank0, world_size
 from runtime.run_dir import atomic_folder, read_json, write_errors_named, write_json
 
-EXPORT_FILE_BYTES = 2 * 10**9
-"""The most in a file of an export, unless a single weight is larger; the first process holds one file at a time."""
-
-NF4_BLOCKS = 64, 16
-"""Weights that share a scale, and scales that share one: their product divides the size of every layer."""
+EXPORT_FILE_BYTES = 2 * 10**9  # the most in a file of an export, unless a weight is larger; rank 0 holds one file
+NF4_BLOCKS = 64, 16  # weights that share a scale, scales that share one: their product divides the size of every layer
 
 # ------------------------------------------------------- Build -------------------------------------------------------
 
@@ -95,11 +92,10 @@ def quantize(model: nn.Module, device: torch.device) -> None:
     """
     from torchao.quantization import to_nf4
 
-    for block in repeated_blocks(model):
-        for layer in list(block.modules()):
-            if isinstance(layer, nn.Linear) and not layer.weight.requires_grad:
-                weight = torch.empty_like(layer.weight, device=device)  # torchao cannot quantise on the meta device
-                layer.weight = nn.Parameter(to_nf4(weight, *NF4_BLOCKS), requires_grad=False)
+    for layer in [layer for block in repeated_blocks(model) for layer in block.modules()]:
+        if isinstance(layer, nn.Linear) and not layer.weight.requires_grad:
+            weight = torch.empty_like(layer.weight, device=device)  # torchao cannot quantise on the meta device
+            layer.weight = nn.Parameter(to_nf4(weight, *NF4_BLOCKS), requires_grad=False)
 
 
 def freeze(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -177,9 +173,9 @@ def check_memory(
         needed += (5 * p.nbytes if p.requires_grad else p.numel() / 2 if in_4bit else p.nbytes) / shards
     free = _free_memory(device)
     where, remedy = ("GPU", "use more GPUs") if device.type == "cuda" else ("process on the CPU", "use GPUs")
-    need = f"weights and optimizer need {needed / 2**30:.0f} GiB for each {where}, {free / 2**30:.0f} are free"
+    fault = f"weights and optimizer need {needed / 2**30:.0f} GiB for each {where}, {free / 2**30:.0f} are free"
     remedy += ", --lora-rank 64, or prompts from `python -m full_scale embed`, which need no text encoders"
-    require(needed <= free, f"{need}: {remedy}")
+    require(needed <= free, f"{fault}: {remedy}")
 
 
 def _free_memory(device: torch.device) -> float:

@@ -53,7 +53,6 @@ def measured(models, name, changes):
     """A real step: its counter, the bytes alive before it, the allocator's peak, FlopCounterMode's operations."""
     trainer, counter = trainer_of(models, name, json.loads(changes)), CostCounter(plan.PHASES)
     plan.label(counter, trainer)
-    counter.label("moments", plan.optimizer_tensors(trainer))
     before = sum(counter.alive.values())
     with counter:
         trainer.step()

@@ -27,7 +27,7 @@ class Family:
     """The transformer's config to the shapes of one prompt's text inputs by name."""
     configs: dict[str, Config]  # of every network and of the scheduler, by subfolder, as its authors publish it
     tiny: Callable[..., Any]
-    """() to a tiny random pipeline; its arguments replace networks and the widths of its text encoders."""
+    """() to a tiny random pipeline; its arguments replace transformer, VAE and the widths of its text encoders."""
     widths: Config = field(default_factory=dict)
     """Arguments of `tiny` with which its text encoders have the published widths."""
     guidance: float = 3.5  # the usual guidance scale

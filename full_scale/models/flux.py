@@ -33,10 +33,7 @@ def encode_text(pipeline: Any, prompts: list[str], device: torch.device) -> dict
 
 
 def tiny(t5_width: int = 32, clip_widths: Sequence[int] = (32,), **networks: nn.Module) -> Any:
-    """FLUX.1-dev's pipeline with one double and two single blocks.
-
-    networks: replace the tiny transformer or VAE.
-    """
+    """FLUX.1-dev's pipeline with one double and two single blocks."""
     text = tiny_text(t5_width, clip_widths)
     transformer = diffusers.FluxTransformer2DModel(
         patch_size=1, in_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=16,

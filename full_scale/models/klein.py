@@ -66,10 +66,7 @@ def tiny_vae() -> nn.Module:
 
 
 def tiny(qwen3_width: int = 16, **networks: nn.Module) -> Any:
-    """FLUX.2-klein's pipeline with one double and two single blocks.
-
-    networks: replace the tiny transformer or VAE.
-    """
+    """FLUX.2-klein's pipeline with one double and two single blocks."""
     text = tiny_qwen3(qwen3_width)
     transformer = diffusers.Flux2Transformer2DModel(
         in_channels=128, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,

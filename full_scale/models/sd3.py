@@ -33,10 +33,7 @@ def encode_text(pipeline: Any, prompts: list[str], device: torch.device) -> dict
 
 
 def tiny(t5_width: int = 64, clip_widths: Sequence[int] = (32, 32), **networks: nn.Module) -> Any:
-    """SD3.5-M's pipeline with two blocks, the first with dual attention.
-
-    networks: replace the tiny transformer or VAE.
-    """
+    """SD3.5-M's pipeline with two blocks, the first with dual attention."""
     text = tiny_text(t5_width, clip_widths)
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=32, patch_size=2, in_channels=16, num_layers=2, attention_head_dim=8, num_attention_heads=4,
