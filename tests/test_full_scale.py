@@ -33,9 +33,6 @@ from tests.tiny_pipelines import PROMPTS, ROOT, TASKS, every_task, flags, option
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
-# From the prompts to the score
-
-
 def test_the_whole_path_on_two_processes_and_on_one(tmp_path):
     """tiny -> embed -> train -> export -> sample -> score."""
     tool("tiny", tmp_path / "flux")
@@ -152,9 +149,6 @@ def brightness():
     return lambda images, prompts: images.mean((1, 2, 3))
 
 
-# Embeddings
-
-
 @every_task
 def test_embeddings_are_those_computed_in_every_step_and_free_the_text_encoders(models, name, tmp_path, monkeypatch):
     """Embeddings from files, or of few prompts that are encoded once."""
@@ -211,13 +205,18 @@ def test_another_chat_template_makes_other_text_encoders(models, tmp_path):
     assert pipeline_content(tmp_path / "klein", *TEXT_SUBFOLDERS) != before
 
 
-# Sample and score
+EMBEDDED = "the embeddings of 5 prompts are in {0}: train with --prompts {0}\n"
+SAMPLED = "5 images are in {0}: score them with python -m full_scale score --images {0} --out SCORES\n"
 
 
-@pytest.mark.parametrize("command_of, kind, last", [(tiny.embedding, "safetensors", "txt"), (sampling, "png", "json")])
-def test_a_tool_continues_where_it_stopped(models, tmp_path, command_of, kind, last):
+@pytest.mark.parametrize(
+    "command_of, kind, last, says",
+    [(tiny.embedding, "safetensors", "txt", EMBEDDED), (sampling, "png", "json", SAMPLED)],
+)
+def test_a_tool_continues_where_it_stopped(models, tmp_path, capsys, command_of, kind, last, says):
     command, prompts = command_of(models, tmp_path), tmp_path / f"prompts.{last}"
     tool(*command)
+    assert capsys.readouterr().out == says.format(tmp_path)
     kept, *_, removed = sorted(tmp_path.glob(f"*.{kind}"))
     before, time, listed = removed.read_bytes(), kept.stat().st_mtime_ns, prompts.read_text()
     removed.unlink()
@@ -267,9 +266,6 @@ def test_score_continues_where_it_stopped(models, tmp_path, monkeypatch, capsys)
     assert len(calls) == 6 + 15 - 4
     a, b = ((tmp_path / name / "i_rewards_log.json").read_text() for name in ("uninterrupted", "resumed"))
     assert a == b and not part.parent.exists()
-
-
-# GenEval
 
 
 def test_geneval_samples_are_where_its_evaluator_looks(models, tmp_path):

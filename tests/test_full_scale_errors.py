@@ -32,7 +32,7 @@ from full_scale.prompts import read_prompts
 from leap_align import BadInput
 from runtime.processes import UserCodeError, exit_process
 from runtime.run_dir import atomic_file, atomic_folder, claimed_output_folder, write_errors_named
-from tests.tiny_pipelines import PROMPTS, ROOT, TASKS, content_of, flags, options_of, refusal, sampling, scoring, tool
+from tests.tiny_pipelines import ROOT, TASKS, content_of, flags, options_of, refusal, sampling, scoring, tool
 
 pytestmark = pytest.mark.usefixtures("one_process")
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
@@ -63,13 +63,15 @@ def odd(models, tmp_path_factory):
     save_file(wide, odd / "wide.safetensors")
     tool(*tiny.embedding(models, odd / "embedded", name="sd3"))
     next((odd / "embedded").glob("*.safetensors")).unlink()
-    tool(*sampling(models, odd / "images"))
+    tool(*sampling(models, odd / "whole"))
+    shutil.copytree(odd / "whole", odd / "images")
     (odd / "images" / "00000_0.png").unlink()
     yield odd
     assert (odd / "mine.txt").read_text() == "mine"
 
 
 DISTILLED = "holds a model that is distilled to few steps: train its base model, such as black-forest-labs/FLUX."
+LOG = "images_rewards_log.json"
 ANOTHER = "choose the weights of this pipeline's kind"
 REFUSALS = """
 train --height 500                      | height=500 must be a multiple of 16
@@ -136,6 +138,7 @@ sample --transformer {models}/sd3/transformer   | a SD3Transformer2DModel, not a
 sample --transformer {models}/klein/transformer | a Flux2Transformer2DModel, not a FluxTransformer2DModel: {ANOTHER}
 score --images {odd}/images             | images lacks 1 of 5 images
 score --images {models}                 | images={models} needs a prompts.json
+score --images {odd}/whole --reward-weights {odd}/none | {odd}/none does not exist
 tiny --sd3 --klein                      | give --sd3 or --klein, not both
 geneval-prompts --out {odd}/mine.txt    | mine.txt exists: choose another --out, or delete it
 """
@@ -157,13 +160,11 @@ def test_what_cannot_work_is_refused(models, odd, tmp_path, row):
 
 
 @pytest.mark.parametrize("name", ["flux", "klein"])
-def test_a_distilled_model_is_drawn_from_without_guidance(models, odd, tmp_path, name):
-    tool(*sampling(models, tmp_path, "--model", odd / name))
-    assert tiny.read(tmp_path / "settings.json")["guidance"] == 1 and list(tmp_path.glob("*.png"))
-
-
-@pytest.mark.parametrize("name", ["flux", "klein"])
-def test_a_distilled_model_is_refused_before_its_weights_are_downloaded(models, odd, tmp_path, monkeypatch, name):
+def test_a_distilled_model_is_drawn_from_without_guidance_and_never_downloaded_for_training(
+    models, odd, tmp_path, monkeypatch, name
+):
+    tool(*sampling(models, tmp_path / "i", "--model", odd / name))
+    assert tiny.read(tmp_path / "i" / "settings.json")["guidance"] == 1 and list(tmp_path.glob("i/*.png"))
     asked = []
 
     def snapshot_download(_, allow_patterns, **__):
@@ -260,174 +261,149 @@ def test_the_memory_check_counts_the_reference_of_a_leash(models, monkeypatch, c
             task.parallelize(SimpleNamespace(size=lambda dim: 1))
 
 
-# Folders are recognised by content, not by path
+# A folder is filled by one program with one content, wherever that lies
 
 
-@pytest.mark.parametrize(
-    ("changed", "setting"),
-    [
-        ("trained", "transformer"),
-        ("model/transformer", "transformer"),
-        ("model/vae", "model"),
-        ("model/text_encoder", "model"),
-        ("model/text_encoder_2", "model"),
-    ],
-)
-def test_sample_notices_other_weights_behind_the_same_path(models, tmp_path, changed, setting):
-    shutil.copytree(models / "flux", tmp_path / "model")
-    shutil.copytree(models / "flux" / "transformer", tmp_path / "trained")
-    more = ["--transformer", tmp_path / "trained"] if changed == "trained" else []
-    command = sampling(models, tmp_path / "images", "--model", tmp_path / "model", *more)
-    tool(*command)
-    before = content_of(tmp_path / "images")
-    tiny.change_weights(tmp_path / changed)
-    line = refusal(command, tools.main)
-    assert f"images was filled with other settings: {setting} was content" in line
-    assert content_of(tmp_path / "images") == before
+def commands(inputs, out):
+    """Each program's command line that fills a folder in `out`; the paths of its inputs lie in `inputs`."""
+    score = scoring(inputs, inputs / "images", out / "scores")
+    return {
+        "tiny": ["tiny", out / "tiny"],
+        "embed": tiny.embedding(inputs, out / "embedded"),
+        "sample": sampling(inputs, out / "images"),
+        "sample trained": sampling(inputs, out / "trained-images", "--transformer", inputs / "trained"),
+        "score": score,
+        "score mine": [*score[:-1], out / "my-scores", "--reward", "my_scored:bright", "--reward-weights"],
+        "benchmark": ["benchmark", "--out", out / "table"],
+        "train": [*flags(inputs, "flux", "--iterations", 1), "--out", out / "run"],
+    }
 
 
-def test_score_prints_an_old_mean_only_of_the_same_images_and_reward(models, tmp_path, capsys):
-    images, moved, out = tmp_path / "images", tmp_path / "elsewhere" / "images", tmp_path / "scores"
-    tool(*sampling(models, images))
-    tool(*scoring(models, images, out))
-    mean = capsys.readouterr().out.split(" images: ")[-1].split(";")[0]
-    shutil.copytree(images, moved)
-    tool(*scoring(models, moved, out))
-    log = out / "images_rewards_log.json"
-    assert capsys.readouterr().out == f"mean hpsv2.1 of 5 images: {mean}; already in {log}\n"
-    (moved / "00000_0.png").write_bytes((moved / "00001_0.png").read_bytes())
-    line = refusal(scoring(models, moved, out), tools.main)
-    assert "scores was filled with other settings: images was content " in line and "choose another folder" in line
-    shutil.copytree(models / "flux" / "reward", tmp_path / "reward")
-    tiny.change_weights(tmp_path / "reward")
-    command = scoring(models, images, out)
-    assert "none does not exist" in refusal([*command, "--reward-weights", tmp_path / "none"], tools.main)
-    assert "reward_weights was content" in refusal([*command, "--reward-weights", tmp_path / "reward"], tools.main)
+def run(command):
+    if command[0] in tools.TOOLS:
+        return tool(*command)
+    return trainer.main(list(map(str, command)))
 
 
-def test_the_source_of_a_custom_reward_is_part_of_its_content(models, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    source = "def bright():\n    return lambda images, prompts: images.{}((1, 2, 3))\n"
-    (tmp_path / "my_scored.py").write_text(source.format("mean"))
-    tool(*sampling(models, tmp_path / "images"))
-    command = scoring(models, tmp_path / "images", tmp_path / "scores", "--reward", "my_scored:bright")
-    tool(*command)
-    tool(*command)
-    (tmp_path / "my_scored.py").write_text(source.format("std"))
-    assert "reward_weights was content" in refusal(command, tools.main)
-
-
-def test_other_settings_other_prompts_and_another_model_need_another_folder(models, tmp_path):
-    (tmp_path / "other.txt").write_text("a cat\n")
-    shutil.copy(models / "prompts.txt", tmp_path / "copy.txt")
-    for command, change, words in (
-        (sampling(models, tmp_path / "i"), ["--steps", 3], "steps was 1, is 3"),
-        (tiny.embedding(models, tmp_path / "e"), ["--prompts", tmp_path / "other.txt"], "prompts was content"),
-        (["tiny", tmp_path / "t"], ["--sd3"], "task was flux, is sd3"),
-    ):
-        tool(*command)
-        before = content_of(tmp_path)
-        assert words in refusal([*command, *change], tools.main)
-        tool(*command)  # the same again changes nothing
-        assert content_of(tmp_path) == before
-    tool(*tiny.embedding(models, tmp_path / "e", "--prompts", tmp_path / "copy.txt"))
-    shutil.copytree(models / "flux", tmp_path / "moved")
-    tool(*sampling(models, tmp_path / "i", "--model", tmp_path / "moved"))
+def refusal_of(command):
+    return refusal(command, tools.main if command[0] in tools.TOOLS else trainer.main)
 
 
 @pytest.fixture(scope="module")
-def started(models, tmp_path_factory):
-    """A run of one iteration beside its own model, reward and prompts."""
-    folder = tmp_path_factory.mktemp("started")
+def filled(models, tmp_path_factory):
+    """What each program has written, beside the model, prompts and rewards that it read."""
+    folder = tmp_path_factory.mktemp("filled")
     shutil.copytree(models / "flux", folder / "flux")
+    shutil.copytree(models / "flux" / "transformer", folder / "trained")
     shutil.copy(models / "prompts.txt", folder / "prompts.txt")
-    tiny.train(folder / "run", flags(folder, "flux", "--iterations", 1))
+    source = "def bright():\n    return lambda images, prompts: images.mean((1, 2, 3))\n"
+    (folder / "my_scored.py").write_text(source)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        patch.setattr(sys, "dont_write_bytecode", True)
+        for name, command in commands(folder, folder).items():
+            if name != "benchmark":
+                run(command)
     return folder
 
 
-@pytest.mark.parametrize(
-    ("name", "changed"),
-    [
-        ("evaluation_prompts, prompts", "a cat\n"),
-        ("prompts", "\n".join([*PROMPTS, "a cat"])),
-        ("model", "transformer"),
-        ("model", "vae"),
-        ("text_encoders", "text_encoder"),
-        ("reward_weights", "reward"),
-    ],
-)
-def test_resume_refuses_inputs_that_have_changed_on_disk(started, tmp_path, name, changed):
-    shutil.copytree(started, tmp_path, dirs_exist_ok=True)
-    run, before = tmp_path / "run", content_of(started / "run")
-    if "prompts" in name:
-        (tmp_path / "prompts.txt").write_text(changed)
+def change(path):
+    """Other weights, another image, one more prompt, another reward."""
+    if path.is_dir():
+        tiny.change_weights(path)
+    elif path.suffix == ".png":
+        shutil.copy(path.with_name("00001_0.png"), path)
+    elif path.suffix == ".py":
+        path.write_text(path.read_text().replace("mean", "std"))
     else:
-        tiny.change_weights(tmp_path / "flux" / changed)
-    line = refusal([*flags(tmp_path, "flux"), "--out", run, "--resume", "--iterations", "2"])
-    assert line == f"error: {name} changed since {run} was started: restore it, or choose another --out"
-    assert content_of(run) == before
+        path.write_text(path.read_text() + "a cat\n")
 
 
-# A tool writes only into a new or empty folder, or into its own
+CHANGES = """
+tiny                   |                     |
+tiny --sd3             |                     | tiny was filled with other settings: task was flux, is sd3
+embed                  |                     |
+embed                  | prompts.txt         | embedded was filled with other settings: prompts was content
+embed                  | flux/text_encoder_2 | embedded was filled with other settings: model was content
+sample                 |                     |
+sample --steps 3       |                     | images was filled with other settings: steps was 1, is 3
+sample                 | flux/transformer    | images was filled with other settings: transformer was content
+sample                 | flux/vae            | images was filled with other settings: model was content
+sample                 | flux/text_encoder   | images was filled with other settings: model was content
+sample                 | flux/text_encoder_2 | images was filled with other settings: model was content
+sample trained         | flux/transformer    |
+sample trained         | trained             | trained-images was filled with other settings: transformer was content
+score                  |                     |
+score                  | images/00000_0.png  | scores was filled with other settings: images was content
+score                  | flux/reward         | scores was filled with other settings: reward_weights was content
+score mine             |                     |
+score mine             | my_scored.py        | my-scores was filled with other settings: reward_weights was content
+train --resume         | prompts.txt         | error: prompts changed since
+train --resume         | flux/transformer    | error: model changed since
+train --resume         | flux/vae            | error: model changed since
+train --resume         | flux/text_encoder   | error: text_encoders changed since
+train --resume         | flux/reward         | error: reward_weights changed since
+train --resume --prompts {0}/my_scored.py | | error: evaluation_prompts, prompts changed since
+"""
+
+
+@pytest.mark.parametrize("row", CHANGES.strip().splitlines())
+def test_the_same_command_continues_only_from_the_same_content(filled, tmp_path, monkeypatch, capsys, row):
+    """A line is a command, what changes before it runs again in a moved folder, and its refusal, if any."""
+    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.delitem(sys.modules, "my_scored", raising=False)
+    command, changed, words = (part.strip() for part in row.format(tmp_path).split("|"))
+    name, *more = command.split(" --")
+    command = [*commands(tmp_path, tmp_path)[name], *(word for flag in more for word in f"--{flag}".split())]
+    if changed:
+        change(tmp_path / changed)
+    before = content_of(tmp_path)
+    if words:
+        line = refusal_of(command)
+        assert words in line and ("choose another folder" in line or "restore it, or choose another --out" in line)
+    else:
+        run(command)
+    if name == "score" and not words:
+        assert f"of 5 images: {tiny.read(tmp_path / 'scores' / LOG)['mean']:.4f}; already in" in capsys.readouterr().out
+    assert content_of(tmp_path) == before
 
 
 @pytest.fixture(params=["tiny", "embed", "sample", "score", "benchmark", "train"])
-def program(models, tmp_path, monkeypatch, request):
-    """A program, its command line that fills tmp_path / "out", and the name with which it claims the folder."""
-    name, out = request.param, tmp_path / "out"
-    if name == "score":
-        tool(*sampling(models, tmp_path / "images"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: name == "benchmark")  # which then measures nothing
+def program(filled, tmp_path, monkeypatch, request):
+    """The name of a program, and its command line that fills a folder."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param == "benchmark")  # which measures nothing
     monkeypatch.setattr(benchmark, "write_pipeline", lambda *_: None)
     monkeypatch.setattr(benchmark, "measure", lambda flags: {"batch": flags.run.batch_size})
-    commands = {"tiny": ["tiny", out], "benchmark": ["benchmark", "--out", out]}
-    commands |= {"embed": tiny.embedding(models, out), "sample": sampling(models, out)}
-    commands |= {"score": scoring(models, tmp_path / "images", out), "train": [*flags(models, "flux"), "--out", out]}
-    if name == "train":
-        return trainer.main, commands[name], "train_leap_align"
-    return tools.main, commands[name], name
+    command = commands(filled, tmp_path)[request.param]
+    return "train_leap_align" if request.param == "train" else request.param, command
 
 
-def test_a_folder_that_another_tool_or_a_user_has_filled_is_left_alone(models, tmp_path, program):
-    main, command, name = program
-    shutil.copytree(models / "sd3", tmp_path / "out")
-    settings_file = tmp_path / "out" / ("config.json" if name == "train_leap_align" else "settings.json")
+def test_a_folder_that_another_tool_or_a_user_has_filled_is_left_alone(models, program):
+    name, command = program
+    out = Path(command[-1])
+    shutil.copytree(models / "sd3", out)
+    settings_file = out / ("config.json" if name == "train_leap_align" else "settings.json")
     for settings in ('{"tool": "another"}', '{"model": "x"}', "[1]", "{", None):
         settings_file.unlink(missing_ok=True)
         if settings:
             settings_file.write_text(settings)
-        before = content_of(tmp_path / "out")
-        line = refusal(command, main)
-        assert f"out is not empty, and {name} did not fill it: choose another" in line or settings_file.name in line
-        assert content_of(tmp_path / "out") == before
+        before, line = content_of(out), refusal_of(command)
+        assert f"{out} is not empty, and {name} did not fill it: choose another" in line or settings_file.name in line
+        assert content_of(out) == before
 
 
-def test_a_second_process_in_the_same_folder_is_refused(tmp_path, program):
-    main, command, name = program
-    with claimed_output_folder(tmp_path / "out", name, {}):
-        if main is trainer.main:  # whose settings are in another file
-            (tmp_path / "out" / "settings.json").rename(tmp_path / "out" / "config.json")
-        assert "out is in use by another process" in refusal(command, main)
-
-
-def test_tiny_keeps_other_files(tmp_path):
-    tool("tiny", tmp_path)
-    (tmp_path / "prompts.txt").write_text("a red cube\n")
-    before = content_of(tmp_path)
-    tool("tiny", tmp_path)
-    assert content_of(tmp_path) == before
+def test_a_second_process_in_the_same_folder_is_refused(program):
+    name, command = program
+    out = Path(command[-1])
+    with claimed_output_folder(out, name, {}):
+        if name == "train_leap_align":  # whose settings are in another file
+            (out / "settings.json").rename(out / "config.json")
+        assert f"{out} is in use by another process" in refusal_of(command)
 
 
 # What a tool says at its end
-
-
-def test_embed_and_sample_say_where_their_files_are(models, tmp_path, capsys):
-    tool(*tiny.embedding(models, tmp_path / "e"))
-    files = f"the embeddings of 5 prompts are in {tmp_path}/e: train with --prompts {tmp_path}/e\n"
-    assert capsys.readouterr().out == files
-    tool(*sampling(models, tmp_path / "i"))
-    command = f"python -m full_scale score --images {tmp_path}/i --out SCORES"
-    assert capsys.readouterr().out == f"5 images are in {tmp_path}/i: score them with {command}\n"
 
 
 def test_the_mark_that_some_editors_put_first_is_not_part_of_a_prompt(tmp_path):

@@ -29,9 +29,6 @@ def slow(*values, id):
     return pytest.param(*values, id=id, marks=pytest.mark.slow)
 
 
-# Runs
-
-
 @pytest.mark.parametrize(
     ("name", "more", "nodes"),
     [
@@ -147,9 +144,6 @@ def test_a_lora_run_prints_no_warning_about_other_models(models, tmp_path, monke
     assert warnings == []
 
 
-# Resuming
-
-
 def test_a_resumed_run_equals_an_uninterrupted_one(models, tmp_path):
     lora = flags(models, "flux", "--lora-rank", "2")
     uninterrupted = train(tmp_path / "uninterrupted", lora)
@@ -191,9 +185,6 @@ def test_embeddings_fit_their_model_without_text_encoders_beside_other_files_and
     for model in ("model", "bare"):
         files = ["--model", tmp_path / model, "--prompts", tmp_path / "e", "--iterations", 1]
         assert train(tmp_path / f"{model}-run", flags(models, "flux", *files))
-
-
-# Exports
 
 
 def test_the_export_is_the_average_of_the_weights(models, tmp_path, monkeypatch):
@@ -271,9 +262,6 @@ def test_an_export_onto_a_full_disk_continues_with_resume(models, tmp_path, monk
     assert not list(tmp_path.glob("transformer*"))
     train(tmp_path, [*arguments, "--resume"])
     assert (tmp_path / "transformer" / WEIGHTS).exists()
-
-
-# Settings
 
 
 def settings(*arguments):

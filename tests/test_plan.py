@@ -73,9 +73,6 @@ def flags_of(models, name, changes, **machine):
     return plan.PlanFlags(run, Hyper(lam=None), options_of(models, name, **changes), machine)
 
 
-# The counter
-
-
 @pytest.mark.parametrize(("name", "changes"), MORE_CASES)
 def test_the_counter_agrees_with_the_allocator_within_3_percent(models, name, changes):
     step = measured(models, name, changes)
@@ -112,9 +109,6 @@ def test_a_quantised_weight_counts_its_four_bits_and_no_alias_of_it():
     with counter:
         alias = weight.detach()
     assert alias is not weight and sum(counter.alive.values()) == counter.alive["weights"]
-
-
-# The simulation
 
 
 @pytest.mark.parametrize(("name", "changes"), CASES)
@@ -175,9 +169,6 @@ def test_every_operation_of_every_phase_is_counted(models):
     run, hyper = replace(flags.run, method="stratified"), replace(flags.method, K=3, alpha=1.0)
     costs = plan.simulate(replace(flags, run=run, method=hyper), "")
     assert sum(counts[FLOP] for counts in costs.counts.values()) == operations
-
-
-# The judgement
 
 
 def test_time_is_computing_or_traffic_in_the_node_and_then_traffic_between_nodes():

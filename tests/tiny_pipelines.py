@@ -48,9 +48,6 @@ def write_models(folder):
     return folder
 
 
-# Command lines; a flag that is given again replaces the first one
-
-
 def files(models, name="flux"):
     return ["--model", models / name, "--prompts", models / "prompts.txt"]
 
@@ -76,9 +73,6 @@ def flags(models, name, *more):
     steps = "--iterations 3 --lr 1e-3 --ema-decay 0".split()
     reward = ["--reward-weights", models / name / "reward"]
     return list(map(str, ["--task", name, *files(models, name), *reward, *sizes, *steps, *more]))
-
-
-# Tasks and pipelines
 
 
 def options_of(models, name, **changes):
@@ -125,9 +119,6 @@ def assert_close(a, b, rtol=1e-4, atol=1e-6):
         torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=atol)
 
 
-# Runs
-
-
 def train(out, arguments):
     """Trains in this process; returns the rows of metrics.csv."""
     trainer.main([*map(str, arguments), "--out", str(out)])
@@ -163,9 +154,6 @@ def refusal(arguments, program=trainer.main):
     return line
 
 
-# Folders
-
-
 def change_weights(folder):
     """Another value in one of the weights files of a folder."""
     file = next(folder.glob("*.safetensors"))
@@ -182,9 +170,6 @@ def content_of(folder):
 def read(path):
     """The value in a JSON file."""
     return json.loads(path.read_text())
-
-
-# Two processes
 
 
 def start_torchrun(*arguments, nodes=1, processes=2, environment=None):
