@@ -93,9 +93,6 @@ def total_gib(peak: dict[str, int]) -> float:
     return sum(peak.values()) / GIB
 
 
-# ------------------------------------------------------ Execute ------------------------------------------------------
-
-
 def simulate(flags: PlanFlags, title: str) -> Costs:
     """Executes one optimizer step and the evaluation of one image, as rank 0 of the machine, with a bar."""
     machine = flags.machine
@@ -205,9 +202,6 @@ def host_and_disk(trainer: Trainer, machine: Machine) -> tuple[dict[str, int], d
     return host | {"export": min(EXPORT_FILE_BYTES, export)}, disk
 
 
-# ------------------------------------------------------- Judge -------------------------------------------------------
-
-
 def seconds(counts: Counter[str], machine: Machine) -> float:
     """Time of a phase: computing overlaps with the traffic within the node, not with that between nodes."""
     within, between = machine.bandwidth
@@ -248,9 +242,6 @@ def verdict(flags: PlanFlags, costs: Costs) -> str:
     if machine.world_size == 1 and find_spec("torchao") is None:
         more += ", or install torchao and plan --load-in-4bit"
     return f"does not fit; with all changes of flags it still needs {least:.1f} GiB: {more}"
-
-
-# ------------------------------------------------------- Report ------------------------------------------------------
 
 
 def plan(arguments: list[str]) -> None:

@@ -86,19 +86,6 @@ def read_configs(family: Family, model: str) -> dict[str, dict[str, Any]]:
     return {name: read_json(Path(model) / name / file) for name, file in files.items()}
 
 
-def pipeline_without_weights(
-    family: Family, configs: dict[str, dict[str, Any]], simulation: Simulation, dtype: torch.dtype, text: bool
-) -> Any:
-    """A pipeline without its transformer; its tokenizers know few words."""
-    components: dict[str, Any] = dict.fromkeys(family.pipeline_class.__init__.__annotations__)
-    components["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler.from_config(configs["scheduler"])
-    names = [name for name in configs if name == "vae" or (text and name.startswith("text_encoder"))]
-    components |= {name: simulation.empty(network_from_config(configs[name]), dtype) for name in names}
-    parts = family.tiny().components if text else {}
-    components |= {name: part for name, part in parts.items() if name.startswith("tokenizer")}
-    return family.pipeline_class(**components)
-
-
 class WithoutWeights:
     """What a simulated task does instead of reading files; `simulated` puts it in front of the task's own class."""
 
@@ -116,9 +103,14 @@ class WithoutWeights:
         return self.simulation.empty(HPSv2.empty(*map(HPSv2.read_config, folders)), torch.float32)
 
     def open_pipeline(self, text: bool) -> Any:
-        """The pipeline; without text encoders if embeddings are stored."""
-        text = not self.stored_embeddings
-        return pipeline_without_weights(self.family, self.configs, self.simulation, self.dtype, text)
+        """The pipeline, whose tokenizers know few words; without text encoders if embeddings are stored."""
+        text, kind, empty = not self.stored_embeddings, self.family.pipeline_class, self.simulation.empty
+        components: dict[str, Any] = dict.fromkeys(kind.__init__.__annotations__)
+        components["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler.from_config(self.configs["scheduler"])
+        names = [name for name in self.configs if name == "vae" or (text and name.startswith("text_encoder"))]
+        components |= {name: empty(network_from_config(self.configs[name]), self.dtype) for name in names}
+        tokenizers = self.family.tiny().components.items() if text else ()
+        return kind(**components | {name: part for name, part in tokenizers if name.startswith("tokenizer")})
 
     def empty_transformer(self) -> nn.Module:
         """The architecture, on the meta device."""

@@ -27,8 +27,8 @@ CONFIGS = {
 
 def encode_text(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
     """The tokens of all three encoders and the pooled text of the two CLIPs."""
-    encoded = pipeline.encode_prompt(prompts, prompts, prompts, device=device, do_classifier_free_guidance=False)
-    tokens, _, pooled, _ = encoded
+    options = {"device": device, "do_classifier_free_guidance": False}
+    tokens, _, pooled, _ = pipeline.encode_prompt(prompts, prompts, prompts, **options)
     return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
 
 
