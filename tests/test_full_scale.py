@@ -269,7 +269,7 @@ def test_score_continues_where_it_stopped(models, tmp_path, monkeypatch, capsys)
 
 
 def test_geneval_samples_are_where_its_evaluator_looks(models, tmp_path):
-    lines = [{"tag": "colors", "include": [{"class": "dog", "count": 1}], "prompt": text} for text in PROMPTS[:2]]
+    lines = [{"tag": tag, "include": [{"class": "dog", "count": 1}], "prompt": "a dog"} for tag in ("colors", "dogs")]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     files = ["--model", models / "sd3", "--geneval", tmp_path / "metadata.jsonl"]
     tool("sample", *files, *tiny.SAMPLING, "--out", tmp_path / "o")
@@ -277,6 +277,7 @@ def test_geneval_samples_are_where_its_evaluator_looks(models, tmp_path):
         folder = tmp_path / "o" / f"{i:05d}"
         assert tiny.read(folder / "metadata.jsonl") == line
         assert sorted(p.name for p in (folder / "samples").iterdir()) == ["0000.png", "0001.png", "0002.png"]
+    assert len({file.read_bytes() for file in (tmp_path / "o").rglob("*.png")}) == 6  # each from its own noise
 
 
 COLOR = "(red|orange|yellow|green|blue|purple|pink|brown|black|white)"

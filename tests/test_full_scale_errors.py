@@ -308,7 +308,7 @@ def filled(models, tmp_path_factory):
 
 
 def change(path):
-    """Other weights, another image, one more prompt, another reward."""
+    """Other weights, another image, prompts in another order, another reward."""
     if path.is_dir():
         tiny.change_weights(path)
     elif path.suffix == ".png":
@@ -316,7 +316,8 @@ def change(path):
     elif path.suffix == ".py":
         path.write_text(path.read_text().replace("mean", "std"))
     else:
-        path.write_text(path.read_text() + "a cat\n")
+        first, *others = path.read_text().splitlines()
+        path.write_text("\n".join([first, *reversed(others)]))
 
 
 CHANGES = """

@@ -106,7 +106,7 @@ def test_evaluation_T_sets_the_steps_of_an_evaluation_and_is_T_otherwise(models)
     assert task.evaluate(None, 0)["reward"] != other.evaluate(None, 0)["reward"]
 
 
-def test_a_run_logs_its_pixels_hinges_and_prompts_and_says_where_its_images_are(models, tmp_path, capsys, monkeypatch):
+def test_a_run_logs_saturated_pixels_and_active_hinges_and_writes_its_images(models, tmp_path, capsys, monkeypatch):
     prompts_of_sheets = []
 
     def recorded(images, prompts):
@@ -118,7 +118,8 @@ def test_a_run_logs_its_pixels_hinges_and_prompts_and_says_where_its_images_are(
     assert f"look at {tmp_path}/curves.png, {tmp_path}/samples/000002.png\nnext: python -m" in capsys.readouterr().out
     assert all(0 <= row["saturated"] <= 1 and row["hinge_active"] in (0, 0.25, 0.5, 0.75, 1) for row in table)
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["000000.png", "000002.png"]
-    assert tiny.read(tmp_path / "result.json")["after"].keys() == {"reward", "diversity", "saturated"}
+    after = tiny.read(tmp_path / "result.json")["after"]
+    assert after.keys() == {"reward", "diversity", "saturated"} and after["diversity"] > 0
     assert prompts_of_sheets == [PROMPTS[:2]] * 2
 
 
