@@ -54,6 +54,12 @@ class BadInput(ValueError):
     """A wrong argument: one line that names it, its value and what is allowed."""
 
 
+def require(condition: object, message: str) -> None:
+    """Raises BadInput(message) unless the condition holds."""
+    if not condition:
+        raise BadInput(message)
+
+
 def _check_hyper(alpha: float = 0, tau: float = 1, lam: float | None = None) -> None:
     if not 0 <= alpha <= 1:
         raise BadInput(f"alpha={alpha} must lie in [0, 1]")

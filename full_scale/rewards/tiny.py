@@ -8,13 +8,12 @@ import torch
 
 from full_scale.rewards import hpsv3, imagereward
 from full_scale.rewards.weights import rename_keys
-from leap_align import BadInput
+from leap_align import require
 
 
 def tiny(name: str, folder: str | Path) -> None:
     """Writes a tiny random model of a reward into a folder, in the layout that REWARDS[name].load(folder) reads."""
-    if name not in TINY:
-        raise BadInput(f"unknown reward {name!r}: choose from {', '.join(TINY)}")
+    require(name in TINY, f"unknown reward {name!r}: choose from {', '.join(TINY)}")
     Path(folder).mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
