@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leap_align import BadInput, require
+from runtime.processes import user_code
 
 TEXT_CACHE_SIZE = 4096
 """The number of prompts whose text features a reward keeps."""
@@ -33,25 +34,21 @@ class Reward(nn.Module, ABC):
         super().train(False)
 
     def train(self, mode: bool = True) -> "Reward":
-        """Does nothing, so that a parent's train() leaves every part in the mode that the reward has chosen.
-
-        That is eval mode, because dropout would make the scores random; HPSv3 makes exceptions to save memory.
-        """
+        """Does nothing: in training mode, dropout would make the scores random.  HPSv3 switches some layers itself."""
         return self
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (B,), computed in float32, or float64 if the weights are; a caller's autocast has no effect.
 
-        Raises BadInput for a wrong batch and, without gradient, for a score of NaN or inf.  (With gradient, the trainer
-        skips such a step.)
+        Raises BadInput for a wrong batch and, without gradient, for a score of NaN or inf.
         """
         _check_batch(images, prompts)
         dtypes = {parameter.dtype for parameter in self.parameters()}
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         with torch.autocast(images.device.type, enabled=False):
             scores = self.score(images.to(dtype), list(prompts))
-        if not torch.is_grad_enabled() and images.isfinite().all():
-            check_finite(self.name, scores)
+        if not torch.is_grad_enabled() and images.isfinite().all():  # with gradient, the trainer skips such a step
+            _check_finite(self.name, scores)
         return scores
 
     @abstractmethod
@@ -81,35 +78,43 @@ class TextCachingReward(Reward):
         return super()._apply(fn, recurse)
 
 
-# Checks of one call --------------------------------------------------------------------------------------------------
+class CustomReward(Reward):
+    """A user's reward: any callable (images, prompts) -> (B,); an nn.Module is frozen and set to eval mode."""
+
+    def __init__(self, function: Callable[[Tensor, list[str]], Tensor], name: str = "your reward") -> None:
+        super().__init__(function=function, name=name)
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """function(images, prompts); raises UserCodeError if it raises, BadInput for anything but scores (B,)."""
+        before = _version(images)
+        with user_code(self.name):
+            scores = self.function(images, prompts)
+        require(_version(images) == before, f"{self.name} {CHANGES_IMAGES}")
+        is_vector = torch.is_tensor(scores) and scores.shape == images.shape[:1]
+        is_right = is_vector and scores.is_floating_point() and scores.device == images.device
+        allowed = f"a floating-point tensor (B,) = ({len(images)},) on {images.device}"
+        require(is_right, f"{self.name} gave {describe(scores)} for {len(images)} images, but must give {allowed}")
+        return scores
 
 
 def _check_batch(images: Tensor, prompts: Sequence[str]) -> None:
     is_tensor = torch.is_tensor(images)
-    shape = tuple(images.shape) if is_tensor else type(images).__name__
     is_batch = is_tensor and images.ndim == 4 and images.shape[1] == 3 and 0 not in images.shape[2:]
-    require(is_batch, f"images must be a tensor (B, 3, H, W), not {shape}")
+    require(is_batch, f"images must be a tensor (B, 3, H, W), not {describe(images)}")
     require(images.is_floating_point(), f"images must be floating point in [0, 1], not {images.dtype}")
     is_list = not isinstance(prompts, str) and len(prompts) and all(isinstance(prompt, str) for prompt in prompts)
     require(is_list, f"prompts must be a list with one text per image, and not empty, not {prompts!r:.60}")
     require(len(prompts) == len(images), f"{len(prompts)} prompts for {len(images)} images: give one prompt per image")
 
 
-def check_type(name: str, scores: Any, images: Tensor) -> None:
-    """Raises BadInput unless scores are a floating-point tensor (B,) on the images' device.
-
-    name: what the message calls the reward.
-    """
-    is_vector = torch.is_tensor(scores) and scores.shape == images.shape[:1]
-    is_right = is_vector and scores.is_floating_point() and scores.device == images.device
-    allowed = f"a floating-point tensor (B,) = ({len(images)},) on {images.device}"
-    require(is_right, f"{name} gave {describe(scores)} for {len(images)} images, but must give {allowed}")
-
-
-def check_finite(name: str, scores: Tensor) -> None:
-    """Raises BadInput for a score of NaN or inf."""
+def _check_finite(name: str, scores: Tensor) -> None:
     if not scores.isfinite().all():
         raise BadInput(f"{name} gave {scores.tolist()!s:.60} for finite images: every score must be finite")
+
+
+def _version(images: Tensor) -> int:
+    """A number that every change in place raises; tensors of inference mode have none."""
+    return 0 if images.is_inference() else images._version
 
 
 def describe(value: Any) -> str:
@@ -129,16 +134,19 @@ def random_images(n: int, size: tuple[int, int, int], device: str | torch.device
     return (0.2 + 0.3 * blobs + 0.3 * torch.rand(n, *size, generator=generator)).to(device)
 
 
-def try_out(reward: Callable, images: Tensor, prompts: Sequence[str] = TEST_PROMPTS) -> tuple[Tensor, Tensor]:
+def try_out(reward: Reward, images: Tensor, prompts: Sequence[str] = TEST_PROMPTS) -> tuple[Tensor, Tensor]:
     """Scores (B,) of images, and the leaf (B, 3, H, W) to which their gradient flows.
 
     Raises BadInput, in one line, for a reward that cannot train.
     """
-    leaf, name = images.clone().requires_grad_(), _name_of(reward)
-    scores = _checked_scores(reward, leaf, prompts)
-    message = f"{name} gives no gradient to its images: look for no_grad, detach, PIL or uint8 in it"
+    leaf = images.clone().requires_grad_()
+    pixels = leaf.clone()  # a leaf would refuse a change in place with a message of its own
+    scores = reward(pixels, prompts)
+    # Equality also reveals a change that torch does not record, through .data or numpy.
+    require(torch.equal(pixels, images), f"{reward.name} {CHANGES_IMAGES}")
+    message = f"{reward.name} gives no gradient to its images: look for no_grad, detach, PIL or uint8 in it"
     require(scores.requires_grad, message)
-    check_finite(name, scores)
+    _check_finite(reward.name, scores)
     return scores, leaf
 
 
@@ -154,62 +162,49 @@ def check_reward(
     size: (3, H, W) of the random test images.  tolerance: how much two computations of one score may differ, relative
     to max(1, |score|); half precision needs more.
     """
+    is_trainable = isinstance(reward, nn.Module) and any(p.requires_grad for p in reward.parameters())
+    require(not is_trainable, "the reward breaks the contract: its weights require grad: call requires_grad_(False)")
+    reward = reward if isinstance(reward, Reward) else CustomReward(reward, "the reward")
     images = random_images(len(prompts), size, device)
     for is_kept, fault in _rules(reward, images, list(prompts), tolerance):
-        require(is_kept, f"{_name_of(reward)} breaks the contract: {fault}")
+        require(is_kept, f"{reward.name} breaks the contract: {fault}")
 
 
-def _name_of(reward: Callable) -> str:
-    return reward.name if isinstance(reward, Reward) else "the reward"
-
-
-def _checked_scores(reward: Callable, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """reward(images, prompts); raises BadInput if it changes the images or gives anything but scores (B,)."""
-    name, pixels = _name_of(reward), images.clone()  # a leaf would refuse a change in place by a message of its own
-    scores = reward(pixels, list(prompts))
-    # Equality also reveals a change that torch does not record, through .data or numpy.
-    require(torch.equal(pixels, images), f"{name} {CHANGES_IMAGES}")
-    check_type(name, scores, images)
-    return scores
-
-
-def _rules(reward: Callable, images: Tensor, prompts: list[str], tolerance: float) -> Iterator[tuple[Any, str]]:
+def _rules(reward: Reward, images: Tensor, prompts: list[str], tolerance: float) -> Iterator[tuple[Any, str]]:
     """For each rule of the contract, whether the reward keeps it, and the fault if it does not."""
-    scores, leaf = try_out(reward, images, prompts)
+    before, (scores, leaf) = images.clone(), try_out(reward, images, prompts)
     yield scores.dtype == torch.float32, f"the score is {scores.dtype}, not float32"
-    is_trainable = isinstance(reward, nn.Module) and any(p.requires_grad for p in reward.parameters())
-    yield not is_trainable, "its weights require grad: call requires_grad_(False)"
-    score = partial(_checked_scores, reward)
-    has_graph = score(images, prompts).requires_grad
+    has_graph = reward(images, prompts).requires_grad
     yield not has_graph, "the score requires grad although the images do not: encode the text under no_grad"
-    with torch.no_grad():
-        first, second = score(images, prompts), score(images, prompts)
-        transposed = score(images.transpose(2, 3), prompts)
-        change = (score((images * 255).round() / 255, prompts) - scores).abs()
-    yield torch.equal(first, second), "the same images and prompts get another score"
+    transposed = reward(images.transpose(2, 3), prompts)
     yield transposed.isfinite().all(), "it fails on images of another shape"
-    yield _is_independent(score, images, prompts, tolerance), "a score depends on the rest of its batch"
+    with torch.no_grad():
+        first, second = reward(images, prompts), reward(images, prompts)
+        change = (reward((images * 255).round() / 255, prompts) - scores).abs()
+    yield torch.equal(first, second), "the same images and prompts get another score"
+    yield _is_independent(reward, images, prompts, tolerance), "a score depends on the rest of its batch"
     (gradient,) = torch.autograd.grad(scores.sum(), leaf, allow_unused=True)
     is_sound = gradient is not None and gradient.isfinite().all() and gradient.any()
     yield is_sound, "no finite gradient in the pixels"
     bound = gradient.abs().flatten(1).sum(1) / 510  # rounding moves each pixel by at most 1/510
     yield (change <= 2 * bound + tolerance).all(), "rounding to 8 bits changes the score too much"
-    is_right = _equals_differences(score, images, prompts, gradient, tolerance)
+    is_right = _equals_differences(lambda x: reward(x, prompts).double().sum(), images, gradient, tolerance)
     yield is_right, "the gradient disagrees with finite differences"
+    yield torch.equal(images, before), f"it {CHANGES_IMAGES}"
 
 
-def _is_independent(score: Callable, images: Tensor, prompts: list[str], tolerance: float) -> bool | Tensor:
+def _is_independent(reward: Reward, images: Tensor, prompts: list[str], tolerance: float) -> bool | Tensor:
     """Whether an image scores the same alone, in a small batch, and at another place among very different ones.
 
     Its gradient must also stay in its own pixels, which reveals a dependence too weak to be seen in the scores.
     """
     n = len(prompts)
     with torch.no_grad():
-        alone = torch.cat([score(images[i : i + 1], prompts[i : i + 1]) for i in range(n)])
-        together = score(images, prompts)
+        alone = torch.cat([reward(images[i : i + 1], prompts[i : i + 1]) for i in range(n)])
+        together = reward(images, prompts)
     bright, dark = 1 - 0.2 * images, 0.2 * images[:1]
     batch = torch.cat([bright, images.flip(0), bright, dark]).requires_grad_()
-    scores = score(batch, [*prompts, *reversed(prompts), *["x"] * n, "a very long prompt, " * 8])
+    scores = reward(batch, [*prompts, *reversed(prompts), *["x"] * n, "a very long prompt, " * 8])
     difference = (torch.stack([together, scores[n : 2 * n].flip(0)]) - alone).abs()
     (gradient,) = torch.autograd.grad(scores[n], batch, materialize_grads=True)
     largest = gradient.abs().amax((1, 2, 3))
@@ -218,14 +213,8 @@ def _is_independent(score: Callable, images: Tensor, prompts: list[str], toleran
 
 
 @torch.no_grad()
-def _equals_differences(
-    score: Callable, images: Tensor, prompts: list[str], gradient: Tensor, tolerance: float
-) -> bool:
-    """Whether <gradient, d> equals central differences, for d the gradient itself and random blobs."""
-
-    def total(x: Tensor) -> Tensor:
-        return score(x, prompts).double().sum()
-
+def _equals_differences(total: Callable, images: Tensor, gradient: Tensor, tolerance: float) -> bool:
+    """Whether <gradient, d> equals central differences of total(images), for d the gradient itself and random blobs."""
     generator = torch.Generator().manual_seed(1)
     blobs = [torch.randn(len(images), 3, 4, 4, generator=generator).to(images) for _ in range(3)]
     scale = total(images).abs().clamp(min=1)

@@ -2,7 +2,7 @@
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from full_scale.rewards.contract import CHANGES_IMAGES, Reward, check_type, describe, random_images, try_out
+from full_scale.rewards.contract import CustomReward, Reward, describe, random_images, try_out
 from full_scale.rewards.hpsv2 import HPSv2
 from full_scale.rewards.hpsv3 import HPSv3
 from full_scale.rewards.imagereward import ImageReward
@@ -18,13 +18,7 @@ from full_scale.rewards.pickscore import PickScore
 from leap_align import BadInput, require
 from runtime.processes import UserCodeError, one_line, user_code
 
-REWARDS: dict[str, type[Reward]] = {
-    "hpsv2.1": HPSv2,
-    "pickscore": PickScore,
-    "hpsv3": HPSv3,
-    "imagereward": ImageReward,
-}
-
+REWARDS = {"hpsv2.1": HPSv2, "pickscore": PickScore, "hpsv3": HPSv3, "imagereward": ImageReward}
 PRESETS: dict[str, dict[str, float]] = {
     "hpsv2.1": {"alpha": 0.3, "lam": 0.55, "lr": 1e-5},
     "pickscore": {"alpha": 0.1, "lam": 0.4, "lr": 1e-5},
@@ -32,33 +26,6 @@ PRESETS: dict[str, dict[str, float]] = {
     "imagereward": {},
 }
 """The paper's training settings for each reward; the paper uses ImageReward for evaluation only."""
-
-
-class CustomReward(Reward):
-    """A user's reward: any callable (images, prompts) -> (B,); an nn.Module is frozen and set to eval mode.
-
-    name: what error messages call it.
-    """
-
-    def __init__(self, function: Callable[[Tensor, list[str]], Tensor], name: str = "your reward") -> None:
-        super().__init__(function=function, name=name)
-
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """function(images, prompts).
-
-        Raises UserCodeError if it raises, and BadInput if it changes the images or gives anything but scores (B,).
-        """
-        before = _version(images)
-        with user_code(self.name):
-            scores = self.function(images, prompts)
-        require(_version(images) == before, f"{self.name} {CHANGES_IMAGES}")
-        check_type(self.name, scores, images)
-        return scores
-
-
-def _version(images: Tensor) -> int:
-    """A number that every change in place raises; tensors of inference mode have none."""
-    return 0 if images.is_inference() else images._version
 
 
 class WeightedSum(Reward):
