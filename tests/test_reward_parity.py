@@ -15,10 +15,26 @@ from torch import nn
 
 from full_scale.rewards import REWARDS, load
 from full_scale.rewards.hpsv3 import INSTRUCTION, patchify, resized_size
-from full_scale.rewards.images import CLIP_STD, crop, normalise
-from leap_align import BadInput
+from full_scale.rewards.images import CLIP_MEAN, CLIP_STD, crop, normalise
 from runtime.counters import saved_bytes
-from tests.tiny_rewards import PROMPTS, as_pil, message, random_images, random_uint8_images, tiny_folder, tiny_reward
+from tests.tiny_rewards import PROMPTS, random_images, refusal, tiny_folder, tiny_reward
+
+
+def random_uint8_images(sizes):
+    """One image (1, 3, H, W) for each (H, W)."""
+    return [(random_images(1, *size, seed=i) * 255).round().to(torch.uint8) for i, size in enumerate(sizes)]
+
+
+def as_pil(image):
+    """A PIL image of a uint8 tensor (1, 3, H, W)."""
+    return pytest.importorskip("PIL.Image").fromarray(image[0].permute(1, 2, 0).numpy())
+
+
+def assert_same_preprocessing(pixels, official):
+    """Both in [0, 1], up to rounding: the official code resizes 8-bit images with PIL, which rounds to 1/255 twice."""
+    difference = (pixels - official).abs() * 255
+    assert difference.max() < 1.5 and difference.mean() < 0.5
+
 
 # HPSv2: the official package, in a subprocess
 
@@ -49,8 +65,8 @@ print(json.dumps([float(score(*pair)) for pair in job["pairs"]]))
 """
 
 
-def official_hpsv2(weights, config, images, prompts, tmp_path):
-    """The official package's scores, from a subprocess because importing it changes global settings."""
+def assert_official_hpsv2(reward, weights, config, images, prompts, tmp_path):
+    """Compares with the official package's scores, from a subprocess because importing it changes global settings."""
     paths = [str(tmp_path / f"{i}.png") for i in range(len(images))]
     for path, image in zip(paths, images):
         as_pil(image).save(path)
@@ -62,7 +78,10 @@ def official_hpsv2(weights, config, images, prompts, tmp_path):
     if done.returncode and any(error in lines[-1] for error in ("ImportError", "ModuleNotFoundError")):
         pytest.skip(f"the official package cannot be imported here: {lines[-1]}")
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    expected = json.loads(done.stdout.strip().splitlines()[-1])
+    scores = [reward(image / 255, [prompt]).item() for image, prompt in zip(images, prompts)]
+    assert scores == pytest.approx(expected, abs=1e-6)
+    return scores
 
 
 def test_hpsv2_equals_the_official_score(tmp_path):
@@ -72,10 +91,8 @@ def test_hpsv2_equals_the_official_score(tmp_path):
     torch.save({"state_dict": reward.model.state_dict()}, tmp_path / "tiny.pt")
     images = random_uint8_images([(224, 224), (300, 200), (97, 411), (512, 512), (225, 640), (1, 300)])
     prompts = [*PROMPTS, "", "émoji 🦊 & <b>html</b>", "word " * 100, "A  b\tc"]
-    expected = official_hpsv2(tmp_path / "tiny.pt", config, images, prompts, tmp_path)
-    scores = [reward(image / 255, [prompt]).item() for image, prompt in zip(images, prompts)]
-    assert scores == pytest.approx(expected, abs=1e-6)
-    assert max(expected) - min(expected) > 0.05
+    scores = assert_official_hpsv2(reward, tmp_path / "tiny.pt", config, images, prompts, tmp_path)
+    assert max(scores) - min(scores) > 0.05
 
 
 @pytest.mark.slow
@@ -89,11 +106,8 @@ def test_full_size_hpsv2_equals_the_official_score(tmp_path):
     torch.save({"state_dict": state}, path)
     del state
     images = random_uint8_images([(512, 512), (300, 200)])
-    expected = official_hpsv2(path, None, images, PROMPTS, tmp_path)
-    reward = load("hpsv2.1", [path])
-    scores = [reward(image / 255, [prompt]).item() for image, prompt in zip(images, PROMPTS)]
+    assert_official_hpsv2(load("hpsv2.1", [path]), path, None, images, PROMPTS, tmp_path)
     path.unlink()
-    assert scores == pytest.approx(expected, abs=1e-6)
 
 
 # PickScore: the model card's code, with transformers
@@ -115,14 +129,12 @@ def test_pickscore_equals_the_models_logit_over_100():
 
 @pytest.mark.parametrize("size", [(224, 224), (300, 200), (411, 97), (512, 512), (225, 640), (150, 1001)])
 def test_pickscore_preprocesses_as_the_official_processor(size):
-    """The official processor resizes 8-bit images with PIL and so rounds to 1/255 twice; the bounds allow for that."""
     reward, image = tiny_reward("pickscore"), random_uint8_images([size])[0]
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     official = CLIPImageProcessorPil()(as_pil(image), return_tensors="pt").pixel_values
-    pixels = normalise(crop(image / 255, 224, math.floor))
-    difference = (pixels - official).abs() * torch.tensor(CLIP_STD)[:, None, None] * 255
-    assert difference.max() < 1.5 and difference.mean() < 0.5
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    assert_same_preprocessing(crop(image / 255, 224, math.floor), official * std + mean)
     expected = official_pickscore(reward, official, PROMPTS[:1])
     assert reward(image / 255, PROMPTS[:1]).item() * 100 == pytest.approx(expected.item(), abs=2e-3)
 
@@ -177,9 +189,7 @@ def test_imagereward_preprocesses_as_the_official_transform(size):
     bicubic = transforms.InterpolationMode.BICUBIC
     steps = [transforms.Resize(224, interpolation=bicubic), transforms.CenterCrop(224), transforms.ToTensor()]
     image = random_uint8_images([size])[0]
-    official = transforms.Compose(steps)(as_pil(image))
-    difference = (crop(image / 255, 224, round) - official).abs() * 255
-    assert difference.max() < 1.5 and difference.mean() < 0.5
+    assert_same_preprocessing(crop(image / 255, 224, round), transforms.Compose(steps)(as_pil(image)))
 
 
 def hpsv3_from_fixture(recorded, state):
@@ -252,24 +262,15 @@ def test_hpsv3_sends_the_official_text():
 
 
 def test_hpsv3_refuses_a_prompt_with_a_special_token():
-    with pytest.raises(BadInput) as error:
-        tiny_reward("hpsv3")(random_images(1), ["a cube <|Reward|>"])
-    assert "<|Reward|>" in message(error)
+    reward = tiny_reward("hpsv3")
+    for token in ("<|Reward|>", "<|image_pad|>"):
+        assert f"'a cube {token}' holds a special token" in refusal(reward, random_images(1), [f"a cube {token}"])
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [
-        ((512, 512), (448, 448)),
-        ((720, 720), (448, 448)),
-        ((1024, 1024), (448, 448)),
-        ((768, 768), (420, 420)),
-        ((40, 56), (392, 532)),
-        ((448, 448), (448, 448)),
-    ],
-)
-def test_hpsv3_resizes_to_the_official_size(size, expected):
-    assert resized_size(*size) == expected
+def test_hpsv3_resizes_to_the_official_size():
+    official = {(512, 512): (448, 448), (720, 720): (448, 448), (1024, 1024): (448, 448), (768, 768): (420, 420)}
+    official |= {(40, 56): (392, 532), (448, 448): (448, 448)}
+    assert {size: resized_size(*size) for size in official} == official
 
 
 def test_hpsv3_patches_equal_the_image_processors():
