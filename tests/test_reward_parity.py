@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from full_scale.rewards import REWARDS, load
+from full_scale.rewards import load
 from full_scale.rewards.hpsv3 import INSTRUCTION, patchify, resized_size
 from full_scale.rewards.images import CLIP_MEAN, CLIP_STD, crop, normalise
 from runtime.counters import saved_bytes
@@ -129,10 +128,9 @@ def test_pickscore_equals_the_models_logit_over_100():
 
 @pytest.mark.parametrize("size", [(224, 224), (300, 200), (411, 97), (512, 512), (225, 640), (150, 1001)])
 def test_pickscore_preprocesses_as_the_official_processor(size):
+    module = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
     reward, image = tiny_reward("pickscore"), random_uint8_images([size])[0]
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    official = CLIPImageProcessorPil()(as_pil(image), return_tensors="pt").pixel_values
+    official = module.CLIPImageProcessorPil()(as_pil(image), return_tensors="pt").pixel_values
     mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     assert_same_preprocessing(crop(image / 255, 224, math.floor), official * std + mean)
     expected = official_pickscore(reward, official, PROMPTS[:1])
@@ -143,10 +141,11 @@ def test_pickscore_preprocesses_as_the_official_processor(size):
 # libraries could be installed
 
 
-def official_fixture(name):
-    """The recorded results, and the official state dict, filled by the fixture's rule."""
-    recorded = json.loads((Path(__file__).parent / "fixtures" / name).read_text())
-    state = {}
+def official_fixture(name, folder):
+    """The recorded results, and the official state dict, filled by the fixture's rule.  folder: gets a tokenizer."""
+    for file in tiny_folder(name).glob("tokenizer*"):
+        (folder / file.name).symlink_to(file)
+    recorded, state = json.loads((Path(__file__).parent / "fixtures" / f"{name}_tiny_1.json").read_text()), {}
     for i, (key, shape) in enumerate(recorded["sorted_keys_and_shapes"]):
         if not key.endswith("position_ids"):
             noise = np.random.RandomState(recorded["seed"] * 100003 + i).standard_normal(shape)
@@ -166,14 +165,12 @@ def assert_gradient(gradient, recorded):
 
 
 def test_imagereward_equals_the_official_score(tmp_path):
-    recorded, state = official_fixture("imagereward_tiny_1.json")
-    for file in tiny_folder("imagereward").glob("tokenizer*"):
-        (tmp_path / file.name).symlink_to(file)
+    recorded, state = official_fixture("imagereward", tmp_path)
     vision = recorded["config"]["vision"]
     eps = vision.pop("layer_norm_eps")  # med_config.json does not hold it
     (tmp_path / "med_config.json").write_text(json.dumps(recorded["config"]["text"] | {"vision": vision}))
     torch.save(state, tmp_path / "ImageReward.pt")
-    reward = REWARDS["imagereward"].load(tmp_path)
+    reward = load("imagereward", [tmp_path])
     assert reward.vision.post_layernorm.eps == reward.vision.encoder.layers[0].layer_norm1.eps == eps
     pixels, ids, mask = uniform(recorded["seed"] + 1, 2, 3, 224, 224), recorded["input_ids"], recorded["attention_mask"]
     scores = reward.score_pixels(pixels, torch.tensor(ids), torch.tensor(mask))
@@ -192,30 +189,16 @@ def test_imagereward_preprocesses_as_the_official_transform(size):
     assert_same_preprocessing(crop(image / 255, 224, round), transforms.Compose(steps)(as_pil(image)))
 
 
-def hpsv3_from_fixture(recorded, state):
-    """HPSv3 with the fixture's weights; the fixture holds token ids, so the tokenizer is a stub."""
-    from transformers import Qwen2VLConfig, Qwen2VLModel
-
-    text, vision = dict(recorded["config"]["text"]), recorded["config"]["vision"]
-    rope = {"rope_type": "default", "rope_theta": text.pop("rope_theta"), "mrope_section": text.pop("mrope_section")}
-    token_ids = {key: value for key, value in recorded["config"].items() if key.endswith("_token_id")}
-    reward_token_id = token_ids.pop("reward_token_id")
-    config = Qwen2VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision, **token_ids)
-    body, head = Qwen2VLModel(config), nn.Sequential(*[nn.Identity()] * 6)
-    head[0], head[1], head[3] = nn.Linear(text["hidden_size"], 1024), nn.ReLU(), nn.Linear(1024, 16)
-    head[4], head[5] = nn.ReLU(), nn.Linear(16, 2)
-    head.load_state_dict({key.removeprefix("rm_head."): state[key] for key in state if key.startswith("rm_head.")})
-    body_state = {key: value for key, value in state.items() if "_head." not in key}
-    body.load_state_dict({key.replace("model.", "language_model.", 1): value for key, value in body_state.items()})
-    tokenizer = type("Stub", (), {"convert_tokens_to_ids": lambda self, token: reward_token_id})()
-    return REWARDS["hpsv3"](body, head, tokenizer)
-
-
-def test_hpsv3_equals_the_official_score():
+def test_hpsv3_equals_the_official_score(tmp_path):
     """With given pixels and token ids; the second sequence is shorter, so there is padding."""
-    pytest.importorskip("transformers")
-    recorded, state = official_fixture("hpsv3_tiny_1.json")
-    reward = hpsv3_from_fixture(recorded, state)
+    recorded, state = official_fixture("hpsv3", tmp_path)
+    text, vision = recorded["config"].pop("text"), recorded["config"].pop("vision")
+    rope = {"rope_type": "default", "rope_theta": text.pop("rope_theta"), "mrope_section": text.pop("mrope_section")}
+    parts = {"text_config": text | {"rope_parameters": rope}, "vision_config": vision}
+    (tmp_path / "config.json").write_text(json.dumps(recorded["config"] | parts))
+    torch.save(state, tmp_path / "HPSv3.pt")
+    reward = load("hpsv3", [tmp_path / "HPSv3.pt"])
+    reward.reward_token_id = recorded["config"]["reward_token_id"]  # the fixture holds token ids, no tokenizer
     texts = [torch.tensor(ids)[: sum(mask)] for ids, mask in zip(recorded["input_ids"], recorded["attention_mask"])]
     images = uniform(recorded["seed"], 2, 3, 112, 112)
     scores = reward.score_pixels(normalise(images), texts)
@@ -232,21 +215,17 @@ def test_the_hpsv3_score_is_mu():
     assert reward(random_images(), PROMPTS).tolist() == [1, 1]
 
 
-def saved_bytes_and_gradient(reward):
-    images, scores = random_images().requires_grad_(), []
-    count = saved_bytes(lambda: scores.append(reward(images, PROMPTS)), reward)
-    scores[0].sum().backward()
-    return count, images.grad
-
-
 def test_hpsv3_recomputes_its_layers_and_keeps_the_gradient():
     """Activation checkpointing saves fewer bytes for the backward pass and gives the same gradient."""
-    checkpointed, plain = tiny_reward("hpsv3"), tiny_reward("hpsv3")
-    plain.body.activation_checkpointing_disable()
-    fewer_bytes, gradient = saved_bytes_and_gradient(checkpointed)
-    all_bytes, expected = saved_bytes_and_gradient(plain)
-    assert fewer_bytes < 0.75 * all_bytes
-    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-9)
+    costs, gradients = [], []
+    for is_plain in (False, True):
+        reward, images, scores = tiny_reward("hpsv3"), random_images().requires_grad_(), []
+        if is_plain:
+            reward.body.activation_checkpointing_disable()
+        costs.append(saved_bytes(lambda: scores.append(reward(images, PROMPTS)), reward))  # noqa: B023
+        gradients += torch.autograd.grad(scores[0].sum(), images)
+    assert costs[0] < 0.75 * costs[1]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-9)
 
 
 def test_hpsv3_sends_the_official_text():
@@ -275,12 +254,9 @@ def test_hpsv3_resizes_to_the_official_size():
 
 def test_hpsv3_patches_equal_the_image_processors():
     """transformers' image processor, on images that need no resizing."""
-    pytest.importorskip("transformers")
+    module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
     images = random_uint8_images([(448, 448)] * 2)
-    pil_images = [as_pil(image) for image in images]
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    official = Qwen2VLImageProcessorPil()(pil_images, return_tensors="pt")
+    official = module.Qwen2VLImageProcessorPil()(list(map(as_pil, images)), return_tensors="pt")
     patches = patchify(normalise(torch.cat(images) / 255))
     assert torch.allclose(patches, official.pixel_values, atol=1e-6)
     assert official.image_grid_thw.tolist() == [[1, 32, 32]] * 2
