@@ -1,4 +1,4 @@
-"""Beyond the paper: other backward trajectories over the same sampling run, a second solver, and a leash.
+"""Beyond the paper: other backward trajectories over the same sampling run, a second solver, and our own methods.
 
 The idea.  A connector gives an estimate of a state the value of the real state.  The estimate therefore decides about
 the gradient alone, and any solver with any number of steps may have made the real states.
@@ -21,62 +21,44 @@ Shapes, grids, symbols and the contract of a method are those of leap_align.py; 
     FlowBP   here    code            meaning
     rho      rho     rho             share of the constant nodes' weight that the active nodes take over
     b        b       late_bias       exponent of the preference for timesteps near the image
-    beta     delta   node_discount   discount of the second node's gradient; beta is the leash's here
-
-The leash.  A reward is a rough model of what people want, so training on it alone may carry v_theta far away from the
-pre-trained v_ref, where the reward errs: samples lose diversity, then quality.  The hinge (Eq. M11) stops samples that
-score well.  The leash instead pulls the velocity back, in proportion to its gap:
-
-    L + beta R,    R = mean over samples and dimensions of  sg(w) sum_i l_i |v_theta(x_i, t_i) - sg(v_ref(x_i, t_i))|^2
-
-The sum is over the differentiated evaluations of an endpoint. l_i = |d x_0 / d v_i| is the length of the leap that
-starts there, times the factor of its gradient in a surrogate, and w the weight of the reward. The sum over a whole run
-is the integral of the squared gap, which bounds the Wasserstein-2 distance between what the two models generate
-(ORW-CFM-W2, arXiv 2502.06061), and which in Flow-GRPO (arXiv 2505.05470) is the KL divergence up to a factor. Without
-hinge and nested gradient, dL/dv_i is l_i w dr/dx_0 a sample, so loss and leash balance where v_theta - v_ref = -D/(2
-beta) dr/dx_0 (D dimensions), whatever l_i and w are. So one beta should suit all methods; on a toy it does for the
-paper's (`python -m toy.laboratory leash`).
+    beta     delta   node_discount   discount of the second node's gradient; beta is the leash's (runtime/backward.py)
 """
 
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.profiler import record_function
+from torch import Generator, Tensor
+from torch.utils.checkpoint import checkpoint
 
 import leap_align
 from leap_align import (
-    BadInput,
-    CutVelocity,
     Endpoints,
     LeapTrajectory,
     Step,
     Velocity,
-    _check_generator,
+    _batch,
     _randint,
     _steps,
     connect,
-    cut,
     discount,
     distances,
     leap,
-    method,
+    leap_trajectory,
+    require,
     rollout,
     sample_pair,
-    similarity_weight,
     stop_gradient,
+    weight_of,
 )
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Solvers
-# ---------------------------------------------------------------------------------------------------------------------
 
-
+# ------------------------------------------------------ Solvers ------------------------------------------------------
 class AdamsBashforth2:
     """A second-order step that remembers the velocity before:  x_{i-1} = x_i - h_i [(1 + r/2) v_i - (r/2) v_{i+1}].
 
@@ -101,55 +83,26 @@ SOLVERS: dict[str, Callable[[], Step]] = {"euler": lambda: leap, "ab2": AdamsBas
 """What makes the step of a new sampling run, by name."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Hyperparameters
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# -------------------------------------------------- Hyperparameters --------------------------------------------------
 @dataclass(frozen=True)
 class Hyper(leap_align.Hyper):
     """The hyperparameters of every method; each method's own values for FLUX.1 are in DEFAULTS."""
 
-    alpha: float = 0.3
-    """Discount of the nested gradient, in [0, 1] (alpha; leap_align, stratified, bridge, lagrange)."""
-    tau: float = 0.1
-    """Lower bound of the distances in the similarity weight (tau; leap_align, stratified, lagrange)."""
-    K: int = 2
-    """Trained timesteps (K; drtune, sparse, bridge), or leaps (stratified)."""
-    rho: float = 1.0
-    """Share of the untrained timesteps' weight that the trained ones take over, in [0, 1] (rho; FlowBP's methods)."""
-    late_bias: float = 2.0
-    """Preference for timesteps near the image, 0 for none (b; sparse, bridge)."""
-    node_discount: float = 0.25
-    """Discount of the second node's gradient, in [0, 1] (delta, FlowBP's beta; lagrange)."""
-    solver: Literal["euler", "ab2"] = "euler"
-    """Solver of the sampling runs in training; ab2 is Adams-Bashforth of second order (every method)."""
-
-    beta: float = 0.0
-    """Weight of the leash to the pre-trained model (beta; every method); 0 for no leash."""
+    alpha: float = 0.3  # Discount of the nested gradient, in [0, 1] (alpha; leap_align*, stratified, bridge, lagrange).
+    tau: float = 0.1  # Lower bound of distances in the similarity weight (tau; leap_align*, stratified, lagrange).
+    K: int = 2  # Trained timesteps (K; drtune, sparse, bridge), or leaps (stratified).
+    rho: float = 1.0  # Share of the other timesteps' weight that trained ones take over, in [0, 1] (rho; FlowBP's).
+    late_bias: float = 2.0  # Preference for timesteps near the image, 0 for none (b; sparse, bridge).
+    node_discount: float = 0.25  # Discount of the second node's gradient, in [0, 1] (delta, FlowBP's beta; lagrange).
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.beta < math.inf:
-            raise BadInput(f"beta={self.beta} must be at least 0 and finite; 0 is no leash")
-        for name in ("rho", "node_discount"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise BadInput(f"{name}={getattr(self, name)} must lie in [0, 1]")
-        if not 0 <= self.late_bias <= 100:
-            raise BadInput(f"late_bias={self.late_bias} must lie in [0, 100]")
-        if self.solver not in SOLVERS:
-            raise BadInput(f"solver={self.solver!r} must be one of {', '.join(SOLVERS)}")
-
-    def step(self) -> Step:
-        """The solver of one sampling run."""
-        return SOLVERS[self.solver]()
+        for name, most in (("rho", 1), ("node_discount", 1), ("late_bias", 100)):
+            value = getattr(self, name)
+            require(0 <= value <= most, f"{name}={value} must lie in [0, {most}]")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Surrogates
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ----------------------------------------------------- Surrogates ----------------------------------------------------
 class Piece(NamedTuple):
     """A piece of the run, from timestep i_a down to i_b, and how its surrogate is made."""
 
@@ -219,14 +172,10 @@ def lagrange_weights(nodes: list[float], t: float, s: float) -> list[float]:
     return [(t - s) / 6 * (basis(node, t) + 4 * basis(node, (t + s) / 2) + basis(node, s)) for node in nodes]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Random draws
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def late_draw(i_a: int, i_b: int, n: int, late_bias: float, generator: torch.Generator) -> list[int]:
+# ---------------------------------------------------- Random draws ---------------------------------------------------
+def late_draw(i_a: int, i_b: int, n: int, late_bias: float, generator: Generator) -> list[int]:
     """n distinct timesteps from i_a down to i_b + 1, descending.  The f-th is drawn with probability ~ f^late_bias."""
-    _check_generator(generator)
+    require(isinstance(generator, Generator), f"generator={generator} must be a torch.Generator: draws are seeded")
     if n == 0:
         return []
     odds = torch.arange(1.0, i_a - i_b + 1, device=generator.device) ** late_bias
@@ -234,14 +183,13 @@ def late_draw(i_a: int, i_b: int, n: int, late_bias: float, generator: torch.Gen
     return sorted((i_a - f for f in drawn.tolist()), reverse=True)
 
 
-def sample_thirds(T: int, generator: torch.Generator) -> tuple[int, int]:
+def sample_thirds(T: int, generator: Generator) -> tuple[int, int]:
     """(i_k, i_j) from three lengths of about T Dirichlet(2.5, 6, 2), each at least 1, the first next to the image.
 
     i_j = 1 + first, i_k = 1 + first + second.  Gamma(a) is half a sum of 2a squared normals, so 5, 12 and 4 of them.
     """
-    _check_generator(generator)
-    if T < 3:
-        raise BadInput(f"T={T} must be at least 3: lagrange splits the run in three")
+    require(isinstance(generator, Generator), f"generator={generator} must be a torch.Generator: draws are seeded")
+    require(T >= 3, f"T={T} must be at least 3: lagrange splits the run in three")
     squares = torch.randn(21, generator=generator, device=generator.device).square()
     share = [part.sum().item() / squares.sum().item() for part in squares.split([5, 12, 4])]
     first = min(max(round(T * share[0]), 1), T - 2)
@@ -249,18 +197,13 @@ def sample_thirds(T: int, generator: torch.Generator) -> tuple[int, int]:
     return 1 + first + second, 1 + first
 
 
-def sample_strata(T: int, K: int, generator: torch.Generator) -> list[int]:
+def sample_strata(T: int, K: int, generator: Generator) -> list[int]:
     """One timestep of each of K parts of 1..T, as equal as indices allow; descending."""
     return [int(_randint(n * T // K + 1, (n + 1) * T // K, generator)) for n in reversed(range(K))]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The methods
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@method
-def sparse(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generator: torch.Generator) -> Endpoints:
+# ---------------------------------------------------- The methods ----------------------------------------------------
+def sparse(velocity, x_T, times, hyper, generator, step=leap) -> Endpoints:
     """FlowBP's Sparse: K timesteps of the whole run, gradient to theta alone; T evaluations, weight 1.
 
     dx_0/dtheta = -gamma sum_{i in A} h_i dv_i/dtheta.  Late timesteps are drawn more often, and their probabilities
@@ -269,13 +212,11 @@ def sparse(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generat
     T = _check_K(times, hyper)
     active = late_draw(T, 0, hyper.K, hyper.late_bias, generator)
     piece = sum_piece(times, T, 0, active, hyper.rho)
-    _, x_0 = surrogate(velocity, stop_gradient(x_T), times, piece, 0, hyper.step())
-    yield x_0, x_0.new_ones(len(x_0))
-    return {"timesteps": tuple(active)}
+    _, x_0 = surrogate(velocity, stop_gradient(x_T), times, piece, 0, step)
+    yield x_0, x_0.new_ones(len(x_0)), {"timesteps": tuple(active)}
 
 
-@method
-def bridge(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generator: torch.Generator) -> Endpoints:
+def bridge(velocity, x_T, times, hyper, generator, step=leap) -> Endpoints:
     """FlowBP's Bridge: K timesteps around a state x_j that passes gradient on; T evaluations, weight 1.
 
     dx_0/dtheta = -gamma_j S_j - gamma_0 S_0 + alpha gamma_j gamma_0 h_j dv_j/dx_j S_j, where S = sum h_i dv_i/dtheta
@@ -287,92 +228,70 @@ def bridge(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generat
     n = min(max(round(K * (T - i_j) / T), 1), T - i_j)
     before = late_draw(T, i_j, n, b, generator)
     after = [i_j, *late_draw(i_j - 1, 0, min(max(K - n - 1, 0), i_j - 1), b, generator)]
-    x, step = stop_gradient(x_T), hyper.step()
+    x = stop_gradient(x_T)
     for i_a, i_b, active in ((T, i_j, before), (i_j, 0, after)):
         _, x = surrogate(velocity, x, times, sum_piece(times, i_a, i_b, active, hyper.rho), hyper.alpha, step)
-    yield x, x.new_ones(len(x))
-    return {"i_j": i_j, "timesteps": (*before, *after)}
+    yield x, x.new_ones(len(x)), {"i_j": i_j, "timesteps": (*before, *after)}
 
 
-@method
-def lagrange(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generator: torch.Generator) -> Endpoints:
+def lagrange(velocity, x_T, times, hyper, generator, step=leap) -> Endpoints:
     """FlowBP's Lagrange: two leaps k -> j -> 0 of up to three nodes each; T evaluations, weight as LeapAlign's.
 
     dx_0/dtheta = G_j + G_0 - alpha gamma_0 w_j dv_j/dx_j G_j.  Over a leap, G = -gamma (w_a dv_a + delta w_m dv_m) with
     start a and second node m.  On an even grid a leap over two steps gives its start the weight 0.
     """
-    (i_k, i_j), step = sample_thirds(_steps(times), generator), hyper.step()
+    i_k, i_j = sample_thirds(_steps(times), generator)
     x_k = rollout(velocity, x_T, times, i_k, step)[0]
     to_j, to_0 = (lagrange_piece(times, *ends, hyper.rho, hyper.node_discount) for ends in ((i_k, i_j), (i_j, 0)))
     x_hat_j, x_j = surrogate(velocity, x_k, times, to_j, hyper.alpha, step)
     x_hat_0, x_0 = surrogate(velocity, x_j, times, to_0, hyper.alpha, step)
-    trajectory = LeapTrajectory(x_0, x_hat_0, x_j, x_hat_j)
-    d_j, d_0 = distances(trajectory)
-    yield x_0, similarity_weight(trajectory, hyper.tau)
-    return {"i_k": i_k, "i_j": i_j, "d_j": d_j, "d_0": d_0}
+    d_j, d_0 = distances(LeapTrajectory(x_0, x_hat_0, x_j, x_hat_j))
+    yield x_0, weight_of(d_j, d_0, hyper.tau), {"i_k": i_k, "i_j": i_j, "d_j": d_j, "d_0": d_0}
 
 
-@method
-def stratified(velocity: Velocity, x_T: Tensor, times: Tensor, hyper: Hyper, generator: torch.Generator) -> Endpoints:
+def stratified(velocity, x_T, times, hyper, generator, step=leap) -> Endpoints:
     """Ours: LeapAlign with K leaps, from one timestep of each of K equal parts of the run.
 
     w = 1 / sum over the leaps of max(d, tau).  K = T and alpha = 1 give the exact gradient of an Euler run.  The
-    endpoint's graph is the last leap, from a cut state; after the caller's backward the leaps before it are evaluated
-    again, last first, each with a backward of its own: one graph at a time for any K.  T + K - 1 evaluations.
+    backward evaluates every leap but the last again: one graph at a time for any K.  T + K - 1 evaluations.
     """
-    T, alpha, step = _check_K(times, hyper), hyper.alpha, hyper.step()
+    T, gap = _check_K(times, hyper), 0
     indices = sample_strata(T, hyper.K, generator)
-    states, gap = [rollout(velocity, x_T, times, indices[0], step)[0]], 0
+    x = rollout(velocity, x_T, times, indices[0], step)[0]
     for i_a, i_b in pairwise([*indices, 0]):
-        if i_b == 0 and hyper.K > 1:
-            states[-1] = cut(states[-1])
-        piece = Piece(i_a, i_b, {i_a: (times[i_a] - times[i_b]).item()}, {i_a: 1} if i_b == 0 else {})
-        x_hat, x = surrogate(velocity, states[-1], times, piece, alpha, step)
+        piece = Piece(i_a, i_b, {i_a: (times[i_a] - times[i_b]).item()}, {i_a: 1})
+        x_hat, x = surrogate(recomputed(velocity) if i_b else velocity, x, times, piece, hyper.alpha, step)
         gap = gap + stop_gradient(x - x_hat).abs().reshape(len(x), -1).mean(1).clamp(min=hyper.tau)
-        states.append(x)
-    x_0 = states.pop()
-    yield x_0, 1 / gap
-    if x_0.requires_grad:
-        with record_function("backward"):
-            _backward_of_earlier_leaps(velocity, states, times, indices, alpha)
-    return {"timesteps": tuple(indices)}
+    yield x, 1 / gap, {"timesteps": tuple(indices)}
 
 
-def _backward_of_earlier_leaps(
-    velocity: Velocity, states: list[Tensor], times: Tensor, indices: list[int], alpha: float
-) -> None:
-    """Evaluates the leaps between the states at `indices` again, the last first, and runs their backwards.
+def leap_align_per_sample(velocity, x_T, times, hyper, generator, step=leap) -> Endpoints:
+    """Ours: LeapAlign with a pair of timesteps a sample instead of one a batch; T + 2 evaluations."""
+    B, rows = _batch(x_T, generator)
+    i_k, i_j = (i[rows] for i in sample_pair(_steps(times), generator, hyper.low, hyper.high, B))
+    states = rollout(velocity, x_T, times, 0, step)
+    trajectory = leap_trajectory(velocity, states, times, i_k, i_j, hyper.alpha)
+    d_j, d_0 = distances(trajectory)
+    yield trajectory.x_0, weight_of(d_j, d_0, hyper.tau), {"i_k": i_k, "i_j": i_j, "d_j": d_j, "d_0": d_0}
 
-    The last state, cut, holds the loss's gradient; a leap takes it to theta and to the cut state that it starts from.
+
+def recomputed(velocity: Velocity) -> Velocity:
+    """The velocity, evaluated again in the backward: the graph of one evaluation lives at a time.
+
+    A velocity that runs its own backward (runtime/backward.py) has such a form of its own.
     """
-    while len(states) > 1:
-        gradient = states.pop().grad
-        if gradient is None:
-            raise BadInput("no gradient has reached the endpoint: run its backward() before you ask for the next one")
-        i_a, i_b = indices[len(states) - 1 : len(states) + 1]
-        if len(states) > 1:  # the first leap starts from a constant
-            states[-1] = cut(states[-1])
-        x, t = states[-1], times[i_a]
-        x_hat = leap(x, velocity(discount(x, alpha), t), t, times[i_b])
-        if isinstance(velocity, CutVelocity):
-            velocity.backward(x_hat, gradient)
-        else:
-            x_hat.backward(gradient)
+    checkpointed = partial(checkpoint, velocity, use_reentrant=False, preserve_rng_state=False)
+    return getattr(velocity, "recomputed", checkpointed)
 
 
 def _check_K(times: Tensor, hyper: Hyper) -> int:
     """T, if there are as many timesteps as the method trains."""
-    if hyper.K > (T := _steps(times)):
-        raise BadInput(f"K={hyper.K} must be at most T={T}")
+    T = _steps(times)
+    require(hyper.K <= T, f"K={hyper.K} must be at most T={T}")
     return T
 
 
-METHODS: dict[str, Callable[..., Endpoints]] = {
-    "sparse": sparse,
-    "bridge": bridge,
-    "lagrange": lagrange,
-    "stratified": stratified,
-}
+METHODS = {method.__name__: method for method in (sparse, bridge, lagrange, stratified, leap_align_per_sample)}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "sparse": {"K": 3, "late_bias": 2.0, "rho": 1.0},
     "bridge": {"K": 5, "late_bias": 2.0, "rho": 1.0, "alpha": 0.1},
@@ -380,75 +299,3 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "stratified": {"K": 3, "alpha": 1.0},
 }
 """Each method's own hyperparameters: FlowBP's for FLUX.1, and ours."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The leash
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Leash(CutVelocity):
-    """v_theta on a leash to `reference`, the pre-trained v_ref: `backward` adds the gradient of beta R to the loss's.
-
-    Set `weight` (B,) to the endpoint's before its backward; `log` then holds R as `leash`, summed over endpoints as the
-    loss is, and the mean of |v_theta| / |v_ref| as `v_norm`.  Without a reference nothing is added.
-    microbatches: into how many the batch is divided, whose gradients are added.
-
-    The gradient of R goes to theta alone: states are where a rollout has been, not what the leash moves.  (Through x,
-    with v_ref constant, training was the same at alpha = 0.3 and broke at alpha = 1.)  An evaluation whose x has a
-    gradient therefore takes a second backward, to x alone.
-    """
-
-    def __init__(
-        self, velocity: Velocity, reference: Velocity | None = None, beta: float = 0.0, microbatches: int = 1
-    ) -> None:
-        super().__init__(velocity)
-        self.reference, self.beta, self.microbatches = reference, beta, microbatches
-        self.weight: Tensor | None = None
-        self.gaps, self.norms, self.pulls, self.R = [], [], [], 0.0
-
-    @property
-    def log(self) -> dict[str, float]:
-        """The figures of all evaluations up to now; none without a reference."""
-        return {"leash": self.R, "v_norm": torch.stack(self.norms).mean().item()} if self.norms else {}
-
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        v = super().__call__(x, t)
-        if self.reference is not None and v.requires_grad:
-            with torch.no_grad():
-                v_ref = self.reference(x, t)
-                self.gaps.append(v - v_ref)
-                self.norms.append((_norm(v) / _norm(v_ref)).mean())
-        return v
-
-    def backward(self, x_0: Tensor, gradient: Tensor, before_last: Callable[[], None] | None = None) -> None:
-        """`CutVelocity.backward`, with the gradient of beta R."""
-        if self.gaps:
-            self._set_pulls(x_0)
-        super().backward(x_0, gradient, before_last)
-
-    def _set_pulls(self, x_0: Tensor) -> None:
-        """Adds to R, and finds beta dR/dv of every evaluation since the last backward."""
-        outputs = [v_out for *_, v_out in self.evaluations]
-        # Only leaps lie between an output and x_0, so this is -l_i, in every dimension.
-        lengths = torch.autograd.grad(x_0, outputs, torch.ones_like(x_0), retain_graph=True, materialize_grads=True)
-        w = stop_gradient(self.weight).reshape(-1, *[1] * (x_0.ndim - 1))
-        for length, gap in zip(lengths, self.gaps, strict=True):
-            pull = w * length.abs() * gap
-            self.R += (pull * gap).mean().item()
-            self.pulls.append(2 * self.beta / (gap.numel() * self.microbatches) * pull)
-        self.gaps = []
-
-    def backward_evaluation(self, v: Tensor, x_in: Tensor, dv: Tensor) -> None:
-        """Gives theta the gradient of loss and leash, and x_in that of the loss alone."""
-        if self.pulls and x_in.requires_grad:
-            v.backward(dv, retain_graph=True, inputs=[x_in])
-        dx, x_in.grad = x_in.grad, None
-        super().backward_evaluation(v, x_in, dv + self.pulls.pop() if self.pulls else dv)
-        if dx is not None:
-            x_in.grad = dx
-
-
-def _norm(v: Tensor) -> Tensor:
-    """|v| of each sample, (B,)."""
-    return v.flatten(1).norm(dim=1)

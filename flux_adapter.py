@@ -1,15 +1,16 @@
-"""FLUX.1-dev, SD3.5-M and FLUX.2-klein as tasks of the trainer: diffusers' pipelines behind the Task protocol.
+"""FLUX.1-dev, SD3.5-M and FLUX.2-klein as tasks of the trainer: diffusers' pipelines as Tasks (runtime/task.py).
 
     python train_leap_align.py --task flux --prompts prompts.txt     trains; --help lists every flag
     python -m full_scale --help                                      the tools around a run
 
-What they share is full_scale/task.py; a model says what its pipeline does between text encoders and VAE.
+What they share is full_scale/task.py; a class owns what its pipeline does between text encoders and image.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
@@ -25,20 +26,15 @@ class Flux(DiffusersTask):
 
     family = FAMILIES["flux"]
 
-    def log_shift(self, T: int) -> float:
-        """FluxPipeline's mu."""
-        return pipeline.log_shift(self.pipeline.scheduler, self.latent_size(), 1.15)
+    def grid(self, T: int) -> Tensor:
+        """FluxPipeline's own noise levels, ascending (T+1,): an even grid, shifted by exp(mu)."""
+        mu = pipeline.log_shift(self.pipeline.scheduler, self.latent_size(), 1.15)
+        return shifted_grid(self.pipeline.scheduler, T, mu)
 
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
         """x_T (n, tokens, 64): a token is a 2x2 patch of the latents."""
-        channels, height, width = self.latent_size()
-        latents = torch.randn(n, channels, height, width, generator=generator)
-        return self.pipeline._pack_latents(latents, n, channels, height, width)
-
-    def unpack(self, x_0: Tensor) -> Tensor:
-        """What the VAE decodes (B, channels, height, width)."""
-        size = self.options.height, self.options.width
-        return self.unscale(self.pipeline._unpack_latents(x_0, *size, self.pipeline.vae_scale_factor))
+        size = self.latent_size()
+        return self.pipeline._pack_latents(torch.randn(n, *size, generator=generator), n, *size)
 
     def inputs(self, condition: list[str]) -> dict[str, Any]:
         """What the transformer reads beside latents and time: text, positions, guidance."""
@@ -52,25 +48,29 @@ class Flux(DiffusersTask):
         guidance = torch.full((len(condition),), self.options.guidance, device=self.device)
         return {"guidance": guidance, "return_dict": False, **text, **ids}
 
-    def velocity_of(self, network: Callable[..., Any], inputs: dict[str, Any]) -> Velocity:
+    def velocity_of(self, model: Callable[..., Any], inputs: dict[str, Any]) -> Velocity:
         """The velocity that a transformer gives."""
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return network(x.to(self.dtype), timestep=self.rounded_time(x, t), **inputs)[0].to(x.dtype)
+            timestep = rounded_time(t, len(x), self.dtype)
+            return model(x.to(self.dtype), timestep=timestep, **inputs)[0].to(x.dtype)
 
         return velocity
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        """Images (B, 3, H, W), with gradient to the latents."""
+        size, vae = (self.options.height, self.options.width), self.pipeline.vae.config
+        latents = self.pipeline._unpack_latents(x_0, *size, self.pipeline.vae_scale_factor)
+        return self.images(latents / vae.scaling_factor + vae.shift_factor)
 
 
 @dataclass(frozen=True)
 class SD3Options(Options):
     """Flags of SD3.5-M."""
 
-    model: str = FAMILIES["sd3"].model
-    """Pipeline: a local folder in diffusers' layout, or a hub id."""
-    height: int = 512
-    """Pixels, a multiple of 16."""
-    width: int = 512
-    """Pixels, a multiple of 16."""
+    model: str = FAMILIES["sd3"].model  # Pipeline: a local folder in diffusers' layout, or a hub id.
+    height: int = 512  # Pixels, a multiple of 16.
+    width: int = 512  # Pixels, a multiple of 16.
 
 
 class SD3(DiffusersTask):
@@ -95,10 +95,6 @@ class SD3(DiffusersTask):
         """x_T (n, channels, height, width)."""
         return torch.randn(n, *self.latent_size(), generator=generator)
 
-    def unpack(self, x_0: Tensor) -> Tensor:
-        """What the VAE decodes: the states, but for scale and shift."""
-        return self.unscale(x_0)
-
     def inputs(self, condition: list[str]) -> dict[str, Any]:
         """The transformer's text inputs, without and with these prompts."""
         prompted = self.encode(condition)
@@ -106,27 +102,31 @@ class SD3(DiffusersTask):
         text = {name: torch.cat([empty[name], value]) for name, value in prompted.items()}
         return {"return_dict": False, **text}
 
-    def velocity_of(self, network: Callable[..., Any], inputs: dict[str, Any]) -> Velocity:
+    def velocity_of(self, model: Callable[..., Any], inputs: dict[str, Any]) -> Velocity:
         """Guided, from what a transformer gives without and with the prompts."""
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             timestep = (1000 * t).expand(len(x)).repeat(2)
-            v = network(x.to(self.dtype).repeat(2, 1, 1, 1), timestep=timestep, **inputs)[0]
+            v = model(x.to(self.dtype).repeat(2, 1, 1, 1), timestep=timestep, **inputs)[0]
             return self.guided(*v.to(x.dtype).chunk(2))
 
         return velocity
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        """Images (B, 3, H, W), with gradient to the latents."""
+        vae = self.pipeline.vae.config
+        return self.images(x_0 / vae.scaling_factor + vae.shift_factor)
 
 
 @dataclass(frozen=True)
 class KleinOptions(Options):
     """Flags of FLUX.2-klein."""
 
-    model: str = FAMILIES["klein"].model
-    """Pipeline of a base model: a local folder in diffusers' layout, or a hub id."""
+    model: str = FAMILIES["klein"].model  # Pipeline of a base model: a local folder in diffusers' layout, or a hub id.
+    # Scale of classifier-free guidance; up to 1 there is none, which halves the cost.
     guidance: float = FAMILIES["klein"].guidance
-    """Scale of classifier-free guidance; up to 1 there is none, which halves the cost."""
+    # Linear layers that get an adapter, by the end of their names.
     lora_targets: tuple[str, ...] = (*Options.lora_targets, "to_qkv_mlp_proj")
-    """Linear layers that get an adapter, by the end of their names."""
 
 
 class Klein(DiffusersTask):
@@ -144,20 +144,14 @@ class Klein(DiffusersTask):
         channels, height, width = self.latent_size()
         return 4 * channels, height // 2, width // 2
 
-    def log_shift(self, T: int) -> float:
-        """Flux2KleinPipeline's mu, which depends on the number of steps."""
+    def grid(self, T: int) -> Tensor:
+        """Flux2KleinPipeline's own noise levels, ascending (T+1,); its mu depends on the number of steps."""
         _, rows, columns = self.patches()
-        return compute_empirical_mu(rows * columns, T)
+        return shifted_grid(self.pipeline.scheduler, T, compute_empirical_mu(rows * columns, T))
 
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
         """x_T (n, 4 channels, height / 2, width / 2)."""
         return torch.randn(n, *self.patches(), generator=generator)
-
-    def unpack(self, x_0: Tensor) -> Tensor:
-        """What the VAE decodes (B, channels, height, width)."""
-        vae = self.pipeline.vae
-        mean, variance = (value.view(1, -1, 1, 1).to(x_0.dtype) for value in (vae.bn.running_mean, vae.bn.running_var))
-        return self.pipeline._unpatchify_latents(x_0 * (variance + vae.config.batch_norm_eps).sqrt() + mean)
 
     def inputs(self, condition: list[str]) -> dict[str, Any]:
         """The transformer's text inputs with and, for guidance, without these prompts; positions (1, tokens, 4)."""
@@ -169,15 +163,34 @@ class Klein(DiffusersTask):
         }
         return {"texts": texts, "return_dict": False, **ids}
 
-    def velocity_of(self, network: Callable[..., Any], inputs: dict[str, Any]) -> Velocity:
+    def velocity_of(self, model: Callable[..., Any], inputs: dict[str, Any]) -> Velocity:
         """Guided, from what a transformer gives with and without the prompts; unguided up to a scale of 1."""
         texts = inputs["texts"]
         others = {name: value for name, value in inputs.items() if name != "texts"}
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            tokens, timestep = self.pipeline._pack_latents(x.to(self.dtype)), self.rounded_time(x, t)
-            v = [network(tokens, timestep=timestep, **text, **others)[0].to(x.dtype) for text in texts]
+            tokens = self.pipeline._pack_latents(x.to(self.dtype))
+            timestep = rounded_time(t, len(x), self.dtype)
+            v = [model(tokens, timestep=timestep, **text, **others)[0].to(x.dtype) for text in texts]
             v = self.guided(v[1], v[0]) if len(v) == 2 else v[0]
             return v.transpose(1, 2).reshape_as(x)
 
         return velocity
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        """Images (B, 3, H, W), with gradient to the patches."""
+        vae = self.pipeline.vae
+        mean, variance = (value.view(1, -1, 1, 1).to(x_0.dtype) for value in (vae.bn.running_mean, vae.bn.running_var))
+        latents = self.pipeline._unpatchify_latents(x_0 * (variance + vae.config.batch_norm_eps).sqrt() + mean)
+        return self.images(latents)
+
+
+def shifted_grid(scheduler: Any, T: int, mu: float) -> Tensor:
+    """A FLUX scheduler's noise levels, ascending (T+1,): an even grid, shifted by exp(mu)."""
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / T, T), mu=mu)
+    return scheduler.sigmas.flip(0)
+
+
+def rounded_time(t: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    """The time (n,) that a FLUX sees: times 1000, rounded to dtype and back, as in training and in its pipelines."""
+    return (1000 * t).expand(n).to(dtype) / 1000

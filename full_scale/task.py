@@ -1,9 +1,9 @@
-"""What the image models share: the Task protocol (runtime/task.py) over a diffusers pipeline.
+"""What the image models share: a Task (runtime/task.py) over a diffusers pipeline.
 
 States x are the pipeline's latents, float32 whatever the networks compute in.
 """
 
-from collections.abc import Callable
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,11 +26,11 @@ from full_scale.prompts import (
     text_encoders_content,
 )
 from full_scale.sheet import draw_sheet
-from leap_align import BadInput, Velocity, rollout, shifted_times
-from runtime.processes import all_gather, rank, run_on_all_ranks, world_size
+from leap_align import require, rollout, shifted_times
+from runtime.processes import all_gather, rank, reshard, run_on_all_ranks, world_size
 from runtime.run_dir import atomic_file
+from runtime.task import EVALUATION_SEED, Task
 
-EVALUATION_SEED = 1_000_003
 IMAGES_PER_PROMPT = 2
 """In an evaluation; the difference between them is the diversity."""
 
@@ -39,52 +39,42 @@ IMAGES_PER_PROMPT = 2
 class Options:
     """Flags that all models have, with the defaults of FLUX.1-dev."""
 
-    model: str = FAMILIES["flux"].model
-    """Pipeline: a local folder in diffusers' layout, or a hub id."""
+    model: str = FAMILIES["flux"].model  # Pipeline: a local folder in diffusers' layout, or a hub id.
+    # Training prompts: a text file with one per line, or a folder that `python -m full_scale embed` filled.
     prompts: Path | None = None
-    """Training prompts: a text file with one per line, or a folder that `python -m full_scale embed` filled."""
+    # What is maximised: a reward's name, NAME:weight,NAME:weight for a sum, or your own package.module:factory.
     reward: str = "hpsv2.1"
-    """What is maximised: a reward's name, NAME:weight,NAME:weight for a sum, or your own package.module:factory."""
-    reward_weights: tuple[str, ...] = ()
-    """Local path of each named reward's weights, in their order; the hub's if not given."""
-    height: int = 720
-    """Pixels, a multiple of 16."""
-    width: int = 720
-    """Pixels, a multiple of 16."""
+    reward_weights: tuple[str, ...] = ()  # Local path of each named reward's weights, in their order; else the hub's.
+    height: int = 720  # Pixels, a multiple of 16.
+    width: int = 720  # Pixels, a multiple of 16.
+    # Guidance scale: an input of FLUX.1-dev, classifier-free guidance in SD3.5-M and FLUX.2-klein.
     guidance: float = FAMILIES["flux"].guidance
-    """Guidance scale: an input of FLUX.1-dev, classifier-free guidance in SD3.5-M and FLUX.2-klein."""
-    shift: float | None = None
-    """Shift s of the time grid; the pipeline's own scheduler decides if not given."""
+    shift: float | None = None  # Shift s of the time grid; the pipeline's own scheduler decides if not given.
+    # What the networks compute in; states, trained weights, their average and the reward are always float32.
     precision: pipeline.Precision = "bfloat16"
-    """What the networks compute in; states, trained weights, their average and the reward are always float32."""
-    lora_rank: int = 0
-    """Rank of the LoRA adapters; 0 trains every weight of the transformer."""
-    lora_alpha: float | None = None
-    """LoRA's scale times its rank; the rank itself if not given."""
+    lora_rank: int = 0  # Rank of the LoRA adapters; 0 trains every weight of the transformer.
+    lora_alpha: float | None = None  # LoRA's scale times its rank; the rank itself if not given.
+    # Linear layers that get an adapter, by the end of their names.
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Linear layers that get an adapter, by the end of their names."""
+    # With LoRA on one GPU: keep the frozen weights of the transformer's blocks in four bits (NF4, by torchao).
     load_in_4bit: bool = False
-    """With LoRA on one GPU: keep the frozen weights of the transformer's blocks in four bits (NF4, by torchao)."""
+    # Which of the transformer's blocks the backward recomputes: all (on), every second one (selective), or none.
     gradient_checkpointing: transformer.Checkpointing = "on"
-    """Which of the transformer's blocks the backward recomputes: all (on), every second one (selective), or none."""
-    compile: bool = False
-    """Compile the transformer's repeated blocks; the first step takes minutes."""
+    compile: bool = False  # Compile the transformer's repeated blocks; the first iteration takes minutes.
+    # Prompts to evaluate on, also a file or a folder; the first training prompts if not given.
     evaluation_prompts: Path | None = None
-    """Prompts to evaluate on, also a file or a folder; the first training prompts if not given."""
-    evaluation_images: int = 16
-    """Images of an evaluation, two per prompt, always from the same noise."""
-    evaluation_T: int | None = None
-    """Euler steps of an evaluation's sampling runs; T if not given."""
+    evaluation_images: int = 16  # Images of an evaluation, two per prompt, always from the same noise.
+    evaluation_T: int | None = None  # Euler steps of an evaluation's sampling runs; T if not given.
 
 
-class DiffusersTask:
-    """The Task protocol over a diffusers pipeline.
-
-    A subclass defines log_shift (or grid), noise, unpack, inputs and velocity_of.
-    """
+class DiffusersTask(Task):
+    """A Task over a diffusers pipeline; a class of flux_adapter.py adds grid, noise, inputs, velocity_of and decode."""
 
     family: ClassVar[Family]
     Options: ClassVar[type] = Options
+    next_commands: ClassVar[tuple[str, ...]] = (
+        "python -m full_scale sample --help  # draws images with the weights of this run",
+    )
     held_out: ClassVar[dict[str, float]] = {"diversity": 0.02}
     step_metric_names: ClassVar[tuple[str, ...]] = ("saturated",)
     changeable_on_resume: ClassVar[frozenset[str]] = frozenset(
@@ -105,14 +95,15 @@ class DiffusersTask:
         transformer.check_lora(options.lora_rank, options.lora_alpha)
         if options.load_in_4bit:
             transformer.check_4bit(options.lora_rank, options.compile)
-        if options.evaluation_images < 2 or options.evaluation_images % IMAGES_PER_PROMPT:
-            raise BadInput(f"evaluation_images={options.evaluation_images} must be even and at least 2")
-        if options.evaluation_T is not None and options.evaluation_T < 1:
-            raise BadInput(f"evaluation_T={options.evaluation_T} must be at least 1, or not given for T")
+        images, T_in_evaluation = options.evaluation_images, options.evaluation_T or T
+        even = images >= 2 and images % IMAGES_PER_PROMPT == 0
+        require(even, f"evaluation_images={images} must be even and at least 2")
+        given = options.evaluation_T is None or options.evaluation_T >= 1
+        require(given, f"evaluation_T={options.evaluation_T} must be at least 1, or not given for T")
         self.options, self.dtype, self.device = options, getattr(torch, options.precision), self.choose_device()
         self.prompts = read_prompts(options.prompts)
         evaluation_source = options.evaluation_prompts or options.prompts
-        self.evaluation_prompts = read_prompts(evaluation_source)[: options.evaluation_images // IMAGES_PER_PROMPT]
+        self.evaluation_prompts = read_prompts(evaluation_source)[: images // IMAGES_PER_PROMPT]
         pipeline.check_trainable(self.family, pipeline.pipeline_folder(options.model, ()))  # before any gigabyte moves
         self.folder = pipeline.pipeline_folder(options.model)
         sources = [(options.prompts, self.prompts), (evaluation_source, self.evaluation_prompts)]
@@ -126,19 +117,16 @@ class DiffusersTask:
         for module in self.frozen_modules():
             module.requires_grad_(False)
         self.model = self.build_transformer()
-        self.reference: Callable[..., Any] | None = None
-        self.times, self.evaluation_times = self.times_of(T), self.times_of(options.evaluation_T or T)
+        self.times, self.evaluation_times = self.times_of(T), self.times_of(T_in_evaluation)
 
     def times_of(self, T: int) -> Tensor:
         """The grid (T+1,) of a sampling run in T steps, on the device."""
         shift = self.options.shift
         return (self.grid(T) if shift is None else shifted_times(T, shift)).to(self.device)
 
+    @abstractmethod
     def grid(self, T: int) -> Tensor:
-        """The pipeline's own noise levels, ascending (T+1,): an even grid, shifted by exp(log_shift)."""
-        scheduler = self.pipeline.scheduler
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / T, T), mu=self.log_shift(T))
-        return scheduler.sigmas.flip(0)
+        """The pipeline's own noise levels, ascending (T+1,)."""
 
     def choose_device(self) -> torch.device:
         """Where everything computes."""
@@ -283,38 +271,14 @@ class DiffusersTask:
         """The text inputs of as many empty prompts as there are prompts."""
         return {name: self.empty_prompt[name].expand_as(value) for name, value in prompted.items()}
 
-    # The velocity
-
-    def rounded_time(self, x: Tensor, t: Tensor) -> Tensor:
-        """The time (B,) that a FLUX sees: times 1000, rounded and back, as in training and in its pipelines."""
-        return (1000 * t).expand(len(x)).to(self.dtype) / 1000
-
     def guided(self, v_u: Tensor, v_c: Tensor) -> Tensor:
         """v = v_u + g (v_c - v_u): classifier-free guidance from the velocities without and with the prompts."""
         return v_u + self.options.guidance * (v_c - v_u)
 
-    def velocity(self, condition: list[str]) -> Velocity:
-        """v_theta under these prompts, with the current weights."""
-        transformer.reshard(self.model)
-        return self.velocity_of(self.model, self.inputs(condition))
-
-    def velocity_and_reference(self, condition: list[str]) -> tuple[Velocity, Velocity]:
-        """v_theta, and the velocity of the pre-trained transformer; the prompts are encoded once."""
-        transformer.reshard(self.model)
-        inputs = self.inputs(condition)
-        return self.velocity_of(self.model, inputs), self.velocity_of(self.reference, inputs)
-
-    # The image and its reward
-
-    def decode(self, x_0: Tensor) -> Tensor:
-        """Images (B, 3, H, W), black at 0 and white at 1, with gradient; some pixels may lie outside of [0, 1]."""
+    def images(self, latents: Tensor) -> Tensor:
+        """The VAE's images (B, 3, H, W), in the dtype of the latents: black at 0, white at 1; some pixels beyond."""
         vae = self.pipeline.vae
-        return vae.decode(self.unpack(x_0).to(vae.dtype), return_dict=False)[0].to(x_0.dtype) / 2 + 0.5
-
-    def unscale(self, z: Tensor) -> Tensor:
-        """What the VAE decodes, from latents that its config's scale and shift have brought to unit variance."""
-        config = self.pipeline.vae.config
-        return z / config.scaling_factor + config.shift_factor
+        return vae.decode(latents.to(vae.dtype), return_dict=False)[0].to(latents.dtype) / 2 + 0.5
 
     def step_metrics(self, sample: Tensor) -> dict[str, float]:
         """saturated: the fraction of pixel values outside of [0, 1], which get no gradient."""
@@ -337,7 +301,7 @@ class DiffusersTask:
         turns = [i % len(prompts) for i in range(rank(), rounds * world_size(), world_size())]
         turns = tqdm(turns, "evaluate", leave=False, mininterval=1, disable=rank() > 0)
         images = {i: self.evaluate_image(prompts[i], x_T[i : i + 1]) for i in turns}
-        transformer.reshard(self.model)
+        reshard(self.model)
         for images_of_a_rank in all_gather(images):
             images |= images_of_a_rank
         scores, saturated, thumbnails, pixels = zip(*(images[i] for i in range(len(prompts))))
@@ -356,6 +320,3 @@ class DiffusersTask:
         image = sample.clamp(0, 1)
         thumbnail = nn.functional.interpolate(image, (64, 64), mode="area")
         return reward, saturated, thumbnail.cpu(), image.mul(255).round().byte().cpu()
-
-    def draw_figures(self, folder: Path) -> None:
-        """Nothing: every evaluation has already written its sheet of images."""

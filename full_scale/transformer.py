@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from full_scale.components import LOADING_ERRORS, REMEDY, weight_shapes
 from full_scale.pipeline import Family
 from leap_align import BadInput
-from runtime.processes import full_value, one_line, rank, run_on_all_ranks, run_on_rank0, world_size
+from runtime.processes import full_value, one_line, rank, reshard, run_on_all_ranks, run_on_rank0, world_size
 from runtime.run_dir import atomic_folder, read_json, write_errors_named, write_json
 
 EXPORT_FILE_BYTES = 2 * 10**9
@@ -219,13 +219,6 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     ignored = {p for p in model.parameters() if not p.requires_grad} if one_rank else set()
     for module in [*repeated_blocks(model), model]:
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=not one_rank, ignored_params=ignored)
-
-
-def reshard(model: nn.Module) -> None:
-    """Reshards FSDP: a no-grad forward leaves bf16 copies unsharded, which go stale after an update."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -48,8 +48,8 @@ class Progress:
     seconds: float = 0.0
     """Of training, without evaluations."""
     evaluations: list[dict[str, float]] = field(default_factory=list)
-    signs: dict[str, str] = field(default_factory=dict)
-    """The signs of reward hacking that hold now, by evaluator."""
+    warnings: dict[str, str] = field(default_factory=dict)
+    """The warnings of reward hacking that hold now, by evaluator."""
     consecutive_skips: int = 0
     """Steps skipped in a row, up to now."""
 

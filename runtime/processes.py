@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -75,6 +76,12 @@ def all_gather(value: Any) -> list[Any]:
     return values
 
 
+def mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each entry over rows with the same entries in the same order."""
+    columns = zip(*[row.values() for row in rows])
+    return dict(zip(rows[0], [sum(column) / len(rows) for column in columns]))
+
+
 def mean_over_ranks(metrics: dict[str, float], device: torch.device) -> dict[str, float]:
     """The mean of each metric over all ranks."""
     if world_size() == 1:
@@ -82,6 +89,19 @@ def mean_over_ranks(metrics: dict[str, float], device: torch.device) -> dict[str
     values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=device)
     dist.all_reduce(values)
     return dict(zip(metrics, (values / world_size()).tolist()))
+
+
+def reshard(model: nn.Module) -> None:
+    """Reshards FSDP2: a no-grad forward leaves bf16 copies unsharded, which go stale after an update."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def set_all_reduce(model: nn.Module, enabled: bool) -> None:
+    """Whether the next backwards of FSDP2 add up gradients between nodes; until then each node keeps its own sum."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(enabled)
 
 
 def full_value(tensor: Tensor) -> Tensor:

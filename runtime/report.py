@@ -1,50 +1,90 @@
-"""A run's report: result.json, curves.png, signs of reward hacking, the table printed at its end, and its tracker."""
+"""What a run prints before and after training, result.json, curves.png, warnings of reward hacking, its tracker."""
 
 import math
 import pkgutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
+import torch
 from matplotlib.figure import Figure
+from torch import nn
 
 from runtime.checkpoint import Progress
-from runtime.processes import rank
-from runtime.run_dir import atomic_file, read_csv, write_json
+from runtime.processes import full_value, rank
+from runtime.run_dir import atomic_file, checkpoints, read_csv, write_json
+from runtime.task import Task
 
 Evaluation = dict[str, float]
 """`iteration` and the value of every evaluator."""
 
 
-def reward_hacking_signs(evaluations: list[Evaluation], held_out: dict[str, float]) -> dict[str, str]:
+def reward_hacking_warnings(evaluations: list[Evaluation], held_out: dict[str, float]) -> dict[str, str]:
     """Held-out evaluators that are worse than at their best although the reward rose since: name -> message.
 
     held_out: how large a change of each counts, positive where higher is better, negative where lower is.
     """
-    now, signs = evaluations[-1], {}
+    now, warnings = evaluations[-1], {}
     for name, change in held_out.items():
         direction = math.copysign(1, change)
         values = [direction * row[name] for row in evaluations]
         best = evaluations[values.index(max(values))]
         if now["reward"] > best["reward"] and direction * (best[name] - now[name]) > abs(change):
-            signs[name] = (
-                f"a sign of reward hacking, iteration {best['iteration']} -> {now['iteration']}: "
+            warnings[name] = (
+                f"warning: perhaps reward hacking, iteration {best['iteration']} -> {now['iteration']}: "
                 f"reward {best['reward']:.3g} -> {now['reward']:.3g}, but {name} {best[name]:.3g} -> {now[name]:.3g}"
             )
-    return signs
+    return warnings
 
 
-def write_report(folder: Path, progress: Progress) -> None:
-    """Writes result.json and curves.png, and prints the evaluators."""
-    write_result(folder, progress.evaluations, progress.seconds, progress.signs)
+def announce(flags: Any, task: type[Task], method: Callable[..., Any], folder: Path) -> None:
+    """Prints in three lines what the run will do; `weight` and `leash` are columns of metrics.csv.
+
+    flags: the trainer's.  On resume it names the newest checkpoint.  Should that one be damaged, loading it says so.
+    """
+    config, hyper = flags.run, flags.method
+    loss = "-weight * reward" if hyper.lam is None else f"weight * max(0, {hyper.lam:g} - reward)"
+    leash = f" + {config.beta:g} * leash" if config.beta else ""
+    sizes = f"{config.iterations} iterations of {config.batch_size} samples, {config.T} steps each"
+    done = [f", from iteration {int(path.name)} of {config.iterations}" for path in checkpoints(folder)[-1:]]
+    print(f"{config.task} is trained to lower {loss}{leash}: {sizes}, lr {config.lr:g}{''.join(done)}.")
+    print((method.__doc__ or config.method).strip().splitlines()[0])
+    print(
+        f"Training never sees these evaluators: {', '.join(task.held_out) or 'none'}. The folder is {folder}.",
+        flush=True,
+    )
+
+
+def not_finite_gradients(model: nn.Module) -> str:
+    """Names the first parameters whose gradient is not finite, for a message; every rank calls it."""
+    norms = {n: torch.linalg.vector_norm(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    broken = [name for name, norm in norms.items() if not full_value(norm).isfinite()]
+    return f"not finite in {', '.join(broken[:3]) or 'no parameter'} ({len(broken)})"
+
+
+def next_command(task: Task, lam: float | None, beta: float) -> str:
+    """What to try after a run of this task with this hinge and leash."""
+    restraint = 2 if beta else int(lam is None)
+    return task.next_commands[min(restraint, len(task.next_commands) - 1)]
+
+
+def write_report(folder: Path, task: Task, progress: Progress, tracker: Any, flags: Any) -> None:
+    """Draws and tracks the figures, writes result.json, prints the evaluators before and after, and what to try."""
+    task.draw_figures(folder)
+    write_result(folder, progress.evaluations, progress.seconds, progress.warnings)
     draw_curves(folder, progress.evaluations, read_csv(folder / "metrics.csv"))
-    print_summary(folder, progress.evaluations, progress.seconds, progress.signs)
+    print_summary(folder, progress.evaluations, progress.seconds, progress.warnings)
+    tracker.add_figures(progress.iteration)
+    pictures = [*sorted(folder.glob("*.png")), *sorted(folder.glob("samples/*.png"))[-1:]]
+    print(f"look at {', '.join(map(str, pictures))}")
+    print(f"next: {next_command(task, flags.method.lam, flags.run.beta)}")
 
 
-def write_result(folder: Path, evaluations: list[Evaluation], seconds: float, signs: dict[str, str]) -> None:
-    """result.json: all evaluators before and after training, the seconds of training, the signs that still hold."""
+def write_result(folder: Path, evaluations: list[Evaluation], seconds: float, warnings: dict[str, str]) -> None:
+    """result.json: all evaluators before and after training, the seconds of training, the warnings that still hold."""
     before, after = (_evaluators(row) for row in (evaluations[0], evaluations[-1]))
-    result = {"before": before, "after": after, "seconds": seconds, "signs": list(signs.values())}
+    result = {"before": before, "after": after, "seconds": seconds, "warnings": list(warnings.values())}
     write_json(folder / "result.json", result)
 
 
@@ -66,14 +106,14 @@ def draw_curves(folder: Path, evaluations: list[Evaluation], metrics: list[dict[
         figure.savefig(temporary, dpi=120, format="png")
 
 
-def print_summary(folder: Path, evaluations: list[Evaluation], seconds: float, signs: dict[str, str]) -> None:
-    """Prints the evaluators before and after training, and the signs of reward hacking."""
+def print_summary(folder: Path, evaluations: list[Evaluation], seconds: float, warnings: dict[str, str]) -> None:
+    """Prints the evaluators before and after training, and the warnings of reward hacking."""
     before, after = evaluations[0], evaluations[-1]
     print(f"{'':14}{'before':>10}{'after':>10}")
     for name in _evaluators(before):
         print(f"{name:14}{before[name]:10.3f}{after[name]:10.3f}")
-    for sign in signs.values():
-        print(sign)
+    for warning in warnings.values():
+        print(warning)
     print(f"{seconds:.1f} s of training; figures, metrics and weights are in {folder}")
 
 
@@ -81,11 +121,24 @@ def _evaluators(row: Evaluation) -> dict[str, float]:
     return {name: value for name, value in row.items() if name != "iteration"}
 
 
+class NoTracker(nullcontext):
+    """Shows nothing."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        super().__init__(self)
+
+    def replay(self, evaluations: list[Evaluation]) -> None: ...
+
+    def add(self, kind: str, iteration: int, row: dict[str, Any]) -> None: ...
+
+    def add_figures(self, iteration: int) -> None: ...
+
+
 def tracker_class(name: str | None) -> Callable[..., AbstractContextManager]:
-    """The class of a tracker, imported now; without a name, and on all ranks but the first, a context that gives None.
+    """The class of a tracker, imported now; without a name, and on all ranks but the first, NoTracker.
 
     Its objects are Tracker(folder, settings), for a `with` statement.  Raises BadInput if its library is not installed.
     """
     if name is None or rank() > 0:
-        return lambda folder, settings: nullcontext()
+        return NoTracker
     return pkgutil.resolve_name("runtime.tracker:installed_tracker")(name)

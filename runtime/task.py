@@ -1,106 +1,172 @@
-"""What the trainer asks of a task: a flow model, its prompts, a reward, evaluators.  A task knows no method.
+"""A task: a flow model, its prompts, a reward, evaluators.  It knows no method, and the trainer knows no model.
 
-The functions below refuse a task that does not keep the protocol, in one line that names the task and its member.
+A task of your own inherits from Task and gives a model, noise, prompts, a velocity, a reward and evaluators; the base
+class does the ordinary thing for the rest.  The functions below refuse a task that does not, in one line.
 """
 
-from collections.abc import Iterable
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
+from torch import Generator, Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
-from leap_align import BadInput, Velocity
+from leap_align import BadInput, Velocity, require, rollout
+from runtime.processes import RaisedOnAllRanks, reshard, world_size
+from runtime.run_dir import atomic_file
+
+EVALUATION_SEED = 1_000_003
+WEIGHTS = "model/weights.safetensors"
 
 
-class Task(Protocol):
-    """A class with these members is a task; it need not inherit anything."""
+@dataclass(frozen=True)
+class NoOptions:
+    """A task without flags of its own."""
 
-    Options: type
-    """A dataclass of the task's own flags; Task(options, T) builds the task on a grid of T steps."""
-    changeable_on_resume: frozenset[str]
-    """Options that affect speed or memory, never results; they may change on --resume."""
-    held_out: dict[str, float]
-    """Evaluators that training never sees, each with the change for the worse that deserves a warning."""
-    step_metric_names: tuple[str, ...]
-    """The columns that step_metrics adds to metrics.csv."""
-    model: nn.Module
-    """The network to train; its trained parameters are float32."""
-    times: Tensor
-    """The grid (T+1,)."""
-    device: torch.device
-    """Where the model computes."""
+
+class Task(ABC):
+    """Base class of all tasks.  Task(options, T) builds one whose sampling runs have T steps."""
+
+    Options: ClassVar[type] = NoOptions  # a dataclass of the task's own flags
+    changeable_on_resume: ClassVar[frozenset[str]] = frozenset()  # options that affect speed or memory, never results
+    held_out: ClassVar[dict[str, float]] = {}
+    """Evaluators that training never sees: from which change on a warning is due, negative where lower is better."""
+    step_metric_names: ClassVar[tuple[str, ...]] = ()  # the columns that step_metrics adds to metrics.csv
+    next_commands: ClassVar[tuple[str, ...]] = ("python train_leap_align.py --help",)
+    """What to try after a run: one command, or one each after a run with a hinge, without a hinge, on a leash."""
+    evaluation_samples: ClassVar[int] = 1024
+    device = torch.device("cpu")  # where the model computes
+    model: nn.Module  # what is trained; its trained parameters are float32
+    times: Tensor  # the grid (T+1,)
+    reference: Any = None  # the pre-trained model, with --beta
+
+    # What every task gives; its __init__ sets model and times
+
+    @abstractmethod
+    def noise(self, n: int, generator: Generator) -> Tensor:
+        """x_T (n, *S)."""
+
+    @abstractmethod
+    def sample_conditions(self, n: int, generator: Generator) -> Any:
+        """n random prompts in any form that can be sliced: conditions[rows] are those of some samples."""
+
+    @abstractmethod
+    def velocity_of(self, model: Callable[..., Any], inputs: Any) -> Velocity:
+        """The velocity of a model, the trained or the pre-trained one, with these `inputs`."""
+
+    @abstractmethod
+    def reward(self, sample: Tensor, condition: Any) -> Tensor:
+        """(B,), with gradient to the sample."""
+
+    # The ordinary thing
+
+    def evaluate_held_out(self, samples: Tensor, condition: Any) -> dict[str, float]:
+        """The evaluators of `held_out`, and others if you like, of samples under their prompts."""
+        return {}
 
     @classmethod
     def defaults(cls, reward: str | None) -> dict[str, Any]:
         """Fields of Config and Hyper that this task sets differently, given the flag --reward."""
+        return {}
 
     def contents(self) -> dict[str, str]:
         """A digest of everything that the task reads from files, by name; a resumed run must find them unchanged."""
+        return {}
 
-    def parallelize(self, mesh: DeviceMesh | None) -> None:
-        """Moves the model to its device and shards it over the mesh (FSDP2); without a mesh there is one process."""
-
-    def noise(self, n: int, generator: torch.Generator) -> Tensor:
-        """x_T (n, *S)."""
-
-    def sample_conditions(self, n: int, generator: torch.Generator) -> Any:
-        """n random prompts in any form that can be sliced: conditions[rows] are those of some samples."""
+    def inputs(self, condition: Any) -> Any:
+        """What velocity_of reads for these prompts, such as their embeddings; the prompts themselves."""
+        return condition
 
     def velocity(self, condition: Any) -> Velocity:
         """v_theta under these prompts, with gradient to the model."""
-
-    def keep_reference(self) -> None:
-        """Keeps what velocity_and_reference needs of the pre-trained model; called before parallelize, or never."""
+        reshard(self.model)
+        return self.velocity_of(self.model, self.inputs(condition))
 
     def velocity_and_reference(self, condition: Any) -> tuple[Velocity, Velocity]:
         """v_theta as above, and v_ref, the velocity of the pre-trained model, which gets no gradient."""
+        reshard(self.model)
+        inputs = self.inputs(condition)
+        return self.velocity_of(self.model, inputs), self.velocity_of(self.reference, inputs)
+
+    def keep_reference(self) -> None:
+        """Keeps the pre-trained model as `reference`; called before parallelize, with --beta."""
+        self.reference = copy.deepcopy(self.model).requires_grad_(False)
+
+    def parallelize(self, mesh: DeviceMesh | None) -> None:
+        """Moves the model to its device and shards it over the mesh (FSDP2); without a mesh there is one process."""
+        if mesh is not None:
+            self.model.register_forward_hook(lambda model, inputs, v: v.clone())  # FSDP2 cannot hook a view
+            # Reshard after each forward: an evaluation has no backward that does it before the weights are swapped.
+            fully_shard(self.model, mesh=mesh, reshard_after_forward=True)
 
     def decode(self, x_0: Tensor) -> Tensor:
-        """The sample that the reward scores, with gradient to x_0 (B, *S)."""
+        """The sample that the reward scores, with gradient to x_0 (B, *S); the state itself."""
+        return x_0
 
     def step_metrics(self, sample: Tensor) -> dict[str, float]:
         """What a decoded sample adds to a row of metrics.csv."""
-
-    def reward(self, sample: Tensor, condition: Any) -> Tensor:
-        """(B,), with gradient to the sample."""
+        return {}
 
     def evaluate(self, folder: Path | None, iteration: int) -> dict[str, float]:
-        """All evaluators, `reward` and those of held_out among them, always on the same noise and prompts.
+        """`reward` and evaluate_held_out, always on the same noise and prompts.
 
         Every rank calls it.  Rank 0 passes the run's folder, where the task may write what its figures need; the
         others pass None.  A tracker shows samples/ITERATION.png, six digits, if the task writes it.
         """
+        generator, n = Generator().manual_seed(EVALUATION_SEED), self.evaluation_samples
+        x_T, condition = self.noise(n, generator), self.sample_conditions(n, generator)
+        samples = self.decode(rollout(self.velocity(condition), x_T, self.times)[0])
+        with torch.no_grad():
+            reward = self.reward(samples, condition).mean().item()
+        return {"reward": reward, **self.evaluate_held_out(samples, condition)}
 
     def draw_figures(self, folder: Path) -> None:
-        """Draws the figures of a finished run; rank 0 calls it."""
+        """Draws figures of a finished run beside curves.png; rank 0 calls it."""
+        return
 
     def save(self, folder: Path) -> None:
-        """Writes the model into the run's folder; every rank calls it."""
+        """Writes the model into the run's folder; every rank calls it, rank 0 writes."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        if weights := get_model_state_dict(self.model, options=options):  # empty on all ranks but the first
+            with atomic_file(folder / WEIGHTS) as temporary:
+                save_file({name: value.contiguous() for name, value in weights.items()}, temporary)
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote."""
-
-
-SET_BY_INIT = ("model", "times", "device")
-"""Members that a task's class may leave to __init__."""
+        self.model.load_state_dict(load_file(folder / WEIGHTS))
 
 
 def check_task_class(name: str, task_class: type) -> None:
-    """Refuses a class without all other members of Task, before anything is built."""
-    members = [*Task.__annotations__, *(member for member in vars(Task) if not member.startswith("_"))]
-    _check_members(name, task_class, [member for member in members if member not in SET_BY_INIT])
+    """Refuses a class that is no complete Task, before anything is built."""
+    known = isinstance(task_class, type) and issubclass(task_class, Task)
+    require(known, f"task {name}: {task_class!r:.60} must inherit from Task in runtime/task.py")
+    missing = ", ".join(sorted(task_class.__abstractmethods__))
+    require(not missing, f"task {name} lacks {missing}: see the class Task in runtime/task.py")
 
 
 def check_task(name: str, task: Task) -> None:
-    """Refuses a task that was built without model, times and device."""
-    _check_members(name, task, SET_BY_INIT)
+    """Refuses a task that was built without model or times."""
+    missing = ", ".join(member for member in ("model", "times") if not hasattr(task, member))
+    require(not missing, f"task {name} lacks {missing}: see the class Task in runtime/task.py")
 
 
-def _check_members(name: str, owner: Any, members: Iterable[str]) -> None:
-    if missing := [member for member in members if not hasattr(owner, member)]:
-        raise BadInput(f"task {name} lacks {', '.join(missing)}: see the class Task in runtime/task.py")
+def trained_parameters(name: str, model: nn.Module) -> list[nn.Parameter]:
+    """What the optimizer updates; refuses a model that cannot be trained, or that is not sharded over the ranks."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters or any(p.dtype.itemsize < 4 for p in parameters):
+        raise RaisedOnAllRanks("trained parameters must exist and be float32: bfloat16 loses steps of 1e-5")
+    if world_size() > 1 and not all(isinstance(p, DTensor) for p in parameters):
+        remedy = "its parallelize(mesh) must call fully_shard(model, mesh=mesh), or every rank trains its own model"
+        raise RaisedOnAllRanks(f"task {name} has trained parameters that are not sharded: {remedy}")
+    return parameters
 
 
 def check_gradient(name: str, member: str, result: Tensor) -> Tensor:
@@ -111,11 +177,19 @@ def check_gradient(name: str, member: str, result: Tensor) -> Tensor:
     return result
 
 
+def check_step_metrics(name: str, task: Task, values: dict[str, float]) -> dict[str, float]:
+    """What a task's step_metrics returned, if it has exactly the entries of step_metric_names."""
+    names = list(task.step_metric_names)
+    fits = values.keys() == set(names)
+    require(fits, f"task {name}: step_metrics gave {list(values)}, but step_metric_names are {names}")
+    return values
+
+
 def check_evaluation(name: str, task: Task, values: dict[str, float]) -> dict[str, float]:
     """What a task's evaluate() returned, if it is a dict of numbers with `reward` and all of held_out."""
     expected = ["reward", *task.held_out]
-    if not isinstance(values, dict) or not all(isinstance(value, int | float) for value in values.values()):
-        raise BadInput(f"task {name}: evaluate must return a dict of numbers, {', '.join(expected)} among them")
-    if missing := [key for key in expected if key not in values]:
-        raise BadInput(f"task {name}: evaluate returns no {', '.join(missing)}: give `reward` and all of held_out")
+    is_dict = isinstance(values, dict) and all(isinstance(value, int | float) for value in values.values())
+    require(is_dict, f"task {name}: evaluate must return a dict of numbers, {', '.join(expected)} among them")
+    missing = ", ".join(key for key in expected if key not in values)
+    require(not missing, f"task {name}: evaluate returns no {missing}: give `reward` and all of held_out")
     return values

@@ -30,6 +30,11 @@ class Digits(ToyTask):
     held_out: ClassVar[dict] = {
         "utility": 0.5, "svm": 0.05, "forest": 0.05, "nearest_real": -0.3, "diversity": 0.5
     }  # fmt: skip
+    next_commands: ClassVar[tuple] = (
+        "python train_leap_align.py --task digits --lr 3e-4 --lam None --out runs/digits-hacked  # then on a leash",
+        "python train_leap_align.py --task digits --lr 3e-4 --lam None --beta 3 --out runs/digits-leashed  # the leash",
+        "python -m toy.laboratory leash  # toy/tour.ipynb, part (h), shows the leash",
+    )
 
     def load_data(self, seed: int) -> None:
         """Splits the images, pixels in [-1, 1], and fits the evaluators on the unseen half."""

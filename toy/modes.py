@@ -24,6 +24,9 @@ class Modes(ToyTask):
     classes = MODES
     network: ClassVar[dict] = {"width": 128, "depth": 3}
     held_out: ClassVar[dict] = {"utility": 0.2, "alignment": 0.05, "log_density": 0.2, "spread": 0.05}
+    next_commands: ClassVar[tuple] = (
+        "python train_leap_align.py --task digits  # toy/tour.ipynb draws what this run did",
+    )
 
     def load_data(self, seed: int) -> None:
         """Points from scikit-learn's make_blobs, and the mode of each."""

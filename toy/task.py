@@ -1,8 +1,7 @@
-"""What the toy tasks share: the Task protocol (runtime/task.py) with two small networks."""
+"""What the toy tasks share: a Task (runtime/task.py) with two small networks."""
 
-import copy
 import sys
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,17 +9,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 
-from leap_align import BadInput, Velocity, interpolate, leap, leap_trajectory, rollout, shifted_times, uniform_times
-from runtime.run_dir import atomic_file
+from leap_align import Velocity, interpolate, leap, leap_trajectory, require, rollout, shifted_times, uniform_times
+from runtime.task import EVALUATION_SEED, Task
 from toy import nets, pretrain
 from toy.nets import RewardNet, VelocityNet
 from toy.pictures import sample_files
 
-EVALUATION_SEED = 1_000_003
 DRAWN = 64
 """Samples of an evaluation that keep their whole trajectory for the figures."""
 
@@ -29,28 +24,21 @@ DRAWN = 64
 class ToyOptions:
     """Flags of the toy tasks."""
 
-    shift: float = 1.0
-    """Shift s of the time grid; 1 is even, FLUX's own at 720 px is 2.22."""
-    pretrain_steps: int = 3000
-    """Steps of flow matching before alignment."""
-    reward_steps: int = 1500
-    """Steps of learning the reward."""
-    pretrain_seed: int = 0
-    """Seed of captions, choices and both networks; --seed does not affect these."""
-    evaluation_samples: int = 1024
-    """Samples of an evaluation, always from the same noise."""
-    evaluation_T: int = 25
-    """Euler steps of an evaluation's sampling runs, whatever T and the solver are in training."""
+    shift: float = 1.0  # Shift s of the time grid; 1 is even, FLUX's own at 720 px is 2.22.
+    pretrain_steps: int = 3000  # Iterations of flow matching before alignment.
+    reward_steps: int = 1500  # Iterations of learning the reward.
+    pretrain_seed: int = 0  # Seed of captions, choices and both networks; --seed does not affect these.
+    evaluation_samples: int = 1024  # Samples of an evaluation, always from the same noise.
+    evaluation_T: int = 25  # Euler steps of an evaluation's sampling runs, whatever T and the solver are in training.
 
     def __post_init__(self) -> None:
         least = {"pretrain_steps": 1, "reward_steps": 1, "pretrain_seed": 0, "evaluation_samples": 160}
         least |= {"evaluation_T": 2}  # its figures show two leaps
         for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise BadInput(f"{name}={getattr(self, name)} must be at least {bound}")
+            require(getattr(self, name) >= bound, f"{name}={getattr(self, name)} must be at least {bound}")
 
 
-class ToyTask(ABC):
+class ToyTask(Task):
     """A flow pre-trained with half of its captions wrong, and a reward learned from simulated pairwise choices.
 
     A subclass gives the data, the utility behind the choices, the held-out evaluators, and the figures.
@@ -63,12 +51,7 @@ class ToyTask(ABC):
     """Width and depth of the velocity network."""
     settings: ClassVar[dict[str, Any]] = {"lam": 0.0, "ema_decay": 0.99}
     """Fields of Config and Hyper that the toy tasks set differently."""
-    held_out: ClassVar[dict[str, float]]
-    """Evaluators that training never sees, each with the change for the worse that deserves a warning (signed)."""
     Options = ToyOptions
-    changeable_on_resume: ClassVar[frozenset[str]] = frozenset()
-    step_metric_names: ClassVar[tuple[str, ...]] = ()
-    device = torch.device("cpu")
 
     def __init__(self, options: ToyOptions, T: int) -> None:
         # Matrices this small are not faster with a second thread, and much slower if another program uses its core.
@@ -100,14 +83,6 @@ class ToyTask(ABC):
     @abstractmethod
     def utility(self, samples: Tensor) -> Tensor:
         """What the simulated people like, under every prompt: (N, *S) to (N, classes).  Training never sees it."""
-
-    @abstractmethod
-    def evaluate_held_out(self, samples: Tensor, prompts: Tensor) -> dict[str, float]:
-        """The held-out evaluators of samples (N, *S) under prompts (N,), apart from the utility."""
-
-    @abstractmethod
-    def draw_figures(self, folder: Path) -> None:
-        """Draws the run's figures from what its evaluations left in the folder."""
 
     # Pre-training
 
@@ -154,23 +129,12 @@ class ToyTask(ABC):
         noise = torch.randn(one.shape, generator=self.generator)
         return torch.lerp(one, other, amount[0] / 2) * (1 + scale) + shift + amount[1].square() * noise
 
-    # The Task protocol
+    # The members of every task
 
     @classmethod
     def defaults(cls, reward: str | None) -> dict[str, Any]:
         """The settings of the toy tasks, which have one reward each."""
         return cls.settings
-
-    def contents(self) -> dict[str, str]:
-        """Nothing: the toy tasks read no files."""
-        return {}
-
-    def parallelize(self, mesh: DeviceMesh | None) -> None:
-        """Shards the velocity network over several processes (FSDP2)."""
-        if mesh is not None:
-            self.model.register_forward_hook(lambda model, inputs, v: v.clone())  # FSDP2 cannot hook a view
-            # Reshard after each forward: an evaluation has no backward that does it before the weights are swapped.
-            fully_shard(self.model, mesh=mesh, reshard_after_forward=True)
 
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
         """x_T (n, *S), standard normal."""
@@ -180,25 +144,9 @@ class ToyTask(ABC):
         """Prompts (n,), uniform over the classes."""
         return torch.randint(self.classes, (n,), generator=generator)
 
-    def velocity(self, condition: Tensor) -> Velocity:
-        """v_theta under these prompts."""
-        return lambda x, t: self.model(x, t, condition)
-
-    def keep_reference(self) -> None:
-        """Keeps a copy of the pre-trained network."""
-        self.reference = copy.deepcopy(self.model).requires_grad_(False)
-
-    def velocity_and_reference(self, condition: Tensor) -> tuple[Velocity, Velocity]:
-        """v_theta, and the velocity of the pre-trained network."""
-        return self.velocity(condition), lambda x, t: self.reference(x, t, condition)
-
-    def decode(self, x_0: Tensor) -> Tensor:
-        """The sample that the reward scores; here the state itself."""
-        return x_0
-
-    def step_metrics(self, sample: Tensor) -> dict[str, float]:
-        """Nothing more than the trainer logs."""
-        return {}
+    def velocity_of(self, model: nn.Module, inputs: Tensor) -> Velocity:
+        """The velocity of a network under these prompts."""
+        return lambda x, t: model(x, t, inputs)
 
     def reward(self, sample: Tensor, condition: Tensor) -> Tensor:
         """The learned reward (B,), with gradient to the sample."""
@@ -235,14 +183,3 @@ class ToyTask(ABC):
         with torch.no_grad():
             leaps = leap_trajectory(self.velocity(prompts), states, self.evaluation_times, i_k, i_j, alpha=0)
         return {"states": torch.stack(states), "x_hat_j": leaps.x_hat_j, "x_hat_0": leaps.x_hat_0, "pair": (i_k, i_j)}
-
-    def save(self, folder: Path) -> None:
-        """Writes model/velocity.pt; every rank calls it, rank 0 writes."""
-        weights = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        if weights:
-            with atomic_file(folder / "model" / "velocity.pt") as temporary:
-                torch.save(weights, temporary)
-
-    def load(self, folder: Path) -> None:
-        """Reads what `save` wrote."""
-        self.model.load_state_dict(torch.load(folder / "model" / "velocity.pt", weights_only=True))
