@@ -16,7 +16,7 @@ from full_scale.rewards import load
 from full_scale.rewards.hpsv3 import INSTRUCTION, patchify, resized_size
 from full_scale.rewards.images import CLIP_MEAN, CLIP_STD, crop, normalise
 from runtime.counters import saved_bytes
-from tests.tiny_rewards import PROMPTS, random_images, refusal, tiny_folder, tiny_reward
+from tests.tiny_rewards import PROMPTS, random_images, refusal, tiny_folder, tiny_reward, use_tiny_vit
 
 
 def random_uint8_images(sizes):
@@ -55,8 +55,7 @@ from hpsv2 import img_score
 from hpsv2.src.open_clip import factory
 
 job = json.load(sys.stdin)
-if job["config"]:
-    factory._MODEL_CONFIGS["ViT-H-14"] = job["config"]
+factory._MODEL_CONFIGS["ViT-H-14"] = job["config"]
 create = img_score.create_model_and_transforms
 img_score.create_model_and_transforms = lambda name, pretrained, **options: create(name, None, **options)  # no download
 score = lambda image, prompt: img_score.score(image, prompt, cp=job["weights"], hps_version="v2.1")[0]
@@ -64,8 +63,10 @@ print(json.dumps([float(score(*pair)) for pair in job["pairs"]]))
 """
 
 
-def assert_official_hpsv2(reward, weights, config, images, prompts, tmp_path):
-    """Compares with the official package's scores, from a subprocess because importing it changes global settings."""
+def official_hpsv2(weights, images, prompts, tmp_path):
+    """The official package's scores, from a subprocess because importing it changes global settings."""
+    pytest.importorskip("hpsv2")
+    config = pytest.importorskip("open_clip").get_model_config("ViT-H-14")
     paths = [str(tmp_path / f"{i}.png") for i in range(len(images))]
     for path, image in zip(paths, images):
         as_pil(image).save(path)
@@ -77,64 +78,61 @@ def assert_official_hpsv2(reward, weights, config, images, prompts, tmp_path):
     if done.returncode and any(error in lines[-1] for error in ("ImportError", "ModuleNotFoundError")):
         pytest.skip(f"the official package cannot be imported here: {lines[-1]}")
     assert done.returncode == 0, done.stderr
-    expected = json.loads(done.stdout.strip().splitlines()[-1])
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def assert_scores(reward, images, prompts, expected, tolerance=1e-6):
     scores = [reward(image / 255, [prompt]).item() for image, prompt in zip(images, prompts)]
-    assert scores == pytest.approx(expected, abs=1e-6)
-    return scores
+    assert scores == pytest.approx(expected, abs=tolerance)
 
 
-def test_hpsv2_equals_the_official_score(tmp_path):
-    pytest.importorskip("hpsv2")
-    reward = tiny_reward("hpsv2.1")
-    config = json.loads((tiny_folder("hpsv2.1") / "open_clip_config.json").read_text())["model_cfg"]
-    torch.save({"state_dict": reward.model.state_dict()}, tmp_path / "tiny.pt")
+def test_hpsv2_equals_the_official_score(tmp_path, monkeypatch):
+    """From the official checkpoint's format: half precision under `state_dict`."""
+    file = tmp_path / "half.pt"
+    torch.save({"state_dict": tiny_reward("hpsv2.1").half().model.state_dict()}, file)
+    use_tiny_vit(monkeypatch)
     images = random_uint8_images([(224, 224), (300, 200), (97, 411), (512, 512), (225, 640), (1, 300)])
     prompts = [*PROMPTS, "", "émoji 🦊 & <b>html</b>", "word " * 100, "A  b\tc"]
-    scores = assert_official_hpsv2(reward, tmp_path / "tiny.pt", config, images, prompts, tmp_path)
-    assert max(scores) - min(scores) > 0.05
+    expected = official_hpsv2(file, images, prompts, tmp_path)
+    reward = load("hpsv2.1", [file])
+    assert {p.dtype for p in reward.parameters()} == {torch.float32}
+    assert_scores(reward, images, prompts, expected)
+    assert max(expected) - min(expected) > 0.05
 
 
 @pytest.mark.slow
 def test_full_size_hpsv2_equals_the_official_score(tmp_path):
-    """ViT-H-14 with random weights, in the official checkpoint's format: half precision under `state_dict`."""
-    open_clip = pytest.importorskip("open_clip")
-    pytest.importorskip("hpsv2")
+    """ViT-H-14 with random weights."""
     torch.manual_seed(0)
-    state = {key: value.half() for key, value in open_clip.create_model("ViT-H-14").state_dict().items()}
-    path = tmp_path / "HPS_v2.1_compressed.pt"
-    torch.save({"state_dict": state}, path)
-    del state
+    model, file = pytest.importorskip("open_clip").create_model("ViT-H-14"), tmp_path / "HPS_v2.1_compressed.pt"
+    torch.save({"state_dict": model.half().state_dict()}, file)
+    del model
     images = random_uint8_images([(512, 512), (300, 200)])
-    assert_official_hpsv2(load("hpsv2.1", [path]), path, None, images, PROMPTS, tmp_path)
-    path.unlink()
+    expected = official_hpsv2(file, images, PROMPTS, tmp_path)
+    assert_scores(load("hpsv2.1", [file]), images, PROMPTS, expected)
+    file.unlink()
 
 
 # PickScore: the model card's code, with transformers
 
 
-def official_pickscore(reward, pixels, prompts):
-    with torch.no_grad():
-        tokens = reward.tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
-        return reward.model(pixel_values=pixels, **tokens).logits_per_image.diagonal()
+SIZES = pytest.mark.parametrize("size", [(224, 224), (300, 200), (300, 201), (411, 97), (512, 512), (150, 1001)])
 
 
-def test_pickscore_equals_the_models_logit_over_100():
-    reward = tiny_reward("pickscore")
-    pixels = torch.randn(3, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    prompts = [*PROMPTS, "word " * 100]
-    expected = official_pickscore(reward, pixels, prompts)
-    assert (reward.score_pixels(pixels, prompts) * 100).tolist() == pytest.approx(expected.tolist(), abs=1e-5)
-
-
-@pytest.mark.parametrize("size", [(224, 224), (300, 200), (411, 97), (512, 512), (225, 640), (150, 1001)])
-def test_pickscore_preprocesses_as_the_official_processor(size):
+@SIZES
+def test_pickscore_equals_the_models_logit_over_100_after_the_official_processor(size):
     module = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
     reward, image = tiny_reward("pickscore"), random_uint8_images([size])[0]
     official = module.CLIPImageProcessorPil()(as_pil(image), return_tensors="pt").pixel_values
     mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     assert_same_preprocessing(crop(image / 255, 224, math.floor), official * std + mean)
-    expected = official_pickscore(reward, official, PROMPTS[:1])
-    assert reward(image / 255, PROMPTS[:1]).item() * 100 == pytest.approx(expected.item(), abs=2e-3)
+    prompts = [*PROMPTS, "word " * 100]
+    tokens = reward.tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
+    with torch.no_grad():
+        expected = reward.model(pixel_values=official, **tokens).logits_per_image[0] / 100
+        scores = reward.score_pixels(official.expand(3, -1, -1, -1), prompts)
+    assert scores.tolist() == pytest.approx(expected.tolist(), abs=1e-7)
+    assert_scores(reward, [image] * 3, prompts, expected.tolist(), tolerance=2e-5)
 
 
 # ImageReward and HPSv3: scores and gradients that the official code gave for tiny random models, where its old
@@ -179,7 +177,7 @@ def test_imagereward_equals_the_official_score(tmp_path):
     assert_gradient(pixels.grad, recorded["pixel_gradient_of_sum"])
 
 
-@pytest.mark.parametrize("size", [(224, 224), (300, 201), (411, 97), (225, 640)])
+@SIZES
 def test_imagereward_preprocesses_as_the_official_transform(size):
     """torchvision on a PIL image, as in the official code; its crop does not round half a pixel as PickScore's does."""
     transforms = pytest.importorskip("torchvision.transforms")
@@ -190,15 +188,21 @@ def test_imagereward_preprocesses_as_the_official_transform(size):
 
 
 def test_hpsv3_equals_the_official_score(tmp_path):
-    """With given pixels and token ids; the second sequence is shorter, so there is padding."""
+    """With given pixels and token ids; the second sequence is shorter, so there is padding.
+
+    config.json is like Qwen2-VL-7B-Instruct's of 2024: the language model's settings stand at the top level.
+    """
     recorded, state = official_fixture("hpsv3", tmp_path)
-    text, vision = recorded["config"].pop("text"), recorded["config"].pop("vision")
-    rope = {"rope_type": "default", "rope_theta": text.pop("rope_theta"), "mrope_section": text.pop("mrope_section")}
-    parts = {"text_config": text | {"rope_parameters": rope}, "vision_config": vision}
-    (tmp_path / "config.json").write_text(json.dumps(recorded["config"] | parts))
+    config = recorded["config"] | recorded["config"]["text"] | {"vision_config": recorded["config"]["vision"]}
+    config["rope_scaling"] = {"type": "mrope", "mrope_section": config.pop("mrope_section")}
+    config |= {
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    }  # Qwen2-VL's; HPSv3's file has another number of rows
+    (tmp_path / "config.json").write_text(json.dumps(config))
     torch.save(state, tmp_path / "HPSv3.pt")
     reward = load("hpsv3", [tmp_path / "HPSv3.pt"])
-    reward.reward_token_id = recorded["config"]["reward_token_id"]  # the fixture holds token ids, no tokenizer
+    reward.reward_token_id = config["reward_token_id"]  # the fixture holds token ids, no tokenizer
     texts = [torch.tensor(ids)[: sum(mask)] for ids, mask in zip(recorded["input_ids"], recorded["attention_mask"])]
     images = uniform(recorded["seed"], 2, 3, 112, 112)
     scores = reward.score_pixels(normalise(images), texts)

@@ -1,6 +1,7 @@
 """Tiny random reward models, test images and refusals, for the tests of rewards."""
 
 import functools
+import json
 import tempfile
 from pathlib import Path
 
@@ -29,6 +30,12 @@ def tiny_folder(name):
 
 def tiny_reward(name, **options):
     return REWARDS[name].load(tiny_folder(name), **options)
+
+
+def use_tiny_vit(monkeypatch):
+    """Makes open_clip's ViT-H-14 the tiny model's architecture, because the official file holds no architecture."""
+    config = json.loads((tiny_folder("hpsv2.1") / "open_clip_config.json").read_text())["model_cfg"]
+    monkeypatch.setattr("open_clip.get_model_config", {"ViT-H-14": config}.get)
 
 
 def random_images(n=2, height=40, width=56, seed=0):
