@@ -100,10 +100,12 @@ class Path(NamedTuple):
 
 
 RECTIFIED = Path(a_t=lambda t: 1 - t, b_t=lambda t: t, da_t=lambda t: -torch.ones_like(t), db_t=torch.ones_like)
-W = math.pi / 2
 COSINE = Path(
-    lambda t: (W * t).cos(), lambda t: (W * t).sin(), lambda t: -W * (W * t).sin(), lambda t: W * (W * t).cos()
-)  # fmt: skip
+    a_t=lambda t: torch.cos(t * math.pi / 2),
+    b_t=lambda t: torch.sin(t * math.pi / 2),
+    da_t=lambda t: -math.pi / 2 * torch.sin(t * math.pi / 2),
+    db_t=lambda t: math.pi / 2 * torch.cos(t * math.pi / 2),
+)
 
 
 def interpolate(x_0: Tensor, x_1: Tensor, t: Tensor | float, path: Path = RECTIFIED) -> Tensor:
