@@ -46,7 +46,7 @@ def score(images: Path, out: Path, reward: str = "hpsv2.1", reward_weights: tupl
 
 
 def contents(images: Path, prompts: dict[str, str], reward: str, model: nn.Module) -> dict[str, str]:
-    """Digests of everything that decides about the scores; refuses a damaged image."""
+    """Digests of everything that determines the scores; refuses a damaged image."""
     for name in tqdm(prompts, "check", leave=False, delay=2):
         check_image(images / name)
     contents = {"images": images_content(images, prompts), "reward": reward}

@@ -115,7 +115,6 @@ def test_full_size_hpsv2_equals_the_official_score(tmp_path):
 
 # PickScore: the model card's code, with transformers
 
-
 SIZES = pytest.mark.parametrize("size", [(224, 224), (300, 200), (300, 201), (411, 97), (512, 512), (150, 1001)])
 
 
@@ -195,10 +194,8 @@ def test_hpsv3_equals_the_official_score(tmp_path):
     recorded, state = official_fixture("hpsv3", tmp_path)
     config = recorded["config"] | recorded["config"]["text"] | {"vision_config": recorded["config"]["vision"]}
     config["rope_scaling"] = {"type": "mrope", "mrope_section": config.pop("mrope_section")}
-    config |= {
-        "vocab_size": 152064,
-        "tie_word_embeddings": False,
-    }  # Qwen2-VL's; HPSv3's file has another number of rows
+    # Qwen2-VL's number of rows; HPSv3's file has another one.
+    config |= {"vocab_size": 152064, "tie_word_embeddings": False}
     (tmp_path / "config.json").write_text(json.dumps(config))
     torch.save(state, tmp_path / "HPSv3.pt")
     reward = load("hpsv3", [tmp_path / "HPSv3.pt"])
