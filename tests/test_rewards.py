@@ -83,6 +83,7 @@ def test_a_reward_stays_frozen_and_in_eval_mode(name):
 WRONG_BATCHES = [
     (torch.rand(3, 8, 8), ["a"], "(B, 3, H, W)"),
     (torch.rand(1, 4, 8, 8), ["a"], "(B, 3, H, W)"),
+    (torch.rand(1, 3, 0, 8), ["a"], "(B, 3, H, W)"),
     ("a.png", ["a"], "(B, 3, H, W)"),
     (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), ["a"], "uint8"),
     (torch.rand(2, 3, 8, 8), ["a"], "1 prompts"),
@@ -308,6 +309,7 @@ VIOLATIONS = {
     "infinite": (lambda images, prompts: mean(images) / 0, "finite"),
     "over the batch": (lambda images, prompts: mean(images) - mean(images).mean(), "batch"),
     "over the batch, slightly": (normalised(), "batch"),
+    "over the batch, too weakly for the scores": (lambda x, prompts: mean(x) - 1e-6 * mean(x).mean(), "batch"),
     "over the batch, detached": (lambda images, prompts: mean(images) - 0.01 * mean(images.detach()).mean(), "batch"),
     "over more than two": (lambda images, prompts: mean(images) - (len(images) > 2) * mean(images).mean(), "batch"),
     "by position": (lambda images, prompts: mean(images) * (1 + (torch.arange(len(images)) > 1)), "batch"),
