@@ -309,7 +309,7 @@ VIOLATIONS = {
     "infinite": (lambda images, prompts: mean(images) / 0, "finite"),
     "over the batch": (lambda images, prompts: mean(images) - mean(images).mean(), "batch"),
     "over the batch, slightly": (normalised(), "batch"),
-    "over the batch, too weakly for the scores": (lambda x, prompts: mean(x) - 1e-6 * mean(x).mean(), "batch"),
+    "over the batch, too weakly for the scores": (lambda x, prompts: mean(x) - 1e-5 * mean(x).mean(), "batch"),
     "over the batch, detached": (lambda images, prompts: mean(images) - 0.01 * mean(images.detach()).mean(), "batch"),
     "over more than two": (lambda images, prompts: mean(images) - (len(images) > 2) * mean(images).mean(), "batch"),
     "by position": (lambda images, prompts: mean(images) * (1 + (torch.arange(len(images)) > 1)), "batch"),
