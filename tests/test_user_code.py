@@ -149,39 +149,27 @@ def test_an_exception_of_user_code_becomes_a_user_code_error_unless_it_has_a_lin
 
 
 @pytest.mark.parametrize(
-    ("module", "package", "program"),
+    ("module", "package", "program", "arguments"),
     [
-        ("diffusers", "diffusers", "import train_leap_align as t; t.main(['--task', 'flux', '--help'])"),
-        ("accelerate", "accelerate", "import train_leap_align as t; t.main(['--task', 'flux', '--help'])"),
-        ("sklearn", "scikit-learn", "import train_leap_align as t; t.main(['--task', 'digits'])"),
-        ("diffusers", "diffusers", "from full_scale import __main__ as t; t.main(['tiny', 'folder'])"),
-        ("transformers", "transformers", "from full_scale import __main__ as t; t.main(['--help'])"),
+        ("diffusers", "diffusers", "train_leap_align", "--task flux --help"),
+        ("accelerate", "accelerate", "train_leap_align", "--task flux --help"),  # diffusers has an error of its own
+        ("sklearn", "scikit-learn", "train_leap_align", "--task digits"),
+        ("transformers", "transformers", "full_scale.__main__", "--help"),
+        ("transformers", "transformers", "full_scale.__main__", "check-reward imagereward --reward-weights tests"),
+        ("open_clip", "open_clip_torch", "full_scale.__main__", "check-reward hpsv2.1 --reward-weights tests"),
     ],
 )
-def test_a_missing_package_is_named_with_the_command_that_installs_it(module, package, program):
-    if module == "accelerate":  # diffusers reports it by an error of its own
+def test_a_missing_package_is_named_with_the_command_that_installs_it(module, package, program, arguments):
+    if module == "accelerate":
         pytest.importorskip("diffusers")
-    script = f"import sys; sys.modules[{module!r}] = None\n{program}"
+    script = f"import sys; sys.modules[{module!r}] = None\nimport {program} as t; t.main({arguments.split()})"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last_line = done.stderr.splitlines()[-1]  # libraries may warn before it
     assert last_line == f"error: {package} is not installed: pip install -r requirements.txt"
 
 
-@pytest.mark.parametrize(
-    ("module", "package", "command"),
-    [
-        ("open_clip", "open_clip_torch", lambda models: (tools.main, ["check-reward", "hpsv2.1"])),
-        ("transformers", "transformers", lambda models: (tools.main, ["check-reward", "imagereward"])),
-        ("peft", "peft", lambda models: (trainer.main, flux_run(models, models / "run", "--lora-rank", "2"))),
-    ],
-)
-def test_a_missing_package_of_a_reward_or_of_lora_is_named(module, package, command, models, monkeypatch):
-    program, arguments = command(models)
-    if program is tools.main:
-        arguments += ["--reward-weights", str(models)]
-        for name in [name for name in sys.modules if name.startswith(f"{module}.")]:
-            monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, module, None)
-    line = refusal(program, arguments, error=SystemExit)
-    assert line == f"error: {package} is not installed: pip install -r requirements.txt"
+def test_lora_without_peft_names_it(models, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    line = refusal(trainer.main, flux_run(models, tmp_path, "--lora-rank", "2"), error=SystemExit)
+    assert line == "error: peft is not installed: pip install -r requirements.txt"
