@@ -14,14 +14,15 @@ import torch
 
 from full_scale.rewards import load
 from full_scale.rewards.hpsv3 import INSTRUCTION, patchify, resized_size
-from full_scale.rewards.images import CLIP_MEAN, CLIP_STD, crop, normalise
+from full_scale.rewards.images import CLIP_STD, crop, normalise
 from runtime.counters import saved_bytes
 from tests.tiny_rewards import PROMPTS, random_images, refusal, tiny_folder, tiny_reward, use_tiny_vit
 
 
 def random_uint8_images(sizes):
-    """One image (1, 3, H, W) for each (H, W)."""
-    return [(random_images(1, *size, seed=i) * 255).round().to(torch.uint8) for i, size in enumerate(sizes)]
+    """One image (1, 3, H, W) for each (H, W), with contrasts at which a bicubic filter leaves [0, 1]."""
+    images = (random_images(1, *size, seed=i) for i, size in enumerate(sizes))
+    return [((4 * image - 1.5).clamp(0, 1) * 255).round().to(torch.uint8) for image in images]
 
 
 def as_pil(image):
@@ -30,8 +31,8 @@ def as_pil(image):
 
 
 def assert_same_preprocessing(pixels, official):
-    """Both in [0, 1], up to rounding: the official code resizes 8-bit images with PIL, which rounds to 1/255 twice."""
-    difference = (pixels - official).abs() * 255
+    """Up to rounding: the official code resizes 8-bit images with PIL, which rounds to 1/255 twice."""
+    difference = (pixels - official).abs() * torch.tensor(CLIP_STD)[:, None, None] * 255
     assert difference.max() < 1.5 and difference.mean() < 0.5
 
 
@@ -123,8 +124,7 @@ def test_pickscore_equals_the_models_logit_over_100_after_the_official_processor
     module = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
     reward, image = tiny_reward("pickscore"), random_uint8_images([size])[0]
     official = module.CLIPImageProcessorPil()(as_pil(image), return_tensors="pt").pixel_values
-    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-    assert_same_preprocessing(crop(image / 255, 224, math.floor), official * std + mean)
+    assert_same_preprocessing(normalise(crop(image / 255, 224, math.floor)), official)
     prompts = [*PROMPTS, "word " * 100]
     tokens = reward.tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
     with torch.no_grad():
@@ -177,13 +177,15 @@ def test_imagereward_equals_the_official_score(tmp_path):
 
 
 @SIZES
-def test_imagereward_preprocesses_as_the_official_transform(size):
+def test_imagereward_preprocesses_as_the_official_transform(size, monkeypatch):
     """torchvision on a PIL image, as in the official code; its crop does not round half a pixel as PickScore's does."""
     transforms = pytest.importorskip("torchvision.transforms")
     bicubic = transforms.InterpolationMode.BICUBIC
     steps = [transforms.Resize(224, interpolation=bicubic), transforms.CenterCrop(224), transforms.ToTensor()]
-    image = random_uint8_images([size])[0]
-    assert_same_preprocessing(crop(image / 255, 224, round), transforms.Compose(steps)(as_pil(image)))
+    reward, image = tiny_reward("imagereward"), random_uint8_images([size])[0]
+    monkeypatch.setattr(reward, "score_pixels", lambda pixels, ids, mask: pixels)
+    official = normalise(transforms.Compose(steps)(as_pil(image)))
+    assert_same_preprocessing(reward.score(image / 255, ["a"]), official)
 
 
 def test_hpsv3_equals_the_official_score(tmp_path):
