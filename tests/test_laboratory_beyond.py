@@ -6,24 +6,30 @@ from itertools import pairwise
 import pytest
 import torch
 
-from beyond import DEFAULTS, Hyper
 from leap_align import rollout, uniform_times
 from tests.problems import randn, seeded
+from tests.test_laboratory import fake_laboratory
 from toy.laboratory import beyond, other_trainers, plots, train_run
 from toy.laboratory.beyond import Setting
 from toy.laboratory.gradients import INPUT_SEED, GradientSampler, step_fidelity
-from toy.laboratory.laboratory import SMOKE, Laboratory, Scale
+from toy.laboratory.laboratory import Laboratory, Scale, tuning_score
 from toy.laboratory.other_trainers import GROUP, TRAINERS, NoisyStep, advantages, noisy_mean
-from toy.laboratory.result_cache import ResultCache
-from toy.laboratory.train_run import EvaluationCounter, budget_run, fresh_task, make_trainer
+from toy.laboratory.train_run import count_evaluations, fresh_task, make_trainer
 from train_leap_align import METHODS
 
 # Counted evaluations
 
 
 def trainer_of(method, T=10, **hyper):
-    values = {"lam": None, "m": 4} | DEFAULTS.get(method, {}) | hyper
-    return make_trainer(fresh_task("toy", T, smoke=True), method, 1e-3, 16, 0, 0.99, Hyper(**values))
+    return make_trainer(fresh_task("toy", T, smoke=True), method, 1e-3, {"lam": None} | hyper, seed=0, batch_size=16)
+
+
+def evaluations_of_a_step(trainer):
+    used = {"evaluations": 0.0}
+    with count_evaluations(trainer, used):
+        trainer.step()
+    trainer.evaluate()
+    return used["evaluations"]
 
 
 @pytest.mark.parametrize(
@@ -42,29 +48,20 @@ def trainer_of(method, T=10, **hyper):
     ],
 )
 def test_evaluations_of_an_iteration_against_a_hand_calculation(method, hyper, expected):
-    trainer = trainer_of(method, **hyper)
-    counter = EvaluationCounter(trainer)
-    with counter:
-        trainer.step()
-    trainer.evaluate()
-    assert counter.count == expected
+    assert evaluations_of_a_step(trainer_of(method, **hyper)) == expected
 
 
 def test_a_sampling_run_is_replayed_for_four_updates():
-    trainer = trainer_of("replay")
-    counts, counter, weights = [], EvaluationCounter(trainer), []
+    trainer, counts, weights = trainer_of("replay"), [], []
     for _ in range(8):
-        before = counter.count
-        with counter:
-            trainer.step()
-        counts.append(counter.count - before)
+        counts.append(evaluations_of_a_step(trainer))
         weights.append(trainer.task.model.body[0].weight.clone())
     assert counts == [16, 6, 6, 6] * 2
     assert all((a != b).any() for a, b in pairwise(weights))
 
 
 def test_a_run_is_evaluated_at_the_iteration_next_to_each_budget():
-    run = budget_run("toy", "leap_align", 10, 1e-3, 0, [0, 20, 40, 70], {}, smoke=True)
+    run = train_run.train_run("toy", "leap_align", 1e-3, 0, {}, [0, 20, 40, 70], "evaluations", T=10, smoke=True)
     assert not run["error"]
     assert [metrics["evaluations"] for metrics in run["metrics"]] == [0, 14, 42, 70]
     assert [metrics["iterations"] for metrics in run["metrics"]] == [0, 1, 3, 5]
@@ -73,30 +70,19 @@ def test_a_run_is_evaluated_at_the_iteration_next_to_each_budget():
 @pytest.mark.parametrize(
     ("method", "T", "hyper", "expected"),
     [
-        ("leap_align", 25, {}, {"alpha": 0.3, "lam": 0.0, "beta": 0.0}),
-        ("leap_align", 25, {"lam": None, "beta": 3.0}, {"lam": None, "beta": 3.0}),
+        ("leap_align", 25, {}, {"alpha": 0.3, "lam": 0.0, "beta": 0.0, "solver": "euler"}),
+        ("leap_align", 25, {"lam": None, "beta": 3.0, "solver": "ab2"}, {"lam": None, "beta": 3.0, "solver": "ab2"}),
         ("sparse", 25, {}, {"lam": 0.0, "K": 3}),
         ("bridge", 8, {"K": 2}, {"alpha": 0.1, "K": 2}),
         ("refl", 25, {}, {"m": 11}),
         ("refl", 5, {}, {"m": 2}),
     ],
 )
-def test_a_run_trains_with_the_methods_own_hyperparameters_and_a_hinge_at_0(monkeypatch, method, T, hyper, expected):
-    class Built(Exception):
-        pass
-
-    def make_trainer(task, method, lr, batch_size, seed, ema_decay, hyper):
-        assert {name: getattr(hyper, name) for name in expected} == expected
-        raise Built
-
-    monkeypatch.setattr(train_run, "make_trainer", make_trainer)
-    with pytest.raises(Built):
-        budget_run("toy", method, T, 1e-3, 0, [10], hyper, smoke=True)
-
-
-def test_a_run_that_breaks_keeps_what_it_has_and_its_error():
-    run = budget_run("toy", "leap_align", 10, 1e30, 0, [0, 700], {}, smoke=True)
-    assert len(run["metrics"]) == 1 and "steps in a row skipped" in run["error"]
+def test_a_run_trains_with_the_methods_own_hyperparameters_and_a_hinge_at_0(method, T, hyper, expected):
+    trainer = make_trainer(fresh_task("toy", T, smoke=True), method, 1e-3, hyper, seed=5, ema_decay=0.5)
+    values = vars(trainer.config) | vars(trainer.hyper)
+    own = {"lr": 1e-3, "seed": 5, "ema_decay": 0.5, "batch_size": 64}
+    assert {name: values[name] for name in expected | own} == expected | own
 
 
 # Policy gradient
@@ -181,32 +167,23 @@ def test_a_sampling_run_has_two_updates_each_with_the_mean_over_the_trained_time
     weight = trainer.task.model.body[0].weight
     monkeypatch.setattr(trainer, "timesteps", lambda: (trained, trained))
     monkeypatch.setattr(trainer, "loss", lambda *_: weight.sum())
-
-    def optimizer_step(loss):
-        gradients.append(weight.grad.clone())
-        weight.grad = None
-        return 0.0
-
-    monkeypatch.setattr(trainer, "optimizer_step", optimizer_step)
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: gradients.append(weight.grad.clone()))
+    monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", lambda *_: None)
     trainer.step()
     assert len(gradients) == 2
-    for gradient in gradients:
-        torch.testing.assert_close(gradient, torch.ones_like(gradient))
-
-
-def test_the_noise_of_the_walks_is_that_of_the_papers():
-    assert (TRAINERS["dancegrpo"].eta, TRAINERS["mixgrpo"].eta) == (0.3, 0.7)
+    assert all(torch.allclose(gradient, torch.ones_like(gradient)) for gradient in gradients)
 
 
 def test_the_window_slides_from_the_noise_to_the_image_and_returns():
-    trainer = trainer_of("mixgrpo", T=25)
-    windows = []
+    assert (TRAINERS["dancegrpo"].eta, TRAINERS["mixgrpo"].eta) == (0.3, 0.7)  # the papers'
+    trainer, windows = trainer_of("mixgrpo", T=25), []
     for iteration in range(0, 25 * 23, 25):
         trainer.progress.iteration = iteration
-        windows.append(trainer.timesteps()[0])
+        noisy, trained = trainer.timesteps()
+        assert noisy == trained
+        windows.append(noisy)
     assert windows[0] == [25, 24, 23, 22] and windows[1] == [24, 23, 22, 21] and windows[20] == [5, 4, 3, 2]
     assert windows[21] == windows[0]
-    assert all(trainer.timesteps()[0] == trainer.timesteps()[1] for _ in range(3))
 
 
 def test_policy_gradient_raises_a_reward_that_has_no_gradient(monkeypatch):
@@ -228,6 +205,9 @@ def test_a_step_of_the_exact_gradient_has_the_cosine_1():
     # The weight is 1 / (4 tau), and that of full backpropagation 1.
     assert found["ratio"] == pytest.approx(1 / 0.4, rel=1e-4)
     assert 0 < found["step_cosine"] < 1 - 1e-3
+    sampler = GradientSampler("toy", 5, 16, smoke=True)
+    first, again = (sampler.gradient("stratified", 0) for _ in range(2))
+    assert torch.equal(first, again) and first.abs().max() > 0  # a gradient leaves nothing behind
 
 
 def test_a_step_of_equal_cost_has_new_noise_and_as_many_samples_as_its_cost_allows(monkeypatch):
@@ -238,91 +218,74 @@ def test_a_step_of_equal_cost_has_new_noise_and_as_many_samples_as_its_cost_allo
     assert drawn == [(8, INPUT_SEED), (16 * 8, INPUT_SEED), (10, 0), (10, 1), (10, 2)]
 
 
-def test_a_gradient_leaves_nothing_behind():
-    sampler = GradientSampler("toy", 5, 0, 0.0, batch_size=16, smoke=True)
-    first, again = (sampler.gradient("stratified", 0) for _ in range(2))
-    assert torch.equal(first, again) and first.abs().max() > 0
-
-
 # Choices and tables
 
 
 def runs_with(*utilities):
     """A run for each list of utilities, evaluated after 0, 100, 200, ... evaluations."""
+    others = {"reward": 0.0, "alignment": 0.0, "log_density": 0.0, "spread": 0.0, "iterations": 0}
     return [
-        {"metrics": [{"evaluations": 100.0 * i, "utility": u} for i, u in enumerate(line)], "error": ""}
+        {"metrics": [others | {"evaluations": 100.0 * i, "utility": u} for i, u in enumerate(line)], "error": ""}
         for line in utilities
     ]
 
 
-def test_cost_to_reach_the_published_utility_against_a_hand_calculation():
-    """The mean rises from -10 to -6, and the target is -8."""
-    runs, published = runs_with([-10, -5, -4], [-10, -7, -4]), runs_with([-20, -9], [-20, -7])
-    found = beyond.cost_to_reach(runs, published)
-    assert found["needed"] == pytest.approx(50) and found["share"] == pytest.approx(0.5)
-    # Without the first seed the target is -7, which the second run reaches after 100; without the second -9, after 20.
-    assert found["needed_error"] == pytest.approx(math.sqrt(0.5 * (40**2 + 40**2)))
-    assert found["share_error"] == pytest.approx(found["needed_error"] / 100)
-    for name in ("share_alike", "share_of_best"):
-        assert (found[name], found[f"{name}_error"]) == (found["share"], found["share_error"])
-
-
-def test_a_published_run_that_loses_utility_again_is_also_compared_at_its_best():
-    """It has -8 after 75 evaluations, is best after 100, with -6, and ends after 300, with -8 again."""
-    runs, published = runs_with([-10, -6, -4], [-10, -6, -4]), runs_with([-14, -6, -7, -8], [-14, -6, -7, -8])
-    found = beyond.cost_to_reach(runs, published)
-    assert (found["needed"], found["share"], found["share_of_best"]) == (50, pytest.approx(50 / 300), 1)
-    assert found["share_alike"] == pytest.approx(50 / 75)
+@pytest.mark.parametrize(
+    ("utilities", "published", "needed", "shares", "error"),
+    [
+        # The mean rises from -10 to -6, and the target is -8.  Without the first seed the target is -7, which takes
+        # 100 evaluations; without the second it is -9, which takes 20.
+        (([-10, -5, -4], [-10, -7, -4]), ([-20, -9], [-20, -7]), 50, (1 / 2, 1 / 2, 1 / 2), 40),
+        # The published run has -8 after 75 evaluations, is best after 100, with -6, and ends after 300, with -8 again.
+        (([-10, -6, -4],) * 2, ([-14, -6, -7, -8],) * 2, 50, (1 / 6, 2 / 3, 1), 0),
+        # Both together reach -8, the second alone does not.
+        (([-10, -5], [-10, -9]), ([-20, -8],) * 2, 200 / 3, (2 / 3, 2 / 3, 2 / 3), None),
+    ],
+)
+def test_cost_to_reach_the_published_utility(utilities, published, needed, shares, error):
+    expected = {"needed": needed} | dict(zip(("share", "share_alike", "share_of_best"), shares))
+    errors = {} if error is None else {f"{name}_error": error * value / needed for name, value in expected.items()}
+    assert beyond.cost_to_reach(runs_with(*utilities), runs_with(*published)) == pytest.approx(expected | errors)
+    assert beyond.cost_to_reach(runs_with([-10, -9], [-10, -9]), runs_with(*published)) == {}
 
 
 def test_a_curve_that_starts_at_the_utility_or_stands_still_reaches_it_where_it_starts():
-    assert beyond.evaluations_to(-5.0, [(20.0, -5.0), (40.0, -5.0), (60.0, -4.0)]) == 20
-    assert beyond.evaluations_to(-4.5, [(20.0, -5.0), (40.0, -5.0), (60.0, -4.0)]) == 50
-
-
-def test_a_mean_that_does_not_reach_the_published_utility_has_no_cost():
-    assert beyond.cost_to_reach(runs_with([-10, -9], [-10, -9]), runs_with([-20, -8], [-20, -8])) == {}
-    # Both together reach -8, the second alone does not.
-    found = beyond.cost_to_reach(runs_with([-10, -5], [-10, -9]), runs_with([-20, -8], [-20, -8]))
-    assert found == {"needed": pytest.approx(200 / 3)} | dict.fromkeys(
-        ("share", "share_alike", "share_of_best"), pytest.approx(2 / 3)
-    )
+    curve = [(20.0, -5.0), (40.0, -5.0), (60.0, -4.0)]
+    assert [beyond.evaluations_to(utility, curve) for utility in (-5.0, -4.5)] == [20, 50]
 
 
 def test_every_setting_is_trained_once_and_the_published_one_is_among_them():
     settings = list(beyond.settings_of("digits", (5, 6, 8, 12, 25)))
     assert len(settings) == len(set(settings)) == 12 * 5 * 2 + 4 * 2
+    assert {*TRAINERS, "sparse", "bridge", "lagrange", "stratified"} <= {setting.method for setting in settings}
     (published,) = [setting for setting in settings if setting.is_published]
-    assert published.hyper == {"solver": "euler"} and (published.T, published.method) == (25, "leap_align")
-    assert Setting("toy", "stratified", "K 4", 8, "ab2").hyper == {"solver": "ab2", "K": 4}
-    assert Setting("toy", "leap_align", "alpha 1", 8).hyper == {"solver": "euler", "alpha": 1.0}
+    assert published == Setting("digits", "leap_align", "", 25) and not published.hyper
+    expected = {"task": "toy", "method": "stratified", "T": 8, "hyper": {"K": 4, "solver": "ab2"}}
+    run = Setting("toy", "stratified", "K 4", 8, "ab2").run(1e-3, [29])
+    assert run == expected | {"lr": 1e-3, "evaluate_at": [29], "unit": "evaluations"}
+    assert Setting("toy", "leap_align", "alpha 1", 8).hyper == {"alpha": 1.0}
     leash = Setting("digits", "stratified", "leash", 8)
-    assert leash.hyper == {"K": 3, "lam": None, "beta": 3.0, "solver": "euler"} and leash.line == "stratified, leash"
+    assert leash.hyper == {"K": 3, "lam": None, "beta": 3.0} and leash.line == "stratified, leash"
 
 
-def laboratory(tmp_path, monkeypatch, utility):
-    """A laboratory in which a run's utility is utility(setting, lr, seed, budget)."""
+def laboratory(monkeypatch, utility):
+    """A laboratory in which a run's utility is utility(setting, budget)."""
 
     def result(s):
-        metrics = [{"utility": utility(s, budget), "evaluations": budget} for budget in s["budgets"]]
-        return {"metrics": metrics, "error": ""}
+        assert s["seed"] == (9 if s["evaluate_at"] == [29] else 8) and s["unit"] == "evaluations"
+        return {"metrics": [{"utility": utility(s, budget)} for budget in s["evaluate_at"]], "error": ""}
 
-    def results(self, function, settings, title):
-        return list(map(result, settings))
-
-    monkeypatch.setattr(ResultCache, "results", results)
-    scale = Scale(tasks=("toy",), tuning_seeds=(9,), budgets={"small": 1, "large": 2}, smoke=True)
-    return Laboratory(tmp_path, ResultCache(tmp_path, 1), scale)
+    seeds, rates = {"tuning_seeds": (8,), "more_tuning_seeds": (9,)}, (1e-4, 1e-3, 1e-2)
+    return fake_laboratory(monkeypatch, result, **seeds, budgets={"small": 1, "large": 2}, learning_rates=rates)
 
 
-def test_learning_rates_are_chosen_by_the_utility_of_the_tuning_seeds_for_each_budget(tmp_path, monkeypatch):
+def test_learning_rates_are_chosen_by_the_utility_of_the_tuning_seeds_for_each_budget(monkeypatch):
     def utility(s, budget):
-        assert s["seed"] == 9 and s["hyper"]["solver"] == "euler"
+        assert s["hyper"]["solver"] == "euler"
         return -abs(s["lr"] - (1e-2 if budget == 29 else 1e-4))
 
-    lab = laboratory(tmp_path, monkeypatch, utility)
     settings = [Setting("toy", "refl", "", 8), Setting("toy", "refl", "", 8, "ab2")]
-    rates = beyond.learning_rates(lab, settings)
+    rates = beyond.learning_rates(laboratory(monkeypatch, utility), settings)
     assert rates == {(s, budget): lr for s in settings for budget, lr in (("small", 1e-2), ("large", 1e-4))}
 
 
@@ -331,72 +294,52 @@ def test_policy_gradient_has_lower_rates_and_the_small_budget_more_seeds():
     rates = {method: beyond.candidate_rates(lab, Setting("digits", method, "", 25)) for method in METHODS | TRAINERS}
     assert all(rates[name] == rates["leap_align"] for name in METHODS)
     assert all(min(rates[name]) < min(rates["leap_align"]) for name in TRAINERS)
-    assert beyond.tuning_seeds(lab, "small") == (100, 101, 102, 103, 104, 105)
-    assert beyond.tuning_seeds(lab, "large") == (100, 101)
+    assert (Scale().more_tuning_seeds, Scale().tuning_seeds) == ((100, 101, 102, 103, 104, 105), (100, 101))
 
 
 def test_a_broken_run_is_worse_than_any_other():
     good, broken = runs_with([-1e6])[0], {"metrics": [], "error": "broke"}
-    assert beyond.mean_utility([good, broken]) < beyond.mean_utility([good, good])
+    assert tuning_score([good, broken], "utility") < tuning_score([good, good], "utility")
 
 
-def test_the_setting_of_a_method_is_chosen_on_the_tuning_seeds(tmp_path, monkeypatch):
+def test_the_setting_of_a_method_is_chosen_on_the_tuning_seeds(monkeypatch):
     def utility(s, budget):
-        assert s["seed"] == 9 and budget == 29
+        assert budget == 29
         return {5: -3.0, 8: -1.0, 25: -2.0}[s["T"]]
 
-    lab = laboratory(tmp_path, monkeypatch, utility)
     settings = [Setting("toy", method, "", T) for method in ("refl", "drtune") for T in (5, 8, 25)]
     rates = {(setting, "small"): 1e-3 for setting in settings}
-    assert beyond.chosen_settings(lab, settings, rates) == [settings[1], settings[4]]
+    assert beyond.chosen_settings(laboratory(monkeypatch, utility), settings, rates) == [settings[1], settings[4]]
 
 
-def test_a_setting_with_a_broken_run_has_no_metrics():
-    setting, published = Setting("toy", "refl", "", 8), Setting("toy", "leap_align", "", 25)
-    good, broken = runs_with([-4.0, -2.0], [-4.0, -2.0]), [*runs_with([-4.0]), {"metrics": [], "error": "broke"}]
-    runs = {(setting, "small"): broken, (published, "small"): good, (published, "large"): good}
-    bad, small, large = beyond.table_rows(runs, dict.fromkeys(runs, 1e-3), {"toy": published})
+def test_rows_of_the_tables_against_a_hand_calculation():
+    """A setting with a broken run has no metrics; the headline has the chosen setting's cost at the small budget."""
+    broken, chosen, published = (
+        Setting("toy", *own) for own in (("refl", "", 5), ("refl", "", 8), ("leap_align", "", 25))
+    )
+    runs = {
+        (broken, "small"): [*runs_with([-4.0]), {"metrics": [], "error": "broke"}],
+        (chosen, "small"): runs_with([-4, -2], [-4, -2]),
+        (published, "large"): runs_with([-4, -3], [-4, -3]),
+    }
+    rows = beyond.table_rows(runs, dict.fromkeys(runs, 1e-3), {"toy": published})
+    bad, small, large = rows
     assert bad["n"] == 0 and "utility" not in bad and "needed" not in bad
-    assert small["n"] == 2 and small["utility"] == -2 and small["needed"] == 100
-    assert "needed" not in large
+    assert small["n"] == 2 and small["utility"] == -2
+    assert large["n"] == 2 and "needed" not in large
+    shares = {"needed": 50.0, "share": 0.5, "share_alike": 0.5, "share_of_best": 0.5}
+    costs = shares | {f"{name}_error": 0.0 for name in shares}
+    assert beyond.headline_rows(rows, [chosen]) == [vars(chosen) | {"lr": 1e-3} | costs]
 
 
-def test_headline_against_a_hand_calculation():
-    setting, published = Setting("toy", "refl", "", 8), Setting("toy", "leap_align", "", 25)
-    runs = {(setting, "small"): runs_with([-4, -2], [-4, -2]), (published, "large"): runs_with([-4, -3], [-4, -3])}
-    (row,) = beyond.headline_rows(runs, {(setting, "small"): 1e-3}, [setting], {"toy": published})
-    assert (row["needed"], row["share"], row["lr"], row["method"]) == (50, 0.5, 1e-3, "refl")
-
-
-# The figure
-
-
-def test_the_figure_has_a_line_for_each_setting_and_budget_and_a_thick_published_one(tmp_path, monkeypatch):
-    saved = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: saved.append(figure))
+def test_the_figure_has_a_line_for_each_setting_and_budget_and_a_thick_published_one():
     rows = []
     for line, T in (("leap_align", 25), ("refl", 8)):
         for budget, evaluations in (("small", 0.0), ("small", 10.0), ("small", 20.0), ("large", 40.0), ("large", 80.0)):
             row = {"task": "toy", "line": line, "option": "", "T": T, "solver": "euler", "budget": budget}
-            for name in beyond.SHOWN["toy"]:
-                row |= {name: evaluations / 10, f"{name}_error": 0.1}
+            row |= {key: evaluations / 10 for name in beyond.SHOWN["toy"] for key in (name, f"{name}_error")}
             rows.append(row | {"evaluations": evaluations})
-    plots.beyond(tmp_path / "beyond.png", rows, beyond.SHOWN, 20)
-    (figure,) = saved
-    axis = figure.axes[0]
+    axis = plots.beyond(rows, beyond.SHOWN, 20).axes[0]
     assert [line.get_linewidth() for line in axis.lines[:4]] == [3.5, 3.5, 1.2, 1.2]
     assert [list(line.get_xdata()) for line in axis.lines[:2]] == [[10, 20], [40, 80]]
     assert axis.get_xscale() == "log"
-
-
-# Completeness
-
-
-def test_no_tuning_seed_is_in_a_table():
-    assert not set(Scale().seeds) & set(beyond.MORE_TUNING_SEEDS)
-    assert not set(Scale().seeds) & set(Scale().tuning_seeds) and not set(SMOKE.seeds) & set(SMOKE.tuning_seeds)
-
-
-def test_policy_gradient_is_among_the_settings():
-    methods = {setting.method for setting in beyond.settings_of("toy", (8,))}
-    assert set(TRAINERS) | {"sparse", "bridge", "lagrange", "stratified", "leap_align"} <= methods

@@ -1,36 +1,25 @@
 """The laboratory's instruments against hand calculations: variants of LeapAlign, method measurements, gradients."""
 
-import math
+from functools import partial
 
 import pytest
 import torch
 
-from leap_align import METHODS, Hyper, leap_trajectory, similarity_weight, uniform_times
+from leap_align import METHODS, Hyper, leap_trajectory, sample_pair, similarity_weight, uniform_times
 from tests.problems import Net, euler, grid, randn, seeded
-from toy.laboratory import method_measurements, variants
-from toy.laboratory.fidelity import weights_by_similarity
+from toy.laboratory import variants
+from toy.laboratory.gradient_experiments import saved_for_backward, weights_by_similarity
 from toy.laboratory.gradients import GradientSampler, Moments, compare_gradients
-from toy.laboratory.memory import saved_for_backward
+from toy.laboratory.method_measurements import distinct_draws, effective_weights, evaluation_count
 
 # Variants
 
 
-def values_and_gradients(tensors, theta):
-    """The tensors, and the gradient of each one's squared norm."""
-    return tensors + [torch.autograd.grad(x.square().sum(), theta, retain_graph=True)[0] for x in tensors]
-
-
-def test_a_trajectory_of_two_leaps_is_the_leap_trajectory(float64):
-    net, times, x_T = Net(), grid(6, 2.2243), randn(4, 3)
-    states = euler(net.velocity(net.theta), x_T, times)
-    theta = net.leaf()
-    connections = variants.multi_leap_trajectory(net.velocity(theta), states, times, [5, 2], 0.3)
-    found = values_and_gradients([x for connection in connections for x in connection], theta)
-    theta = net.leaf()
-    leaps = leap_trajectory(net.velocity(theta), states, times, 5, 2, 0.3)
-    expected = values_and_gradients([leaps.x_hat_j, leaps.x_j, leaps.x_hat_0, leaps.x_0], theta)
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a, b)
+def leaps_of_net(i_k, i_j):
+    """The states of a run of a network on 8 steps, and one pair's leap trajectory."""
+    velocity = Net().velocity(Net().theta)
+    states = euler(velocity, randn(5, 3), grid(8))
+    return states, leap_trajectory(velocity, states, grid(8), i_k, i_j, 0.3)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
@@ -49,57 +38,48 @@ def test_gradient_of_several_leaps_against_a_hand_calculation(float64, indices, 
     assert x_0.item() == 3
 
 
-def run_on_net(method, T=8, hyper=None, seed=0):
-    """The only endpoint of a method on a small network, its log, and the gradient of the endpoint's sum."""
+def run_on_net(method, seed=0, T=8):
+    """The only endpoint of a method on a small network, its weight and log, and the gradient of the endpoint's sum."""
     net, theta = Net(), Net().leaf()
-    endpoints = method(net.velocity(theta), randn(5, 3), grid(T), hyper or Hyper(), seeded(seed))
-    ((x_0, weight),) = endpoints
-    return (x_0, weight), endpoints.log, torch.autograd.grad(x_0.sum(), theta)[0]
+    ((x_0, weight, log),) = method(net.velocity(theta), randn(5, 3), grid(T), Hyper(), seeded(seed))
+    return x_0, weight, log, torch.autograd.grad(x_0.sum(), theta)[0]
 
 
-def test_a_variant_without_a_change_is_leap_align(float64):
-    for seed in range(5):
-        (x_0, weight), log, gradient = run_on_net(variants.leap_align_variant, seed=seed)
-        (expected_x_0, expected_weight), expected_log, expected = run_on_net(METHODS["leap_align"], seed=seed)
-        assert (log["i_k"], log["i_j"]) == (expected_log["i_k"], expected_log["i_j"])
-        torch.testing.assert_close(x_0, expected_x_0)
-        torch.testing.assert_close(weight, expected_weight)
-        torch.testing.assert_close(gradient, expected)
-
-
-def test_the_variant_with_two_leaps_has_the_weight_of_leap_align(float64):
-    net, x_T, times = Net(), randn(5, 3), grid(8)
-    arguments = net.velocity(net.theta), x_T, times, Hyper(), seeded(3)
-    ((_, weight),) = variants.leap_align_with_leaps(2, *arguments)
-    i_j, i_k = sorted((1 + torch.randperm(8, generator=seeded(3))[:2]).tolist())
-    states = euler(net.velocity(net.theta), x_T, times)
-    leaps = leap_trajectory(net.velocity(net.theta), states, times, i_k, i_j, 0.3)
-    torch.testing.assert_close(weight, similarity_weight(leaps, 0.1))
+@pytest.mark.parametrize("seed", range(5))
+def test_a_variant_without_a_change_is_leap_align(float64, seed):
+    found, expected = (run_on_net(method, seed) for method in (variants.leap_align_variant, METHODS["leap_align"]))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_weights_of_the_variants_against_a_hand_calculation(float64):
-    net, x_T, times = Net(), randn(5, 3), grid(8)
-    states = euler(net.velocity(net.theta), x_T, times)
-    leaps = leap_trajectory(net.velocity(net.theta), states, times, 7, 3, 0.3)
+    seed = next(seed for seed in range(100) if sample_pair(8, seeded(seed)) == (7, 3))
+    states, leaps = leaps_of_net(7, 3)
     d_j = (states[3] - leaps.x_hat_j).abs().mean(1).clamp(min=0.1)
     d_0 = (states[0] - leaps.x_hat_0).abs().mean(1).clamp(min=0.1)
     assert (d_j > 0.1).any() and (d_0 > 0.1).any()
-    assert torch.equal(variants.no_weight(leaps, 0.1), torch.ones(5))
-    torch.testing.assert_close(variants.weight_by_d_j(leaps, 0.1), 1 / d_j)
-    torch.testing.assert_close(variants.weight_by_d_0(leaps, 0.1), 1 / d_0)
+    expected = {"no_weight": torch.ones(5), "weight_by_d_j": 1 / d_j, "weight_by_d_0": 1 / d_0}
+    for name, weight in expected.items():
+        torch.testing.assert_close(run_on_net(variants.VARIANTS[name], seed)[1], weight)
+
+
+def test_the_variant_with_two_leaps_has_the_weight_of_leap_align(float64):
+    i_j, i_k = sorted((1 + torch.randperm(8, generator=seeded(3))[:2]).tolist())
+    _, weight, _, _ = run_on_net(partial(variants.leap_align_with_leaps, 2), seed=3)
+    torch.testing.assert_close(weight, similarity_weight(leaps_of_net(i_k, i_j)[1], 0.1))
 
 
 def test_a_variant_can_reward_the_leap(float64):
-    (x_hat_0, _), log, gradient = run_on_net(variants.VARIANTS["reward_on_leap"], seed=1)
-    (x_0, _), _, expected = run_on_net(variants.leap_align_variant, seed=1)
+    x_hat_0, _, log, gradient = run_on_net(variants.VARIANTS["reward_on_leap"], seed=1)
+    x_0, _, _, expected = run_on_net(variants.leap_align_variant, seed=1)
     torch.testing.assert_close(gradient, expected)  # a connector passes the leap's gradient on
     # From x_1 the leap would be the Euler step, which is exact.
     assert log["i_j"] > 1 and (x_hat_0 - x_0).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name, distance", [("distance_1", 1), ("distance_6", 6)])
+@pytest.mark.parametrize(("name", "distance"), [("distance_1", 1), ("distance_6", 6)])
 def test_pairs_at_a_fixed_distance_reach_every_j(name, distance):
-    logs = [run_on_net(variants.VARIANTS[name], seed=seed)[1] for seed in range(60)]
+    logs = [run_on_net(variants.VARIANTS[name], seed)[2] for seed in range(60)]
     assert {log["i_k"] - log["i_j"] for log in logs} == {distance}
     assert {log["i_j"] for log in logs} == set(range(1, 8 - distance + 1))
 
@@ -112,14 +92,16 @@ def test_evaluation_counts_against_a_hand_calculation():
     drtune = [10 - i_min + 1 + 2 * sum(i >= i_min for i in (s, s + 5)) for i_min in range(1, 5) for s in range(1, 6)]
     expected = {
         "leap_align": 10 + 4,
+        "leap_align_per_sample": 10 + 6,
         "refl": sum(10 - i + 3 for i in range(1, 5)) / 4,
         "draft_lv": 9 + 3 + 2 * 3,
         "drtune": sum(drtune) / len(drtune),
         "full_backprop": 30,
+        "stratified": 9 + 3 + 2 * 3,  # leaps but the last are evaluated again
     }
-    for method, count in expected.items():
-        assert method_measurements.evaluation_count(method, 10, 50)["evaluations"] == pytest.approx(count)
-    assert method_measurements.evaluation_count("leap_align", 10, 20, pairs="sample")["evaluations"] == 10 + 6
+    counts = {method: evaluation_count(method, 10, 50)["evaluations"] for method in expected}
+    assert counts == pytest.approx(expected)
+    assert evaluation_count("stratified", 10, 50, K=2)["evaluations"] == 9 + 3 + 3
 
 
 def test_effective_weights_against_a_hand_calculation():
@@ -132,7 +114,7 @@ def test_effective_weights_against_a_hand_calculation():
         "leap_align": [(i * (i - 1) / 2 + (T - i) * i) / T / pairs for i in range(1, T + 1)],
     }
     for method, weights in expected.items():
-        assert method_measurements.effective_weights(method, T, 50)["weights"] == pytest.approx(weights, abs=1e-6)
+        assert effective_weights(method, T, 50)["weights"] == pytest.approx(weights, abs=1e-6)
 
 
 def test_weights_by_similarity_against_a_hand_calculation():
@@ -140,35 +122,25 @@ def test_weights_by_similarity_against_a_hand_calculation():
 
 
 def test_distinct_draws_are_all_draws():
-    counts = [len(method_measurements.distinct_draws(name, 10, 50)[0]) for name in ("leap_align", "refl", "drtune")]
-    assert counts == [45, 4, 20]
-    assert method_measurements.distinct_draws("leap_align", 10, 44) == (list(range(44)), False)
-    assert method_measurements.distinct_draws("draft_lv", 10, 50) == (list(range(5)), False)
+    assert [len(distinct_draws(name, 10, 50)[0]) for name in ("leap_align", "refl", "drtune")] == [45, 4, 20]
+    assert distinct_draws("leap_align", 10, 45)[1] is True
+    assert distinct_draws("leap_align", 10, 44) == (list(range(44)), False)
+    assert distinct_draws("draft_lv", 10, 50) == (list(range(5)), False)
 
 
 # Gradients
 
 
 def test_moments_against_a_hand_calculation():
-    moments = Moments(torch.tensor([1.0, 1.0]))
-    moments.add(torch.tensor([3.0, 0.0]))
-    moments.add(torch.tensor([1.0, 2.0]))
+    moments = Moments(torch.tensor([1.0, 1.0]), [torch.tensor([3.0, 0.0]), torch.tensor([1.0, 2.0])])
     # Mean (2, 1); squares 9 and 5, mean 7; cosines 1/sqrt(2) and 3/sqrt(10).
-    assert moments.values() == pytest.approx(
-        {
-            "cosine": 3 / math.sqrt(10),
-            "ratio": math.sqrt(5 / 2),
-            "one_cosine": (1 / math.sqrt(2) + 3 / math.sqrt(10)) / 2,
-            "one_norm": math.sqrt(7),
-            "variance": 7 / 5 - 1,
-            "draws": 2,
-        }
-    )
+    one_draw = {"one_cosine": (0.5**0.5 + 3 / 10**0.5) / 2, "one_norm": 7**0.5, "variance": 7 / 5 - 1, "draws": 2}
+    assert moments.values() == pytest.approx({"cosine": 3 / 10**0.5, "ratio": 2.5**0.5} | one_draw)
 
 
 def test_two_steps_at_alpha_1_have_the_true_gradient():
     """The only pair of T = 2 joins Euler steps: full backpropagation, times the greatest weight 1 / (2 tau) = 5."""
-    comparison = compare_gradients("toy", 2, 0, 1e-3, max_draws=4, batch_size=16, methods=[], smoke=True)
+    comparison = compare_gradients("toy", 2, 0, max_draws=4, batch_size=16, methods=[], smoke=True)
     exact = comparison["methods"]["leap_align 1"]
     assert exact["cosine"] == pytest.approx(1, abs=1e-5)
     assert exact["ratio"] == pytest.approx(5, abs=1e-3)
@@ -178,14 +150,19 @@ def test_two_steps_at_alpha_1_have_the_true_gradient():
 
 
 def test_gradients_of_pairs_are_those_of_the_method():
-    sampler = GradientSampler("toy", 5, 0, 0.0, batch_size=16, smoke=True)
+    sampler = GradientSampler("toy", 5, 16, smoke=True)
     pairs = {(i_k, i_j): g_0 + 0.3 * (g_1 - g_0) for i_k, i_j, _, g_0, g_1 in sampler.pair_gradients()}
     assert len(pairs) == 10
     for seed in range(6):
-        endpoints = METHODS["leap_align"](lambda x, t: x, sampler.x_T, sampler.task.times, Hyper(), seeded(seed))
-        list(endpoints)
-        i_k, i_j = endpoints.log["i_k"], endpoints.log["i_j"]
-        torch.testing.assert_close(pairs[i_k, i_j], sampler.gradient("leap_align", seed), rtol=1e-4, atol=1e-5)
+        _, _, log, _ = run_on_net(METHODS["leap_align"], seed, T=5)  # draws the same pair
+        found = sampler.gradient("leap_align", seed)
+        torch.testing.assert_close(pairs[log["i_k"], log["i_j"]], found, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sampler_measures_after_its_iterations_of_training():
+    """The same noise and prompts, so another gradient comes from other weights."""
+    fresh, again, trained = (GradientSampler("toy", 5, 16, True, n).gradient("full_backprop", 0) for n in (0, 0, 2))
+    assert torch.equal(fresh, again) and not torch.allclose(fresh, trained)
 
 
 def test_saved_bytes_are_flat_for_leap_align_and_linear_for_full_backprop():

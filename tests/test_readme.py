@@ -18,8 +18,9 @@ import train_leap_align as trainer
 from runtime.run_dir import read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("", "toy/", "toy/laboratory/", "toy/laboratory/results/", "toy/benchmark/", "full_scale/", "runtime/")
-PAGES = {f"{folder}README.md": (ROOT / folder / "README.md").read_text() for folder in FOLDERS}
+FOLDERS = ("", "toy/", "toy/laboratory/", "toy/laboratory/results/", "full_scale/", "runtime/")
+NAMES = (*(f"{folder}README.md" for folder in FOLDERS), "toy/laboratory/cost.md")
+PAGES = {name: (ROOT / name).read_text() for name in NAMES}
 README = PAGES["README.md"]
 TABLE = re.search(r"\| equation \|.*?\n\n", README, re.S).group().splitlines()[2:]
 LINES = [
@@ -320,65 +321,3 @@ def table(section, head):
     lines = section[section.index(head) :].split("\n\n")[0].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return cells[0][1:], {row[0].strip("`*"): row[1:] for row in cells[2:]}
-
-
-def benchmark(name):
-    return read_csv(ROOT / "toy" / "benchmark" / "results" / f"{name}.csv")
-
-
-def equal_as_shown(shown, value):
-    """Whether a number on a page is this value, to the digits that the page shows."""
-    digits = len(shown.partition(".")[2])
-    return abs(float(shown) - float(value)) <= 0.5000001 * 10**-digits
-
-
-COSTS = PAGES["toy/benchmark/README.md"]
-NAMES = {"toy": "toy", "digits": "digits", "tiny FLUX": "tiny flux", "tiny SD3.5": "tiny sd3"}
-"""Tasks in the README and in the benchmark's tables."""
-
-
-def test_operations_of_the_readme_are_those_of_the_benchmark():
-    found = {(row["task"], row["method"]): row["network"] for row in benchmark("flops")}
-    known = {"leap_align`, gradient checkpointing": "leap_align, checkpoints"}
-    _, rows = table(COSTS, "| operations")
-    assert len(rows) == 11
-    for name, cells in rows.items():
-        method = "two passes" if "two passes" in name else known.get(name, name.split("`")[0])
-        for cell, tasks in zip(cells, (("toy", "digits"), ("tiny flux",), ("tiny sd3",)), strict=True):
-            assert not cell or all(equal_as_shown(cell, found[task, method]) for task in tasks)
-
-
-def test_bytes_of_the_readme_are_those_of_the_benchmark():
-    found = {(row["task"], row["T"]): (row["leap_align MiB"], row["full_backprop MiB"]) for row in benchmark("memory")}
-    columns, rows = table(COSTS, "| MiB")
-    assert len(rows) == 4
-    for name, cells in rows.items():
-        for cell, column in zip(cells, columns, strict=True):
-            pair = found[NAMES[name.split(",")[0].strip("`")], column.removeprefix("T = ")]
-            assert all(map(equal_as_shown, cell.split(" / "), pair))
-
-
-@pytest.mark.parametrize(("head", "name", "keys"), [
-    ("| a step |", "time", ("step ms", "bare ms", "ratio", "of it update", "unwrapped ms", "over unwrapped")),
-    ("| share of a step |", "shares", None),
-    ("| main job, seconds", "job", None),
-])  # fmt: skip
-def test_times_of_the_readme_are_those_of_the_benchmark(head, name, keys):
-    """A cell is a value, a value and its error, or empty; keys: columns of the CSV file, if the names differ."""
-    columns, rows = table(COSTS, head)
-    runs = {"first": "first", "with the cache": "second"}
-    found = {(row["task"], row.get("run")): row for row in benchmark(name)}
-    assert len(rows) == 4
-    for about, cells in rows.items():
-        task, _, run = (part.strip() for part in about.replace("`", "").partition(","))
-        assert any(cells), about
-        row = found[NAMES[task], runs.get(run)]
-        for cell, key in zip(cells, keys or [{"building": "build", "all": "seconds"}.get(c, c) for c in columns]):
-            values = (row[key], row.get(f"{key}_error"))
-            assert not cell or all(map(equal_as_shown, cell.split(" ± "), values)), (about, key, cell, values)
-
-
-def test_before_and_after_of_the_readme_are_the_committed_ones():
-    _, rows = table(COSTS, "| what was mended")
-    found = {row["what"].strip("`*"): [row["before"], row["after"], row["where"]] for row in benchmark("before-after")}
-    assert len(rows) >= 10 and rows == found

@@ -69,11 +69,10 @@ MAY_IMPORT = {
     "full_scale/plan.py": {"leap_align", "runtime", "full_scale", "train_leap_align"},
     "toy/": {"leap_align", "runtime", "toy"},
     "toy/laboratory/": {"leap_align", "beyond", "runtime", "toy", "train_leap_align"},
-    "toy/benchmark/": {"leap_align", "beyond", "runtime", "toy", "train_leap_align"},
     "flux_adapter.py": {"leap_align", "runtime", "full_scale"},
     "train_leap_align.py": {"leap_align", "beyond", "runtime"},
 }
-"""The laboratory, the plan and the two benchmarks start the trainer, so they stand above it."""
+"""The laboratory, the plan and the benchmark start the trainer, so they stand above it."""
 
 
 def forbidden_imports(path, tree):
@@ -107,13 +106,10 @@ def test_no_import_is_relative(path):
     assert not any(node.level for node in nodes(TREES[path], ast.ImportFrom))
 
 
-@pytest.mark.parametrize("room", ["toy", "toy/laboratory"])
-def test_no_lower_room_imports_a_higher_one(room):
-    """The tasks do not need the laboratory and the benchmark, nor the laboratory the benchmark."""
-    higher = ("toy.laboratory", "toy.benchmark") if room == "toy" else ("toy.benchmark",)
+def test_the_tasks_do_not_need_the_laboratory():
     for path, tree in TREES.items():
-        if Path(path).parent == Path(room):
-            assert not [name for name in imports(tree) if name.startswith(higher)], path
+        if Path(path).parent == Path("toy"):
+            assert not [name for name in imports(tree) if name.startswith("toy.laboratory")], path
 
 
 # Rule 1: leap_align.py and beyond.py

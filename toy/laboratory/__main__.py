@@ -7,6 +7,7 @@
     python -m toy.laboratory leash        the leash to the pre-trained model, the hinge, and early stopping
     python -m toy.laboratory beyond       every method since, over T, solver and budget, and policy gradient
     python -m toy.laboratory memory       bytes saved for backward, and the gradient's norm, as T grows
+    python -m toy.laboratory cost         evaluations, operations, bytes and time of a step beside its lower bound
     python -m toy.laboratory all          all of them
 
 Each experiment writes NAME.csv, NAME.md and NAME.png into the output folder, and NAME-directions.csv where the paper
@@ -24,19 +25,21 @@ import tyro
 
 from leap_align import BadInput
 from runtime.run_dir import claimed_output_folder
-from toy.laboratory import ablations, beyond, compare, fidelity, leash, memory, pairs
+from toy.laboratory import ablations, beyond, compare, cost, gradient_experiments, leash
 from toy.laboratory.laboratory import SMOKE, Laboratory, Scale
 from toy.laboratory.result_cache import ResultCache
 
 EXPERIMENTS: dict[str, Callable[[Laboratory], None]] = {
     "compare": compare.run,
     "ablations": ablations.run,
-    "fidelity": fidelity.run,
-    "pairs": pairs.run,
+    "fidelity": gradient_experiments.fidelity,
+    "pairs": gradient_experiments.pairs,
     "leash": leash.run,
     "beyond": beyond.run,
-    "memory": memory.run,
+    "memory": gradient_experiments.memory,
+    "cost": cost.run,
 }
+ALL = tuple(EXPERIMENTS)
 
 
 def main(
@@ -58,7 +61,7 @@ def main(
     lab = Laboratory(out, ResultCache(out / "cache", workers), SMOKE if smoke else Scale())
     try:
         with claimed_output_folder(out, "toy.laboratory", {"scale": "smoke" if smoke else "full"}):
-            for experiment in EXPERIMENTS if name == "all" else [name]:
+            for experiment in ALL if name == "all" else [name]:
                 EXPERIMENTS[experiment](lab)
     except KeyboardInterrupt:
         sys.exit("interrupted: finished results are kept, and the same command continues from them")

@@ -1,11 +1,11 @@
 """compare: every method at its best learning rate, at equal samples and at equal compute."""
 
+from itertools import product
+
 from leap_align import METHODS
-from runtime.run_dir import write_csv
 from toy.laboratory import plots
-from toy.laboratory.laboratory import EVALUATORS, HINGES, Laboratory, RunMetrics, Scale
-from toy.laboratory.tables import Direction, summarize
-from toy.summary import markdown_table
+from toy.laboratory.laboratory import HINGES, Laboratory, RunMetrics, Scale
+from toy.laboratory.tables import Row, direction, summarize, tables
 
 SHOWN = {"toy": ("log_density", "spread"), "digits": ("utility", "diversity")}
 """Held-out evaluators in the figure; on `toy` the utility of every method is nearly the same function of the reward."""
@@ -20,108 +20,65 @@ PAPER_ORDER = (
     ("drtune", "draft_lv", "Table 2: 0.3882, 0.3859; SD3.5: 0.3828, 0.3506"),
 )
 """(better, worse, source): the paper's order by HPSv2.1 on FLUX, at equal iterations."""
+BY = ("task", "hinge", "budget", "equal")  # a table for each combination
 
-Runs = dict[tuple[str, str, str, str], list[RunMetrics]]
-"""(task, hinge, method, budget) -> the metrics of its runs, a list over the seeds."""
+Runs = dict[tuple[str, str, str, str], list[RunMetrics]]  # (task, hinge, method, budget) -> a list over the seeds
 
 
 def run(lab: Laboratory) -> None:
-    """Runs every method with both hinges and both budgets, and writes the tables and the figure."""
-    budgets = lab.scale.budgets
-    learning_rates = lab.learning_rates(tuple(METHODS), HINGES)
-    evaluations = dict(zip(METHODS, lab.evaluation_counts([{"method": method} for method in METHODS])))
-    iterations = {
-        (budget, method): {"samples": n, "compute": round(n * evaluations["leap_align"] / evaluations[method])}
-        for budget, n in budgets.items()
-        for method in METHODS
-    }
-    runs = training_runs(lab, learning_rates, iterations)
-    keys = [(task, method) for task in lab.scale.tasks for method in METHODS]
-    seconds = lab.seconds_per_iteration(keys, min(budgets.values()))
-    rows = table_rows(runs, learning_rates, iterations, evaluations, seconds)
-    text = "\n\n".join(table(rows, key) for key in dict.fromkeys(table_key(row) for row in rows))
-    lab.publish("compare", rows, text, directions(runs, lab.scale))
-    curves = curve_rows(runs)
-    write_csv(lab.out / "compare-curves.csv", curves)
-    plots.compare(lab.out / "compare.png", curves, SHOWN)
+    """Runs every method with both hinges and both budgets, along each budget and to equal compute, and publishes."""
+    budgets, rates = lab.scale.budgets, lab.learning_rates(tuple(METHODS), HINGES)
+    evaluations = lab.evaluation_counts({method: method for method in METHODS})
+    ends, settings = {}, {}
+    for (budget, n), method in product(budgets.items(), METHODS):
+        compute = round(n * evaluations["leap_align"] / evaluations[method])
+        ends[budget, method] = {"samples": n, "compute": compute}
+    for (task, hinge, method, budget), lr in rates.items():
+        curve = (max(1, round(budgets[budget] * fraction)) for fraction in CURVE_FRACTIONS)
+        stops = sorted({0, *curve, *ends[budget, method].values()})
+        run = {"task": task, "method": method, "lr": lr, "evaluate_at": stops, "hyper": {"lam": HINGES[hinge]}}
+        settings[task, hinge, method, budget] = run
+    runs = lab.run_metrics(settings, "compare")
+    seconds = lab.seconds_per_iteration([(task, m) for task in lab.scale.tasks for m in METHODS], min(budgets.values()))
+    rows, curves = table_rows(runs, rates, ends, evaluations, seconds), curve_rows(runs)
+    title = "### {task}, {hinge}, {budget} budget, equal {equal} (n = {n}, mean ± standard error)"
+    text = tables(rows, BY, title, ["method", "lr", "iterations", "evaluators", "grad_norm", "seconds"])
+    figure = plots.compare(curves, SHOWN)
+    lab.publish("compare", rows, text, figure, directions=directions(runs, lab.scale), curves=curves)
 
 
-def training_runs(
-    lab: Laboratory, learning_rates: dict[tuple, float], iterations: dict[tuple[str, str], dict[str, int]]
-) -> Runs:
-    """Runs that are evaluated along each budget, and where they have used equal samples and equal compute."""
-    settings = {}
-    for (task, hinge, method, budget), lr in learning_rates.items():
-        curve = [max(1, round(lab.scale.budgets[budget] * fraction)) for fraction in CURVE_FRACTIONS]
-        settings[task, hinge, method, budget] = {
-            "task": task,
-            "method": method,
-            "lr": lr,
-            "evaluate_at": sorted({0, *curve, *iterations[budget, method].values()}),
-            "hyper": {"lam": HINGES[hinge]},
-        }
-    return lab.run_metrics(settings, "compare")
-
-
-def table_rows(
-    runs: Runs,
-    learning_rates: dict[tuple, float],
-    iterations: dict[tuple[str, str], dict[str, int]],
-    evaluations: dict[str, float],
-    seconds: dict[tuple[str, str], float],
-) -> list[dict]:
+def table_rows(runs: Runs, rates: dict, ends: dict, evaluations: dict, seconds: dict) -> list[Row]:
     """The rows of all tables; the first row of each table is the model before training."""
-    rows, tables = [], []
+    rows, begun = [], []
     for (task, hinge, method, budget), seed_runs in runs.items():
-        for equal, iteration in iterations[budget, method].items():
-            key = {"task": task, "hinge": hinge, "budget": budget, "equal": equal}
-            if key not in tables:
-                tables.append(key)
-                before = [{name: run[0][name] for name in EVALUATORS[task]} for run in seed_runs]
-                rows.append(key | {"method": "pretrained"} | summarize(before))
-            cost = {
-                "iterations": iteration,
-                "evaluations": round(iteration * evaluations[method]),
-                "seconds": iteration * seconds[task, method],
-            }
-            row = key | {"method": method, "lr": learning_rates[task, hinge, method, budget]} | cost
-            rows.append(row | summarize([run[iteration] for run in seed_runs]))
+        for equal, n in ends[budget, method].items():
+            table = dict(zip(BY, (task, hinge, budget, equal)))
+            if table not in begun:
+                begun.append(table)
+                rows.append(table | {"method": "pretrained"} | summarize([run[0] for run in seed_runs], task))
+            row = table | {"method": method, "lr": rates[task, hinge, method, budget], "iterations": n}
+            row |= {"evaluations": round(n * evaluations[method]), "seconds": n * seconds[task, method]}
+            rows.append(row | summarize([run[n] for run in seed_runs], task, "grad_norm"))
     return rows
 
 
-def curve_rows(runs: Runs) -> list[dict]:
+def curve_rows(runs: Runs) -> list[Row]:
     """The metrics along the large budget: a row for each training curve and evaluated iteration."""
     return [
-        {"task": task, "hinge": hinge, "method": method, "iteration": iteration}
-        | summarize([run[iteration] for run in seed_runs])
+        {"task": task, "hinge": hinge, "method": method, "iteration": n}
+        | summarize([run[n] for run in seed_runs], task, "grad_norm")
         for (task, hinge, method, budget), seed_runs in runs.items()
         if budget == "large"
-        for iteration in sorted(seed_runs[0])
+        for n in sorted(seed_runs[0])
     ]
 
 
-def table_key(row: dict) -> tuple[str, str, str, str]:
-    """The table to which a row belongs."""
-    return row["task"], row["hinge"], row["budget"], row["equal"]
-
-
-def table(rows: list[dict], key: tuple[str, str, str, str]) -> str:
-    """One table of the comparison, with its title."""
-    task, hinge, budget, equal = key
-    table_rows = [row for row in rows if table_key(row) == key]
-    columns = ["method", "lr", "iterations", *EVALUATORS[task], "grad_norm", "seconds"]
-    n = f"n = {table_rows[0]['n']}, mean ± standard error"
-    return f"### {task}, {hinge}, {budget} budget, equal {equal} ({n})\n\n{markdown_table(table_rows, columns)}"
-
-
-def directions(runs: Runs, scale: Scale) -> list[Direction]:
+def directions(runs: Runs, scale: Scale) -> list[Row]:
     """The paper's order of the methods, by reward and by utility, with the hinge and at equal samples."""
-    result = []
-    for task in scale.tasks:
-        for budget, iteration in scale.budgets.items():
-            for metric in ("reward", "utility"):
-                values = {m: [run[iteration][metric] for run in runs[task, "hinge", m, budget]] for m in METHODS}
-                for better, worse, source in PAPER_ORDER:
-                    claim, when = f"{better} > {worse}", f"{budget} budget"
-                    result.append(Direction(claim, source, task, metric, when, values[better], values[worse]))
-    return result
+    rows = []
+    for task, (budget, n), metric in product(scale.tasks, scale.budgets.items(), ("reward", "utility")):
+        values = {m: [run[n][metric] for run in runs[task, "hinge", m, budget]] for m in METHODS}
+        for better, worse, source in PAPER_ORDER:
+            claim, when = f"{better} > {worse}", f"{budget} budget"
+            rows.append(direction(claim, source, task, metric, when, values[better], values[worse]))
+    return rows

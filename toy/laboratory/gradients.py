@@ -1,8 +1,7 @@
 """Each method's gradient compared with the true one: that of the reward through all T steps of the sampling run.
 
-For fixed noise and prompts a method's gradient is random through the timesteps that it draws.  Its mean is taken over
-every distinct draw, or over many seeds where there are too many draws.  All gradients are those of -weight * reward,
-without a hinge, which would hide the samples above it.
+With fixed noise and prompts, a method's gradient is random through the timesteps that it draws.  Its mean is over every
+distinct draw, or over many seeds.  The loss is -weight * reward: a hinge would hide the samples above it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,43 +14,41 @@ from torch import Tensor
 from leap_align import METHODS as PAPER_METHODS
 from leap_align import leap_trajectory, objective, rollout, similarity_weight
 from toy.laboratory.laboratory import Laboratory
-from toy.laboratory.method_measurements import distinct_draws, evaluation_count, hyper_for, seeded_generator
-from toy.laboratory.train_run import fresh_task, train_with_leap_align
+from toy.laboratory.method_measurements import distinct_draws, evaluation_count, hyper_for
+from toy.laboratory.train_run import fresh_task, make_trainer
 from train_leap_align import METHODS
 
 ALPHAS = (0.0, 0.1, 0.3, 0.5, 0.7, 1.0)
-INPUT_SEED = 1_000_007
-"""Seed of the fixed noise and prompts."""
-TRAINING_LR = 1e-3
-"""Learning rate of the training between two comparisons."""
-
-Case = tuple[str, int, int]
-"""A task, its number of steps T, and the iterations of training before the comparison."""
+INPUT_SEED = 1_000_007  # of the fixed noise and prompts
+TRAINING_LR = 1e-3  # of the training between two comparisons
+Case = tuple[str, int, int]  # a task, its number of steps T, and the iterations of training before the comparison
 
 
 class GradientSampler:
-    """A task after some training, with fixed noise and prompts: the gradient of any method for any draw."""
+    """A task after some iterations of LeapAlign, with fixed noise and prompts: the gradient of any method and draw."""
 
-    def __init__(self, task: str, T: int, iterations: int, lr: float, batch_size: int, smoke: bool) -> None:
+    def __init__(self, task: str, T: int, batch_size: int, smoke: bool, iterations: int = 0) -> None:
         self.task, self.T = fresh_task(task, T, smoke), T
-        train_with_leap_align(self.task, iterations, lr)
+        trainer = make_trainer(self.task, "leap_align", TRAINING_LR, {}, ema_decay=0.0)
+        for _ in range(iterations):
+            trainer.step()
         self.sample_inputs(batch_size, INPUT_SEED)
 
     def sample_inputs(self, batch_size: int, seed: int) -> None:
         """Replaces noise and prompts."""
-        generator = seeded_generator(seed)
+        generator = torch.Generator().manual_seed(seed)
         self.x_T = self.task.noise(batch_size, generator)
         self.prompts = self.task.sample_conditions(batch_size, generator)
 
     def gradient(self, method: str, seed: int, **changes: object) -> Tensor:
         """A method's gradient in all weights of the model, as one vector; changes: of the hyperparameters."""
-        hyper = replace(hyper_for(self.T, method), **changes)
+        hyper, generator = replace(hyper_for(self.T, method), **changes), torch.Generator().manual_seed(seed)
         velocity = self.task.velocity(self.prompts)
-        return self.gradient_of(METHODS[method](velocity, self.x_T, self.task.times, hyper, seeded_generator(seed)))
+        return self.gradient_of(METHODS[method](velocity, self.x_T, self.task.times, hyper, generator))
 
-    def gradient_of(self, endpoints: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        """The gradient of the objective of some endpoints (x_0, weight), as one vector."""
-        for x_0, weight in endpoints:
+    def gradient_of(self, endpoints: Iterable[tuple[Tensor, Tensor, dict]]) -> Tensor:
+        """The gradient of the objective of some endpoints (x_0, weight, log), as one vector."""
+        for x_0, weight, _ in endpoints:
             reward = self.task.reward(self.task.decode(x_0), self.prompts)
             objective(reward, weight, None).backward()
         gradient = torch.cat([p.grad.flatten() for p in self.task.model.parameters()])
@@ -59,24 +56,23 @@ class GradientSampler:
         return gradient
 
     def pair_gradients(self) -> Iterator[tuple[int, int, float, Tensor, Tensor]]:
-        """Every pair i_k > i_j, its mean weight w_sim, and LeapAlign's gradients at alpha = 0 and alpha = 1.
-
-        All pairs use states that are recorded once.  A test shows that the result equals that of `leap_align`.
-        """
+        """Every pair i_k > i_j, its mean w_sim, LeapAlign's gradients at alpha = 0 and 1; states are recorded once."""
         velocity, times = self.task.velocity(self.prompts), self.task.times
         states = rollout(velocity, self.x_T, times)
         for i_j, i_k in combinations(range(1, len(times)), 2):
             leaps_0, leaps_1 = (leap_trajectory(velocity, states, times, i_k, i_j, alpha) for alpha in (0.0, 1.0))
             weight = similarity_weight(leaps_0, hyper_for(self.T).tau)
-            gradient_0, gradient_1 = (self.gradient_of([(leaps.x_0, weight)]) for leaps in (leaps_0, leaps_1))
+            gradient_0, gradient_1 = (self.gradient_of([(leaps.x_0, weight, {})]) for leaps in (leaps_0, leaps_1))
             yield i_k, i_j, weight.mean().item(), gradient_0, gradient_1
 
 
 class Moments:
     """Mean and variance of random gradients, and their cosine to the true gradient."""
 
-    def __init__(self, true: Tensor) -> None:
+    def __init__(self, true: Tensor, gradients: Iterable[Tensor] = ()) -> None:
         self.true, self.sum, self.square, self.cosines, self.n = true, torch.zeros_like(true), 0.0, 0.0, 0
+        for gradient in gradients:
+            self.add(gradient)
 
     def add(self, gradient: Tensor) -> None:
         """Adds the gradient of one draw."""
@@ -86,46 +82,29 @@ class Moments:
         self.cosines += torch.cosine_similarity(gradient, self.true, dim=0).item()
 
     def values(self) -> dict[str, float]:
-        """The columns of a table.
-
-        Of the mean gradient: its cosine to the true gradient, and the ratio of their norms.  Of a single draw: the mean
-        cosine, the root mean square norm, and the variance over the squared norm of the mean gradient.
+        """Of the mean gradient: cosine to the true one, ratio of their norms.  Of a single draw: mean cosine, root mean
+        square norm, variance over the squared norm of the mean gradient, number of draws.
         """
         mean, square = self.sum / self.n, self.square / self.n
-        return {
-            "cosine": torch.cosine_similarity(mean, self.true, dim=0).item(),
-            "ratio": (mean.norm() / self.true.norm()).item(),
-            "one_cosine": self.cosines / self.n,
-            "one_norm": square**0.5,
-            "variance": square / mean.square().sum().item() - 1,
-            "draws": self.n,
-        }
+        cosine, ratio = torch.cosine_similarity(mean, self.true, dim=0).item(), (mean.norm() / self.true.norm()).item()
+        one = {"one_cosine": self.cosines / self.n, "one_norm": square**0.5}
+        variance = square / mean.square().sum().item() - 1
+        return {"cosine": cosine, "ratio": ratio} | one | {"variance": variance, "draws": self.n}
 
 
 def compare_gradients(
-    task: str,
-    T: int,
-    iterations: int,
-    lr: float,
-    max_draws: int,
-    batch_size: int,
-    methods: list[str],
-    smoke: bool = False,
+    task: str, T: int, iterations: int, max_draws: int, batch_size: int, methods: list[str], smoke: bool = False
 ) -> dict:
     """The gradients of some methods and of LeapAlign compared with the true one, after some iterations of LeapAlign.
 
     Returns {"norm": of the true gradient, "methods": {name: Moments.values()}, "pairs": [[i_k, i_j, mean w_sim]]}.
     A method's column `every` is True if the mean is over all draws that exist.
     """
-    sampler = GradientSampler(task, T, iterations, lr, batch_size, smoke)
-    true = sampler.gradient("full_backprop", 0)
-    compared = {}
+    sampler = GradientSampler(task, T, batch_size, smoke, iterations)
+    true, compared = sampler.gradient("full_backprop", 0), {}
     for name in methods:
         seeds, every = distinct_draws(name, T, max_draws)
-        moments = Moments(true)
-        for seed in seeds:
-            moments.add(sampler.gradient(name, seed))
-        compared[name] = moments.values() | {"every": every}
+        compared[name] = Moments(true, (sampler.gradient(name, seed) for seed in seeds)).values() | {"every": every}
     pairs, by_alpha = [], {alpha: Moments(true) for alpha in ALPHAS}
     for i_k, i_j, weight, gradient_0, gradient_1 in sampler.pair_gradients():
         pairs.append([i_k, i_j, weight])
@@ -137,30 +116,25 @@ def compare_gradients(
 
 def gradient_comparisons(lab: Laboratory, cases: list[Case]) -> dict[Case, dict]:
     """compare_gradients for every case and every method."""
-    scale, methods = lab.scale, [name for name in PAPER_METHODS if name not in ("leap_align", "full_backprop")]
-    for task in scale.tasks:
-        fresh_task(task, smoke=scale.smoke)  # pre-trains it here, because otherwise every worker would
-    shared = {"lr": TRAINING_LR, "max_draws": scale.max_draws, "batch_size": scale.batch_size, "smoke": scale.smoke}
-    shared |= {"methods": methods}
+    methods = [name for name in PAPER_METHODS if name not in ("leap_align", "full_backprop")]
+    shared = {"max_draws": lab.scale.max_draws, "batch_size": lab.scale.batch_size, "methods": methods}
     # The largest T, which take longest, come first, so that no worker runs alone at the end.
     cases = sorted(cases, key=lambda case: -case[1])
-    settings = [shared | dict(zip(("task", "T", "iterations"), case)) for case in cases]
-    return dict(zip(cases, lab.cache.results(compare_gradients, settings, "gradients")))
+    settings = {case: shared | dict(zip(("task", "T", "iterations"), case)) for case in cases}
+    return lab.results(compare_gradients, settings, "gradients")
 
 
 def step_fidelity(
     task: str, method: str, T: int, hyper: dict, cost: int, draws: int, batch_size: int, smoke: bool = False
 ) -> dict:
-    """A method's gradient compared with the true one, before training.
+    """A method's gradient before training: Moments.values() over its draws, on fixed noise and prompts.
 
-    On fixed noise and prompts: Moments.values() over the method's draws.  `step_cosine`: the mean cosine of a step on
-    new noise and prompts, with as many samples as `cost` evaluations allow, to the true gradient over 16 batches.
-    hyper: in place of the method's own.
+    `step_cosine`: the mean cosine of a step on new noise and prompts, with as many samples as `cost` evaluations allow,
+    to the true gradient over 16 batches.  hyper: in place of the method's own.
     """
-    sampler = GradientSampler(task, T, 0, 0.0, batch_size, smoke)
-    moments, (seeds, _) = Moments(sampler.gradient("full_backprop", 0)), distinct_draws(method, T, draws)
-    for seed in seeds:
-        moments.add(sampler.gradient(method, seed, **hyper))
+    sampler, (seeds, _) = GradientSampler(task, T, batch_size, smoke), distinct_draws(method, T, draws)
+    true = sampler.gradient("full_backprop", 0)
+    moments = Moments(true, (sampler.gradient(method, seed, **hyper) for seed in seeds))
     sampler.sample_inputs(16 * batch_size, INPUT_SEED)
     steps = Moments(sampler.gradient("full_backprop", 0))
     evaluations = evaluation_count(method, T, draws, **hyper)["evaluations"]

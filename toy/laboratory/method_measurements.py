@@ -1,7 +1,4 @@
-"""Properties of a method, measured by running it: distinct draws, effective weights of timesteps, evaluation counts.
-
-Each measurement runs the method with a velocity made for this purpose; no model is needed.
-"""
+"""What a method draws, the weights of its timesteps, and its evaluations, measured by running it without a model."""
 
 from dataclasses import replace
 
@@ -9,7 +6,8 @@ import torch
 from torch import Tensor
 
 from beyond import DEFAULTS, Hyper
-from leap_align import uniform_times
+from leap_align import Velocity, uniform_times
+from runtime.backward import CutVelocity
 from train_leap_align import METHODS
 
 
@@ -18,36 +16,37 @@ def hyper_for(T: int, method: str = "leap_align") -> Hyper:
     return Hyper(**{"lam": None, "m": max(1, round(11 * T / 25)), **DEFAULTS.get(method, {})})
 
 
-def seeded_generator(seed: int) -> torch.Generator:
-    """A CPU generator with this seed."""
-    return torch.Generator().manual_seed(seed)
+def run_method(v: Velocity, method: str, T: int, seed: int, **changes: object) -> list[dict]:
+    """The logs of a method's endpoints on one sample, each after a backward of their sum, run as by the trainer."""
+    velocity, hyper, logs = CutVelocity(v), replace(hyper_for(T, method), **changes), []
+    arguments = velocity, torch.zeros(1, 1), uniform_times(T), hyper, torch.Generator().manual_seed(seed)
+    for x_0, weight, log in METHODS[method](*arguments):
+        if x_0.requires_grad:
+            velocity.backward(x_0, torch.ones_like(x_0), weight)
+        logs.append(log)
+    return logs
 
 
 def timesteps_drawn(method: str, T: int, seed: int) -> tuple[int, ...]:
     """The indices that a method draws with this seed; empty for a method that draws only noise."""
-    generator = seeded_generator(seed)
-    hyper = hyper_for(T, method)
-    endpoints = METHODS[method](lambda x, t: 0 * x, torch.zeros(1, 1), uniform_times(T), hyper, generator)
     with torch.no_grad():
-        list(endpoints)
-    indices = (value if isinstance(value, tuple) else (value,) for value in endpoints.log.values())
+        log = run_method(lambda x, t: 0 * x, method, T, seed)[-1]
+    indices = (value if isinstance(value, tuple) else (value,) for value in log.values())
     return tuple(value for values in indices for value in values if isinstance(value, int))
 
 
 def distinct_draws(method: str, T: int, max_draws: int) -> tuple[list[int], bool]:
     """A seed for each distinct draw of a method's timesteps, and whether these are all possible draws.
 
-    If there are more than `max_draws`, the seeds are 0, 1, ..., max_draws - 1.  A method that draws only noise gets a
-    tenth of that, because its gradient varies little.  The search ends when the last 50 seeds, and ten more for each
-    draw found so far, gave no new draw.
+    If there are more than `max_draws`, the seeds are 0..max_draws - 1; a tenth of them for a method that draws only
+    noise, whose gradient varies little.  The search ends after 50 seeds, and ten for each draw, without a new draw.
     """
     if not timesteps_drawn(method, T, seed=0):
         return list(range(max(2, max_draws // 10))), False
     seeds: dict[tuple[int, ...], int] = {}
     seed = newest = 0
     while seed <= newest + 50 + 10 * len(seeds):
-        draw = timesteps_drawn(method, T, seed)
-        if draw not in seeds:
+        if (draw := timesteps_drawn(method, T, seed)) not in seeds:
             seeds[draw], newest = seed, seed
         if len(seeds) > max_draws:
             return list(range(max_draws)), False
@@ -62,15 +61,9 @@ def effective_weights(method: str, T: int, max_draws: int) -> dict:
     sampling run, are the lengths of its intervals.
     """
     times, theta = uniform_times(T), torch.zeros(T + 1, requires_grad=True)
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        return theta[int(torch.searchsorted(times, t))].expand_as(x)
-
     seeds, _ = distinct_draws(method, T, max_draws)
     for seed in seeds:
-        hyper = hyper_for(T, method)
-        for x_0, _ in METHODS[method](velocity, torch.zeros(1, 1), times, hyper, seeded_generator(seed)):
-            x_0.sum().backward()
+        run_method(lambda x, t: theta[int(torch.searchsorted(times, t))] * torch.ones_like(x), method, T, seed)
     return {"weights": (-theta.grad / len(seeds))[1:].tolist()}
 
 
@@ -79,7 +72,7 @@ def evaluation_count(method: str, T: int, max_draws: int, **changes: object) -> 
 
     changes: of the hyperparameters.
     """
-    count, hyper, theta = 0, replace(hyper_for(T, method), **changes), torch.zeros((), requires_grad=True)
+    count, theta = 0, torch.zeros((), requires_grad=True)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         nonlocal count
@@ -88,6 +81,5 @@ def evaluation_count(method: str, T: int, max_draws: int, **changes: object) -> 
 
     seeds, _ = distinct_draws(method, T, max_draws)
     for seed in seeds:
-        for x_0, _ in METHODS[method](velocity, torch.zeros(1, 1), uniform_times(T), hyper, seeded_generator(seed)):
-            x_0.sum().backward()
+        run_method(velocity, method, T, seed, **changes)
     return {"evaluations": count / len(seeds)}

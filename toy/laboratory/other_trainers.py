@@ -14,29 +14,25 @@ of a step from mu_theta rises if its image is better than the mean of its group 
     mixgrpo     MixGRPO (arXiv 2507.21802): noise and training in a window of 4 of 25 steps alone, which slides from the
                 noise to the image, eta 0.7
 
-Ours, because the toys are small: groups of 8 images for 12, log probabilities that are summed over the dimensions, so
-that PPO's usual c = 0.2 fits, two updates from a sampling run, and a last step without noise.
+Ours, for small toys: groups of 8 images for 12, log probabilities summed over the dimensions, so that PPO's usual c =
+0.2 fits, two updates from a sampling run, and a last step without noise.
 """
 
 import math
 import time
 from abc import abstractmethod
 from functools import partial
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from beyond import Hyper
-from leap_align import Endpoints, Velocity, leap, leap_trajectory, method, rollout, sample_pair, similarity_weight
+from beyond import SOLVERS
+from leap_align import Endpoints, leap, leap_trajectory, rollout, sample_pair, similarity_weight
 from train_leap_align import Trainer
 
-GROUP = 8
-"""Images of a prompt."""
-CLIP = 0.2
-"""c: the probability of a step has no gradient once it has changed by this share."""
-UPDATES = 2
-"""Optimizer steps for a sampling run, each with half of the groups."""
+GROUP = 8  # images of a prompt
+CLIP = 0.2  # c: the probability of a step has no gradient once it has changed by this share
+UPDATES = 2  # optimizer steps for a sampling run, each with half of the groups
 
 
 class NoisyStep:
@@ -69,9 +65,9 @@ def advantages(reward: Tensor) -> Tensor:
 
 
 class PolicyGradient(Trainer):
-    """Groups of images, a noisy sampling run, and clipped updates; a subclass chooses the timesteps."""
+    """Groups of images, a noisy sampling run, and clipped updates; a subclass chooses eta and the timesteps."""
 
-    eta: ClassVar[float]
+    eta: float
 
     @abstractmethod
     def timesteps(self) -> tuple[list[int], list[int]]:
@@ -107,37 +103,33 @@ class PolicyGradient(Trainer):
 
 
 class DanceGRPO(PolicyGradient):
-    """Noise at every timestep but the last."""
+    """Noise at every timestep but the last; a random 60 % of them are trained."""
 
     eta = 0.3
 
     def timesteps(self) -> tuple[list[int], list[int]]:
-        """All with noise; a random 60 % of them trained."""
         noisy = list(range(len(self.task.times) - 1, 1, -1))
         drawn = torch.randperm(len(noisy), generator=self.generator)[: math.ceil(0.6 * len(noisy))]
         return noisy, [noisy[n] for n in drawn.tolist()]
 
 
 class MixGRPO(PolicyGradient):
-    """Noise in a sliding window."""
+    """Noise and training in a window, which slides; from its last place it returns to the noise."""
 
     eta = 0.7
-    interval: ClassVar[int] = 25
-    """Iterations after which the window moves by one timestep; from the last one it returns to the noise."""
+    interval = 25  # iterations after which the window moves by one timestep
 
     def timesteps(self) -> tuple[list[int], list[int]]:
-        """The window, with noise and trained."""
         T = len(self.task.times) - 1
         size = max(1, round(4 * T / 25))
         first = T - self.progress.iteration // self.interval % (T - size)
-        window = list(range(first, first - size, -1))
-        return window, window
+        return (window := list(range(first, first - size, -1))), window
 
 
 class Replay(Trainer):
     """LeapAlign with four updates from a sampling run, each with its own pair of timesteps."""
 
-    updates: ClassVar[int] = 4
+    updates = 4
 
     def step(self) -> dict[str, float]:
         """One update; every fourth time it samples first."""
@@ -145,7 +137,7 @@ class Replay(Trainer):
         if self.progress.iteration % self.updates == 0:
             self.prompts = task.sample_conditions(self.config.batch_size, self.generator)
             x_T = task.noise(self.config.batch_size, self.generator)
-            states = rollout(task.velocity(self.prompts), x_T, task.times, 0, self.hyper.step())
+            states = rollout(task.velocity(self.prompts), x_T, task.times, 0, SOLVERS[self.config.solver]())
             self.method = partial(leap_align_on_states, states)
         row = self.backward(self.prompts, None, self.generator)
         row["grad_norm"] = self.optimizer_step(row["loss"])
@@ -153,16 +145,11 @@ class Replay(Trainer):
         return row | {"seconds": time.perf_counter() - start}
 
 
-@method
-def leap_align_on_states(
-    states: list[Tensor], velocity: Velocity, x_T: None, times: Tensor, hyper: Hyper, generator: torch.Generator
-) -> Endpoints:
+def leap_align_on_states(states, velocity, x_T, times, hyper, generator, step) -> Endpoints:
     """LeapAlign on recorded states, from a model that may have been trained since."""
     i_k, i_j = sample_pair(len(times) - 1, generator, hyper.low, hyper.high)
     trajectory = leap_trajectory(velocity, states, times, i_k, i_j, hyper.alpha)
-    yield trajectory.x_0, similarity_weight(trajectory, hyper.tau)
-    return {"i_k": i_k, "i_j": i_j}
+    yield trajectory.x_0, similarity_weight(trajectory, hyper.tau), {"i_k": i_k, "i_j": i_j}
 
 
 TRAINERS: dict[str, type[Trainer]] = {"dancegrpo": DanceGRPO, "mixgrpo": MixGRPO, "replay": Replay}
-"""By name, as methods are."""

@@ -1,50 +1,45 @@
-"""A cache of results: a function of JSON settings is computed once, on several worker processes, and its result kept.
-
-An experiment that was stopped continues with the results that it lacks, and experiments share results.
-"""
+"""A cache of results: a function of JSON settings is computed once, on several processes; experiments share results."""
 
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from leap_align import BadInput
 from runtime.run_dir import digest, read_json, write_json
 
-Function = Callable[..., dict]
-"""Its keyword arguments and its result are JSON; worker processes must be able to import it."""
+Function = Callable[..., dict]  # of JSON, to JSON; worker processes must be able to import it
+Settings = dict[str, Any]
+Key = TypeVar("Key", bound=Hashable)
 
 
-def cache_path(folder: Path, function: Function, settings: dict[str, Any]) -> Path:
+def cache_path(folder: Path, function: Function, settings: Settings) -> Path:
     """folder/FUNCTION-DIGEST.json, with the digest of the settings."""
     text = json.dumps(settings, sort_keys=True)
     return folder / f"{function.__name__}-{digest(text.encode())[:16]}.json"
 
 
-def compute(path: Path, function: Function, settings: dict[str, Any]) -> None:
+def compute(path: Path, function: Function, settings: Settings) -> None:
     """Computes function(**settings) and writes the result with its settings."""
-    result = function(**settings)
-    write_json(path, {"function": function.__name__, "settings": settings, "result": result})
+    write_json(path, {"function": function.__name__, "settings": settings, "result": function(**settings)})
 
 
-def is_intact(path: Path) -> bool:
-    """Whether a result is stored; a damaged file is removed."""
+def stored_result(path: Path) -> dict | None:
+    """The result in a file, or None if there is none; a damaged file is removed."""
     if not path.exists():
-        return False
-    try:
-        intact = "result" in read_json(path)
-    except BadInput:
-        intact = False
-    if not intact:
-        tqdm.write(f"{path} is damaged: it is removed, and its result is computed again")
-        path.unlink()
-    return intact
+        return None
+    with suppress(BadInput, KeyError):
+        return read_json(path)["result"]
+    tqdm.write(f"{path} is damaged: it is removed, and its result is computed again")
+    path.unlink()
+    return None
 
 
 @dataclass(frozen=True)
@@ -54,22 +49,21 @@ class ResultCache:
     folder: Path
     workers: int
 
-    def results(self, function: Function, settings: list[dict[str, Any]], title: str) -> list[dict]:
-        """function(**s) for each s of the settings, in their order; the title is that of the progress bar."""
+    def results(self, function: Function, settings: dict[Key, Settings], title: str) -> dict[Key, dict]:
+        """function(**s) for each key's settings s; the title is that of the progress bar."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        paths = [cache_path(self.folder, function, s) for s in settings]
-        missing = {path: s for path, s in zip(paths, settings) if not is_intact(path)}
+        paths = {key: cache_path(self.folder, function, s) for key, s in settings.items()}
+        missing = {path: settings[key] for key, path in paths.items() if stored_result(path) is None}
         with tqdm(total=len(missing), desc=title, unit="result", mininterval=1, disable=not missing) as bar:
             for _ in self._compute_each(function, missing):
                 bar.update()
-        return [read_json(path)["result"] for path in paths]
+        return {key: stored_result(path) for key, path in paths.items()}
 
-    def _compute_each(self, function: Function, missing: dict[Path, dict]) -> Iterator[None]:
+    def _compute_each(self, function: Function, missing: dict[Path, Settings]) -> Iterator[None]:
         """Computes the missing results, and yields after each."""
         if self.workers == 1 or len(missing) < 2:
             for path, settings in missing.items():
-                compute(path, function, settings)
-                yield
+                yield compute(path, function, settings)
             return
         # Spawned, because a forked child would inherit torch's threads in an unknown state.
         # Only the parent handles Ctrl-C: workers ignore it from their first import on and finish their result.
@@ -79,7 +73,6 @@ class ResultCache:
         signal.signal(signal.SIGINT, handler)
         try:
             for future in as_completed(futures):
-                future.result()  # raises what the worker raised
-                yield
+                yield future.result()  # raises what the worker raised
         finally:
             pool.shutdown(cancel_futures=True)

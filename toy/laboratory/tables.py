@@ -1,75 +1,78 @@
-"""Entries of the tables: means over seeds with their errors, and whether the toys agree with the paper's directions."""
+"""Tables: means over seeds with their errors, and whether the toys agree with what the paper reports."""
 
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from scipy.stats import t as student_t
 
 from toy.summary import markdown_table, mean_and_error
 
+EVALUATORS = {
+    "toy": ("reward", "utility", "alignment", "log_density", "spread"),
+    "digits": ("reward", "utility", "svm", "forest", "nearest_real", "diversity"),
+}
+"""Evaluators of each task: the reward that is trained on, then the held-out ones, with diversity last."""
 CONFIDENCE = 0.95
 VERDICTS = ("agrees", "disagrees", "within error")
 
+Row = dict[str, Any]
 
-def summarize(metrics: list[dict[str, float]]) -> dict[str, float]:
-    """NAME and NAME_error of every metric over several runs, and their number n."""
+
+def groups(rows: list[Row], *columns: str) -> dict[tuple, list[Row]]:
+    """The rows by their values in some columns; groups and rows keep their order."""
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[column] for column in columns), []).append(row)
+    return found
+
+
+def summarize(metrics: list[dict[str, float]], task: str, *others: str) -> dict[str, float]:
+    """n, the number of runs, and NAME and NAME_error over them of the task's evaluators and of other metrics."""
     columns = {"n": len(metrics)}
-    for name in metrics[0]:
+    for name in (*EVALUATORS[task], *others):
         columns[name], columns[f"{name}_error"] = mean_and_error([values[name] for values in metrics])
     return columns
 
 
-@dataclass(frozen=True)
-class Direction:
-    """A claim of the paper that one option has a greater metric than another; here both have a value for each seed."""
+def tables(rows: list[Row], by: tuple[str, ...], title: str, columns: list[str]) -> str:
+    """A Markdown table, with its title, for each group of rows that are equal in the columns `by`.
 
-    claim: str
-    source: str
-    task: str
-    metric: str
-    when: str
-    greater: list[float]
-    lesser: list[float]
-
-    def row(self) -> dict[str, Any]:
-        """The mean difference seed by seed, its standard error, and whether the toy agrees with the paper.
-
-        By Student's t at 95 %: a difference that it cannot distinguish from zero is `within error`.
-        """
-        difference, error = mean_and_error([a - b for a, b in zip(self.greater, self.lesser, strict=True)])
-        n = len(self.greater)
-        bound = student_t.ppf((1 + CONFIDENCE) / 2, n - 1) * error if n > 1 else np.inf
-        agrees, disagrees, within_error = VERDICTS
-        verdict = within_error
-        if abs(difference) > bound:
-            verdict = agrees if difference > 0 else disagrees
-        return {
-            "claim": self.claim,
-            "source": self.source,
-            "figure": self.metric,
-            "task": self.task,
-            "when": self.when,
-            "n": n,
-            "difference": difference,
-            "error": error,
-            "toy": verdict,
-        }
+    title: a format string over the columns; n is the greatest of the group.  columns: `evaluators` are the task's.
+    """
+    blocks = []
+    for group in groups(rows, *by).values():
+        shown, n = list(columns), max(row.get("n", 0) for row in group)
+        if "evaluators" in shown:
+            shown[(at := shown.index("evaluators")) : at + 1] = EVALUATORS[group[0]["task"]]
+        blocks += [title.format(**group[0] | {"n": n}), markdown_table(group, shown)]
+    return "\n\n".join(blocks)
 
 
-def verdicts(rows: list[dict[str, Any]]) -> str:
-    """Rows of directions as a Markdown table: a row for each claim, a column for each task and stage of training."""
-    table: dict[tuple, dict[str, Any]] = {}
-    for row in rows:
-        claim = {name: row[name] for name in ("claim", "source", "figure")}
-        table_row = table.setdefault(tuple(claim.values()), claim)
-        table_row[f"{row['task']}, {row['when']}"] = f"{row['toy']}, {row['difference']:+.3f} ± {row['error']:.3f}"
-    columns = dict.fromkeys(name for table_row in table.values() for name in table_row)
-    return markdown_table(list(table.values()), list(columns))
+def direction(
+    claim: str, source: str, task: str, metric: str, when: str, greater: list[float], lesser: list[float]
+) -> Row:
+    """Whether the toy agrees with the paper that one option has a greater metric than another; a value for each seed.
+
+    The row holds the mean difference, seed by seed, and its standard error.  A difference that Student's t cannot
+    distinguish from zero at 95 % is `within error`.
+    """
+    difference, error = mean_and_error([a - b for a, b in zip(greater, lesser, strict=True)])
+    n, (agrees, disagrees, verdict) = len(greater), VERDICTS
+    if abs(difference) > student_t.ppf((1 + CONFIDENCE) / 2, n - 1) * error:
+        verdict = agrees if difference > 0 else disagrees
+    row = {"claim": claim, "source": source, "figure": metric, "task": task, "when": when, "n": n}
+    return row | {"difference": difference, "error": error, "toy": verdict}
 
 
-def tally(rows: list[dict[str, Any]]) -> str:
-    """How many directions agree, disagree, or are within error."""
+def directions_table(rows: list[Row]) -> str:
+    """Rows of `direction`: a title with their counts, and a table with a row a claim and a column a task and stage."""
     counts = Counter(row["toy"] for row in rows)
-    return f"{len(rows)} comparisons: " + ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
+    tally = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
+    table = []
+    for key, group in groups(rows, "claim", "source", "figure").items():
+        verdicts = (f"{row['toy']}, {row['difference']:+.3f} ± {row['error']:.3f}" for row in group)
+        stages = (f"{row['task']}, {row['when']}" for row in group)
+        table.append(dict(zip(("claim", "source", "figure"), key)) | dict(zip(stages, verdicts)))
+    columns = list(dict.fromkeys(name for row in table for name in row))
+    title = f"### The paper's directions (n = {rows[0]['n']}; {len(rows)} comparisons: {tally})"
+    return f"{title}\n\n{markdown_table(table, columns)}"
