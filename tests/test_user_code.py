@@ -160,7 +160,7 @@ def test_an_exception_of_user_code_becomes_a_user_code_error_unless_it_has_a_lin
     ],
 )
 def test_a_missing_package_is_named_with_the_command_that_installs_it(module, package, program, arguments):
-    if module == "accelerate":
+    if arguments.endswith("--help"):  # imports diffusers
         pytest.importorskip("diffusers")
     script = f"import sys; sys.modules[{module!r}] = None\nimport {program} as t; t.main({arguments.split()})"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
