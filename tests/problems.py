@@ -16,6 +16,8 @@ TOLERANCE = 1e-12
 T, B = 6, 3
 SHIFTS = [1.0, 2.2243, 3.0]
 """Grids: even, FLUX's own at 720 px, SD3's."""
+NODES = {1: (0,), 2: (0, 1), 3: (0, 1, 2), 4: (0, 2, 3), 5: (0, 2, 4), 6: (0, 3, 5), 7: (0, 3, 6)}
+"""Lagrange's nodes of a leap over n steps, counted from its start; the first two have gradient."""
 every_method = pytest.mark.parametrize("name", METHODS)
 all_shifts = pytest.mark.parametrize("shift", SHIFTS)
 all_alphas = pytest.mark.parametrize("alpha", [0, 0.3, 1])
@@ -144,13 +146,13 @@ def weighted_reward(x_0, weight):
 
 
 def run(name, velocity, x_T, times, hyper, generator, solver="euler", loss=None):
-    """A method's endpoints [(x_0, weight), ...] and its last log, after the backward of each endpoint's loss, if any."""
-    endpoints, log = [], None
+    """A method's endpoints [(x_0, weight), ...] and last log, after the backward of each endpoint's loss, if any."""
+    endpoints = []
     for x_0, weight, log in METHODS[name](velocity, x_T, times, hyper, generator, beyond.SOLVERS[solver]()):
         if loss:
             loss(x_0, weight).backward()
-        endpoints.append((x_0, weight))
-    return endpoints, log
+        endpoints.append((x_0, weight, log))
+    return [(x_0, weight) for x_0, weight, _ in endpoints], endpoints[-1][2]
 
 
 def gradient(name, net, x_T, times, hyper, seed=0, loss=weighted_reward, solver="euler"):

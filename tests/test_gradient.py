@@ -15,8 +15,6 @@ from torch.func import jacrev
 from leap_align import Hyper, leap_trajectory, objective
 from tests.algorithm1 import algorithm1
 from tests.problems import (
-    METHODS,
-    TOLERANCE,
     B,
     T,
     all_alphas,
@@ -51,9 +49,8 @@ def check_jacobian(field, expected, net, x_T, times, pair, alpha):
     states = euler(net.velocity(net.theta), x_T, times)
     rows = torch.stack([expected(b, *jacobians(net, states, times, b)) for b in range(B)])
     for form in ("two passes",) if torch.is_tensor(pair[0]) else ("one pass", "two passes"):
-        found = jacobian(
-            lambda p: getattr(trajectory(form, net.velocity(p), x_T, times, *pair, alpha), field), net.theta
-        )
+        arguments = x_T, times, *pair, alpha
+        found = jacobian(lambda p, f=form, a=arguments: getattr(trajectory(f, net.velocity(p), *a), field), net.theta)
         assert close(found.reshape(rows.shape), rows)
 
 
@@ -160,9 +157,7 @@ def test_draft_lv_is_algorithm_1(seed, shape, shift):
 @pytest.mark.parametrize("K", [1, 2, 3, T])
 def test_drtune_is_algorithm_1(seed, shape, shift, K):
     hyper = Hyper(K=K, m=1 + (K - 1) * (T // K))
-    check_algorithm_1(
-        "drtune", shape, shift, seed, hyper, lambda log: {"t_min": log["i_min"], "s": log["s"], "K": K}
-    )
+    check_algorithm_1("drtune", shape, shift, seed, hyper, lambda log: {"t_min": log["i_min"], "s": log["s"], "K": K})
 
 
 @many_seeds

@@ -14,13 +14,15 @@ from runtime.backward import BatchGenerator, CutVelocity
 from tests.problems import (
     HYPERS,
     METHODS,
-    RUNS,
+    NODES,
     TOLERANCE,
     B,
     Net,
     Recorder,
     T,
+    both_solvers,
     bumpy,
+    every_method,
     gradient,
     grid,
     mean_reward,
@@ -33,15 +35,11 @@ from tests.problems import (
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-every_method = pytest.mark.parametrize("name", METHODS)
-both_solvers = pytest.mark.parametrize("solver", RUNS)
-LOGS = dict.fromkeys(("leap_align", "leap_align_per_sample", "lagrange"), {"i_k", "i_j", "d_j", "d_0"})
+LOGS = {name: {"i_k", "i_j", "d_j", "d_0"} for name in ("leap_align", "leap_align_per_sample", "lagrange")}
 LOGS |= {"refl": {"i_min"}, "drtune": {"i_min", "s"}, "draft_lv": set(), "full_backprop": set()}
 LOGS |= {"sparse": {"timesteps"}, "bridge": {"i_j", "timesteps"}, "stratified": {"timesteps"}}
 PARTS_OF_WEIGHT = {"leap_align": 2, "leap_align_per_sample": 2, "lagrange": 2, "stratified": 3}
 """Distances whose sum a weight is the inverse of; the other methods have weight 1."""
-NODES = {1: (0,), 2: (0, 1), 3: (0, 1, 2), 4: (0, 2, 3), 5: (0, 2, 4), 6: (0, 3, 5), 7: (0, 3, 6)}
-"""Lagrange's nodes of a leap over n steps, counted from its start; the first two have gradient."""
 
 
 def test_the_table_of_methods():
@@ -113,7 +111,7 @@ def test_methods_draw_only_from_their_generator(name):
     assert torch.equal(torch.get_rng_state(), before) and one == other
     if name != "full_backprop":
         assert {one} != set(others)
-        with pytest.raises(BadInput, match="^generator=None must be a torch.Generator[^\n]*$"):
+        with pytest.raises(BadInput, match=r"^generator=None must be a torch.Generator[^\n]*$"):
             run(name, net.velocity(net.theta), x_T, times, HYPERS[name], None)
 
 
@@ -145,9 +143,7 @@ def test_two_half_batches_draw_the_same_as_the_full_batch(name):
 def test_leap_align_draws_every_pair_of_its_window(name, low, high):
     net, reached = Net(hidden=1), set()
     for seed in range(60):
-        _, log = run(
-            name, net.velocity(net.theta), randn(B, 3), grid(4), Hyper(low=low, high=high), seeded(seed)
-        )
+        _, log = run(name, net.velocity(net.theta), randn(B, 3), grid(4), Hyper(low=low, high=high), seeded(seed))
         reached |= set(zip(*(torch.as_tensor(log[i]).ravel().tolist() for i in ("i_k", "i_j"))))
     assert reached == {(i_k, i_j) for i_j, i_k in combinations(range(low, 5), 2)}
 
@@ -184,7 +180,11 @@ def evaluations(name, log, hyper, steps):
     every, strata = list(range(steps, 0, -1)), list(log.get("timesteps", ()))
     k, j, stop, s = (log.get(key) for key in ("i_k", "i_j", "i_min", "s"))
     if name in STOPPED:
-        trained = [stop] if name == "refl" else [i for i in (s + 4, s + 2, s) if i >= stop]
+        trained = (
+            [stop]
+            if name == "refl"
+            else [i for n in reversed(range(hyper.K)) if (i := s + n * (steps // hyper.K)) >= stop]
+        )
         return list(range(steps, stop - 1, -1)), trained, []
     if name == "draft_lv":
         again = [1] * hyper.n
@@ -192,13 +192,13 @@ def evaluations(name, log, hyper, steps):
     if name == "stratified":  # its leaps but the last again, in the backward
         again = strata[-2::-1]
         return every + again, strata + again, strata[1:] + again[:-1]
-    active = {"leap_align": [k, j], "full_backprop": every}.get(name, strata)
+    active = {"full_backprop": every}.get(name, strata or [k, j])
     if name == "lagrange":
         active = [i_a - n for i_a, i_b in ((k, j), (j, 0)) for n in NODES[i_a - i_b][:2]]
     return every, active, {"full_backprop": every[1:], "sparse": []}.get(name, [j])
 
 
-# Bugs: gradient enabled somewhere in the rollout; v_k with its graph in the Euler step; ReFL at the time of another step.
+# Bugs: gradient enabled in the rollout; v_k with its graph in the Euler step; ReFL at the time of the last step.
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "leap_align_per_sample"])
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("K", [1, 2, 4, None])
@@ -239,15 +239,12 @@ class Alive:
         return inner + t
 
 
-ONE_AT_A_TIME = ("refl", "draft_lv", "stratified")
-
-
 @every_method
-@pytest.mark.parametrize("K", [2, 3, 8, 16])
+@pytest.mark.parametrize("K", [2, 4, 8])
 @pytest.mark.parametrize("backward", ["joint", "cut"])
 def test_the_evaluations_that_memory_holds_at_one_time(name, K, backward):
     """draft_lv and stratified train many evaluations, and hold one."""
-    steps = 16
+    steps = 8
     velocity = Alive(torch.ones((), requires_grad=True))
     run_it = velocity if backward == "joint" else CutVelocity(velocity)
     hyper = replace(HYPERS[name], K=K, n=K, m=1)
@@ -256,12 +253,8 @@ def test_the_evaluations_that_memory_holds_at_one_time(name, K, backward):
             x_0.sum().backward()
         else:
             run_it.backward(x_0, torch.ones_like(x_0), weight)
-    if name == "lagrange":
-        expected = len(evaluations(name, log | {"i_k": 8, "i_j": 4}, hyper, steps)[1])
-    else:
-        counts = {"full_backprop": steps, "leap_align": 2, "leap_align_per_sample": 2} | dict.fromkeys(ONE_AT_A_TIME, 1)
-        expected = counts.get(name, K)
-    assert velocity.peak == expected
+        trained = evaluations(name, log, hyper, steps)[1]
+    assert velocity.peak == (1 if name in ("draft_lv", "stratified") else len(trained)) and trained
 
 
 # Weights and the hinge
