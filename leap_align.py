@@ -60,8 +60,8 @@ def _steps(times: Tensor) -> int:
     """T of a grid, which must ascend from 0 to 1."""
     require(torch.is_tensor(times), f"times={times!r:.40} must be a tensor (T+1,), as from uniform_times")
     is_grid = times.ndim == 1 and len(times) > 1 and times[0] == 0 and times[-1] == 1 and (times.diff() > 0).all()
-    shown = f"[{', '.join(f'{t:g}' for t in times.flatten()[:3].tolist())}, ...] of shape {tuple(times.shape)}"
-    require(is_grid, f"times={shown} must ascend strictly from 0 (image) to 1 (noise); flip a schedule that descends")
+    shown = f"times={times.flatten()[:3].tolist()}... of shape {tuple(times.shape)}"
+    require(is_grid, f"{shown} must ascend strictly from 0 (image) to 1 (noise); flip a schedule that descends")
     return len(times) - 1
 
 
@@ -87,7 +87,7 @@ def leap(x: Tensor, v: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
     x, v (B, *S); t, s a number, () or (B,).  Gradient flows to x and v.  Over one interval: Euler's step.
     """
     require(v.shape == x.shape, f"the velocity's shape {tuple(v.shape)} must be the state's, {tuple(x.shape)}")
-    return x - (_over_batch(t, x) - _over_batch(s, x)) * v
+    return x - _over_batch(t - s, x) * v
 
 
 class Path(NamedTuple):
@@ -100,10 +100,12 @@ class Path(NamedTuple):
 
 
 RECTIFIED = Path(a_t=lambda t: 1 - t, b_t=lambda t: t, da_t=lambda t: -torch.ones_like(t), db_t=torch.ones_like)
-W = math.pi / 2
 COSINE = Path(
-    lambda t: (W * t).cos(), lambda t: (W * t).sin(), lambda t: -W * (W * t).sin(), lambda t: W * (W * t).cos()
-)  # fmt: skip
+    a_t=lambda t: torch.cos(t * math.pi / 2),
+    b_t=lambda t: torch.sin(t * math.pi / 2),
+    da_t=lambda t: -math.pi / 2 * torch.sin(t * math.pi / 2),
+    db_t=lambda t: math.pi / 2 * torch.cos(t * math.pi / 2),
+)
 
 
 def interpolate(x_0: Tensor, x_1: Tensor, t: Tensor | float, path: Path = RECTIFIED) -> Tensor:
@@ -136,7 +138,7 @@ def connect(x_hat: Tensor, x: Tensor) -> Tensor:
 
 def discount(x: Tensor, alpha: float) -> Tensor:
     """Gradient discounting (Eq. S17, M9), alpha x + (1 - alpha) sg(x):  the value of x, its gradient times alpha."""
-    _check_hyper(alpha=alpha)
+    require(0 <= alpha <= 1, f"alpha={alpha} must lie in [0, 1]")
     return stop_gradient(x) + alpha * (x - stop_gradient(x))  # so written, exactly x
 
 
@@ -250,15 +252,15 @@ def checked(reward: Tensor, x_0: Tensor) -> Tensor:
 def hinge(reward: Tensor, lam: float | None) -> Tensor:
     """L_raw (Eq. M11):  max(0, lambda - r), (B,) to (B,).  lam=None gives -r, as Algorithm 1 prints it."""
     require(reward.ndim == 1, f"reward of shape {tuple(reward.shape)} must be (B,): one number a sample")
-    _check_hyper(lam=lam)
+    require(lam is None or math.isfinite(lam), f"lam={lam} must be a finite number, or None for no hinge")
     return -reward if lam is None else torch.relu(lam - reward)
 
 
 def distances(trajectory: LeapTrajectory) -> tuple[Tensor, Tensor]:
     """d_j, d_0 (Eq. M12): mean |x - x̂| of each sample at the two connectors, both (B,), no gradient."""
-    x_0, x_hat_0, x_j, x_hat_j = (stop_gradient(x) for x in trajectory)
-    d_j = (x_j - x_hat_j).abs().reshape(len(x_0), -1).mean(1)
-    d_0 = (x_0 - x_hat_0).abs().reshape(len(x_0), -1).mean(1)
+    x_0, x_hat_0, x_j, x_hat_j = trajectory
+    d_j = stop_gradient(x_j - x_hat_j).abs().reshape(len(x_0), -1).mean(1)
+    d_0 = stop_gradient(x_0 - x_hat_0).abs().reshape(len(x_0), -1).mean(1)
     return d_j, d_0
 
 
@@ -269,7 +271,7 @@ def similarity_weight(trajectory: LeapTrajectory, tau: float) -> Tensor:
 
 def weight_of(d_j: Tensor, d_0: Tensor, tau: float) -> Tensor:
     """w_sim (Eq. M12):  1 / (max(d_j, tau) + max(d_0, tau)), (B,); a perfect fit has weight 1 / (2 tau)."""
-    _check_hyper(tau=tau)
+    require(0 < tau < math.inf, f"tau={tau} must be positive and finite")
     return 1 / (d_j.clamp(min=tau) + d_0.clamp(min=tau))
 
 
@@ -281,12 +283,6 @@ def objective(reward: Tensor, weight: Tensor, lam: float | None) -> Tensor:
 
 
 # ------------------------------------- Algorithm 1: hyperparameters and methods -------------------------------------
-def _check_hyper(alpha: float = 0, tau: float = 1, lam: float | None = None) -> None:
-    require(0 <= alpha <= 1, f"alpha={alpha} must lie in [0, 1]")
-    require(0 < tau < math.inf, f"tau={tau} must be positive and finite")
-    require(lam is None or math.isfinite(lam), f"lam={lam} must be a finite number, or None for no hinge")
-
-
 @dataclass(frozen=True)
 class Hyper:
     """The methods' hyperparameters, with the paper's values for HPSv2.1 on FLUX."""
@@ -301,12 +297,14 @@ class Hyper:
     high: int | None = None  # Greatest timestep of a pair, None for T (leap_align).
 
     def __post_init__(self) -> None:
-        _check_hyper(self.alpha, self.tau, self.lam)
+        one = torch.ones(1)  # these functions check their hyperparameter
+        discount(one, self.alpha), weight_of(one, one, self.tau), hinge(one, self.lam)
         for name, least in (("m", 1), ("K", 1), ("n", 0)):
             n = getattr(self, name)
             require(isinstance(n, int) and n >= least, f"{name}={n} must be a whole number, at least {least}")
 
 
+# velocity: v_theta; x_T (B, *S): noise; times (T+1,): the grid; every draw comes from generator; step: the solver.
 def refl(velocity, x_T, times, hyper, generator, step=leap) -> Endpoints:
     """ReFL: sample without gradient, stop early at t_min, leap to the image with gradient."""
     T, m = _steps(times), hyper.m
@@ -380,13 +378,13 @@ def sample_pair(T: int, generator: Generator, low: int = 1, high: int | None = N
 
 def _randint(low: int, high: int, generator: Generator, size: int | None = None) -> Tensor:
     """Uniform integers, both ends included as in the paper; () or (size,)."""
-    _check_generator(generator)
+    require(isinstance(generator, Generator), f"generator={generator} must be a torch.Generator: draws are seeded")
     return torch.randint(low, high + 1, () if size is None else (size,), generator=generator, device=generator.device)
 
 
 def _noise_like(x: Tensor, generator: Generator) -> Tensor:
     """Gaussian noise with the shape, dtype and device of x, drawn on the generator's device."""
-    _check_generator(generator)
+    require(isinstance(generator, Generator), f"generator={generator} must be a torch.Generator: draws are seeded")
     B, rows = _batch(x, generator)
     return torch.randn(B, *x.shape[1:], generator=generator, dtype=x.dtype, device=generator.device)[rows].to(x.device)
 
@@ -394,7 +392,3 @@ def _noise_like(x: Tensor, generator: Generator) -> Tensor:
 def _batch(x: Tensor, generator: Generator) -> tuple[int, slice]:
     """How many samples to draw for, and which of them are x: a generator of a larger batch knows both."""
     return getattr(generator, "batch_size", len(x)), getattr(generator, "rows", slice(None))
-
-
-def _check_generator(generator: Generator) -> None:
-    require(isinstance(generator, Generator), f"generator={generator} must be a torch.Generator: draws are seeded")

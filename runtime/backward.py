@@ -29,7 +29,7 @@ from leap_align import Velocity, stop_gradient
 
 def leaf(x: Tensor) -> Tensor:
     """The value of x as a leaf: a backward that reaches it ends there and leaves its gradient in .grad."""
-    return stop_gradient(x).requires_grad_()
+    return x.detach().requires_grad_()
 
 
 class BatchGenerator(torch.Generator):

@@ -26,11 +26,8 @@ from tqdm import tqdm
 
 from leap_align import BadInput
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Ranks
-# ---------------------------------------------------------------------------------------------------------------------
 
-
+# ------------------------------------------------------- Ranks -------------------------------------------------------
 def rank() -> int:
     """This process's rank."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -77,8 +74,9 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def mean(rows: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of each entry over rows with the same entries."""
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    """The mean of each entry over rows with the same entries in the same order."""
+    columns = zip(*[row.values() for row in rows])
+    return dict(zip(rows[0], [sum(column) / len(rows) for column in columns]))
 
 
 def mean_over_ranks(metrics: dict[str, float], device: torch.device) -> dict[str, float]:
@@ -108,11 +106,7 @@ def full_value(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors that concern every rank
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ------------------------------------------- Errors that concern every rank ------------------------------------------
 class RaisedOnAllRanks(BadInput):
     """Raised on every rank; only rank 0 prints it."""
 
@@ -147,11 +141,7 @@ def one_line(error: BaseException) -> str:
     return f"{' '.join(text.split()):.200}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Signals
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ------------------------------------------------------ Signals ------------------------------------------------------
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 """Ctrl-C, a cluster's preemption, a closed terminal, Slurm's warning."""
 
@@ -197,11 +187,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Exit
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# -------------------------------------------------------- Exit -------------------------------------------------------
 PACKAGES = {name: name for name in "diffusers transformers peft accelerate sentencepiece safetensors".split()}
 PACKAGES |= {name: name for name in "torchvision tokenizers huggingface_hub matplotlib hpsv2 psutil".split()}
 PACKAGES |= {"sklearn": "scikit-learn", "open_clip": "open_clip_torch"}

@@ -14,14 +14,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from leap_align import BadInput
+from leap_align import BadInput, require
 from runtime.processes import one_line, run_on_rank0
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Atomic writes
-# ---------------------------------------------------------------------------------------------------------------------
 
-
+# --------------------------------------------------- Atomic writes ---------------------------------------------------
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, renamed to it at the end: a reader never sees a half-written file.
@@ -105,11 +102,7 @@ def digest_folder(folder: Path, pattern: str = "*", ignored: str = "*.part") -> 
     return total.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Who may write into a folder
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# -------------------------------------------- Who may write into a folder --------------------------------------------
 def check_run_folder(folder: Path, settings: dict[str, Any], resume: bool, changeable: frozenset[str]) -> None:
     """Refuses a folder with another run.  Writes nothing.
 
@@ -117,19 +110,19 @@ def check_run_folder(folder: Path, settings: dict[str, Any], resume: bool, chang
     its first checkpoint may be started again.
     """
     path = folder / "config.json"
-    if resume and not path.exists():
-        raise BadInput(f"{path} does not exist: nothing to resume; start the run without --resume")
+    known = not resume or path.exists()
+    require(known, f"{path} does not exist: nothing to resume; start the run without --resume")
     if resume and (changes := _changes(read_json(path), _as_json(settings), changeable)):
         raise BadInput(f"{folder} was run with other settings: {changes}; give those, or start a run in another --out")
-    if not resume and (checkpoints(folder) or (folder / "result.json").exists()):
-        raise BadInput(f"{folder} holds another run: choose another --out, continue with --resume, or delete it")
+    new = resume or not (checkpoints(folder) or (folder / "result.json").exists())
+    require(new, f"{folder} holds another run: choose another --out, continue with --resume, or delete it")
 
 
 def check_contents(folder: Path, contents: dict[str, str]) -> None:
     """Refuses to resume a run when the content of a file that it reads has changed."""
     old = read_json(folder / "config.json").get("contents", {})
-    if changed := sorted(name for name in contents if old.get(name) != contents[name]):
-        raise BadInput(f"{', '.join(changed)} changed since {folder} was started: restore it, or choose another --out")
+    changed = ", ".join(sorted(name for name in contents if old.get(name) != contents[name]))
+    require(not changed, f"{changed} changed since {folder} was started: restore it, or choose another --out")
 
 
 def write_settings(path: Path, settings: dict[str, Any]) -> None:
@@ -160,20 +153,18 @@ def _check_same_settings(folder: Path, path: Path, settings: dict[str, Any]) -> 
 
 def check_new_file(path: Path) -> None:
     """Refuses to overwrite a file."""
-    if path.exists():
-        raise BadInput(f"{path} exists: choose another --out, or delete it")
+    require(not path.exists(), f"{path} exists: choose another --out, or delete it")
 
 
 def check_shared_folder(folder: Path) -> None:
     """Refuses a folder that the nodes do not share: each node would keep its own part of a checkpoint."""
-    if not (folder / LOCK).exists():
-        raise BadInput(f"{folder} is not the same on every node: give an --out on a disk that all nodes share")
+    shared = (folder / LOCK).exists()
+    require(shared, f"{folder} is not the same on every node: give an --out on a disk that all nodes share")
 
 
 def check_not_removed(path: Path) -> None:
     """Refuses to write a file of a run's folder again after the folder was removed."""
-    if not path.exists():
-        raise BadInput(f"{path} is gone: the run's folder was removed during the run")
+    require(path.exists(), f"{path} is gone: the run's folder was removed during the run")
 
 
 LOCK = ".lock"
@@ -196,12 +187,11 @@ def locked_folder(folder: Path, settings_file: str, tool: str) -> Iterator[None]
 
 
 def _check_own(folder: Path, settings_file: Path, tool: str) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"{folder} is a file: choose another folder")
+    require(folder.is_dir() or not folder.exists(), f"{folder} is a file: choose another folder")
     if not folder.exists() or all(_is_own_trace(file.name) for file in folder.iterdir()):
         return
-    if not settings_file.is_file() or read_json(settings_file).get("tool") != tool:
-        raise BadInput(f"{folder} is not empty, and {tool} did not fill it: choose another folder")
+    own = settings_file.is_file() and read_json(settings_file).get("tool") == tool
+    require(own, f"{folder} is not empty, and {tool} did not fill it: choose another folder")
 
 
 def _is_own_trace(name: str) -> bool:
@@ -233,8 +223,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         fault = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({one_line(error)})"
         raise BadInput(f"{path} {fault}: restore it, or choose another folder") from error
-    if not isinstance(value, dict):
-        raise BadInput(f"{path} must hold a JSON object, not a {type(value).__name__}: restore it")
+    kind = type(value).__name__
+    require(isinstance(value, dict), f"{path} must hold a JSON object, not a {kind}: restore it")
     return value
 
 
@@ -249,11 +239,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any], ignored: frozenset[str] =
     return "; ".join(f"{name} was {old.get(name)}, is {new[name]}" for name in names)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Logs
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# -------------------------------------------------------- Logs -------------------------------------------------------
 class CsvLog:
     """A CSV file with a row per iteration.  A resumed run keeps the rows up to its checkpoint's iteration."""
 

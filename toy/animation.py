@@ -13,7 +13,7 @@ from matplotlib.animation import PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from leap_align import BadInput
+from leap_align import BadInput, require
 from toy import pictures
 from toy.modes import CENTRES, Modes
 from toy.task import ToyOptions
@@ -76,8 +76,7 @@ def _clearest_rollout(before: dict[str, np.ndarray], after: dict[str, np.ndarray
     drawn = slice(len(before["x_hat_0"]))
     right = [pictures.is_right(e["samples"][drawn], e["prompt"][drawn], CENTRES.numpy()) for e in (before, after)]
     corrected = np.flatnonzero(right[1] & ~right[0])
-    if not len(corrected):
-        raise BadInput("no drawn sample is wrong before training and right after: give a run with more iterations")
+    require(len(corrected), "no drawn sample is wrong before training and right after: give a run with more iterations")
     return max(corrected, key=lambda n: min(pictures.least_distance(_joined_states(e, n)) for e in (before, after)))
 
 
