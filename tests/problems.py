@@ -18,12 +18,6 @@ SHIFTS = [1.0, 2.2243, 3.0]
 """Grids: even, FLUX's own at 720 px, SD3's."""
 NODES = {1: (0,), 2: (0, 1), 3: (0, 1, 2), 4: (0, 2, 3), 5: (0, 2, 4), 6: (0, 3, 5), 7: (0, 3, 6)}
 """Lagrange's nodes of a leap over n steps, counted from its start; the first two have gradient."""
-every_method = pytest.mark.parametrize("name", METHODS)
-all_shifts = pytest.mark.parametrize("shift", SHIFTS)
-all_alphas = pytest.mark.parametrize("alpha", [0, 0.3, 1])
-all_shapes = pytest.mark.parametrize("shape", [(3,), (2, 2, 2)], ids=str)
-both_forms = pytest.mark.parametrize("form", ["one pass", "two passes"])
-both_solvers = pytest.mark.parametrize("solver", beyond.SOLVERS)
 
 
 def seeded(seed=0):

@@ -19,13 +19,8 @@ from tests.problems import (
     Net,
     Recorder,
     T,
-    all_alphas,
-    all_shapes,
-    all_shifts,
-    both_solvers,
     bumpy,
     close,
-    every_method,
     gradient,
     grid,
     jacobians,
@@ -70,9 +65,6 @@ def leashed(name, net, x_T, *arguments, reference=None, beta=BETA, microbatches=
 # One evaluation after the other
 
 
-@every_method
-@all_alphas
-@both_solvers
 def test_the_cut_backward_has_the_gradient_of_the_joint_one(name, alpha, solver):
     net, x_T, times, _ = problem()
     hyper = replace(OFF[name], alpha=alpha)
@@ -80,7 +72,6 @@ def test_the_cut_backward_has_the_gradient_of_the_joint_one(name, alpha, solver)
     assert close(cut(name, net, x_T, times, hyper, solver=solver), expected)
 
 
-@every_method
 def test_the_cut_backward_of_a_velocity_that_ignores_its_state(name):
     theta, (_, x_T, times, _) = torch.tensor(0.7, requires_grad=True), problem()
     plain = lambda x, t: (theta * (1 + t)).reshape(-1, 1).expand(B, 3)  # noqa: E731
@@ -91,7 +82,6 @@ def test_the_cut_backward_of_a_velocity_that_ignores_its_state(name):
     assert close(theta.grad, expected)
 
 
-@every_method
 @pytest.mark.parametrize("K", [2, 3, T])
 def test_the_cut_backward_ends_one_evaluation_before_the_next_begins(name, K):
     """A joint backward adds to the weights once.  before_last, for HSDP, runs once an endpoint, before the last."""
@@ -182,15 +172,11 @@ def check_leash(name, hyper, net, x_T, times, states, **options):
 
 
 @pytest.mark.parametrize("name", ["leap_align", "leap_align_per_sample"])
-@all_shapes
-@all_shifts
-@all_alphas
 def test_the_leash_of_leap_align_is_the_formula(name, shape, shift, alpha):
     check_leash(name, Hyper(lam=None, alpha=alpha), *problem(shape, shift))
 
 
 @pytest.mark.parametrize("name", ["refl", "draft_lv", "drtune", "full_backprop", "sparse", "stratified"])
-@pytest.mark.parametrize("seed", range(3))
 def test_the_leash_of_a_method_is_the_formula(name, seed):
     """R is over the evaluations with gradient; a surrogate's length has its compensation; endpoints add up."""
     check_leash(name, replace(OFF[name], rho=0.5), *problem(), seed=0 if name == "draft_lv" else seed)
@@ -204,7 +190,6 @@ def test_the_leash_of_stratified_also_has_the_formula_for_leaps_that_are_evaluat
 # What the leash leaves alone
 
 
-@every_method
 def test_at_beta_0_and_at_the_reference_the_leash_changes_no_bit(name):
     net, x_T, times, _ = problem()
     arguments = name, net, x_T, times, HYPERS[name]
@@ -215,7 +200,6 @@ def test_at_beta_0_and_at_the_reference_the_leash_changes_no_bit(name):
     assert torch.equal(theta.grad, without) and figures == [{"leash": 0.0, "v_norm": 1.0}] * len(figures)
 
 
-@every_method
 def test_the_reference_is_evaluated_once_for_each_differentiated_evaluation(name):
     net, x_T, times, _ = problem()
     recorder, asked = Recorder(net.velocity(net.leaf())), []
