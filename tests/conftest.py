@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.problems import METHODS, RUNS, SHIFTS
+from tests.oracles import RUNS
+from tests.problems import METHODS, SHIFTS
 
 
 def pytest_configure(config):

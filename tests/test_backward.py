@@ -12,22 +12,8 @@ import torch
 from beyond import SOLVERS, Hyper
 from leap_align import objective
 from runtime.backward import CutVelocity, Leash, leaf, rows_of_rank
-from tests.problems import (
-    HYPERS,
-    METHODS,
-    B,
-    Net,
-    Recorder,
-    T,
-    bumpy,
-    close,
-    gradient,
-    grid,
-    jacobians,
-    problem,
-    run,
-    seeded,
-)
+from tests.oracles import bumpy, jacobians
+from tests.problems import HYPERS, METHODS, B, Net, Recorder, T, close, gradient, grid, problem, run, seeded
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -63,8 +49,6 @@ def leashed(name, net, x_T, *arguments, reference=None, beta=BETA, microbatches=
 
 
 # One evaluation after the other
-
-
 def test_the_cut_backward_has_the_gradient_of_the_joint_one(name, alpha, solver):
     net, x_T, times, _ = problem()
     hyper = replace(OFF[name], alpha=alpha)
@@ -119,8 +103,6 @@ def test_the_rows_of_a_rank(arguments, rows):
 
 
 # The leash's gradient
-
-
 def leash_formula(net, states, evaluations, weight):
     """R, and its gradient: the mean over a batch of w sum of l |v - v_ref|^2 over (states, timesteps, lengths) a batch.
 
@@ -176,20 +158,17 @@ def test_the_leash_of_leap_align_is_the_formula(name, shape, shift, alpha):
     check_leash(name, Hyper(lam=None, alpha=alpha), *problem(shape, shift))
 
 
-@pytest.mark.parametrize("name", ["refl", "draft_lv", "drtune", "full_backprop", "sparse", "stratified"])
-def test_the_leash_of_a_method_is_the_formula(name, seed):
+METHODS_AND_K = [("refl", 2), ("draft_lv", 2), ("drtune", 2), ("full_backprop", 2), ("sparse", 3)]
+METHODS_AND_K += [("stratified", K) for K in (2, 3, T)]
+
+
+@pytest.mark.parametrize("name, K", METHODS_AND_K)
+def test_the_leash_of_a_method_is_the_formula(name, K, seed):
     """R is over the evaluations with gradient; a surrogate's length has its compensation; endpoints add up."""
-    check_leash(name, replace(OFF[name], rho=0.5), *problem(), seed=0 if name == "draft_lv" else seed)
-
-
-@pytest.mark.parametrize("K", [2, T])
-def test_the_leash_of_stratified_also_has_the_formula_for_leaps_that_are_evaluated_again(K):
-    check_leash("stratified", Hyper(lam=None, K=K), *problem())
+    check_leash(name, replace(OFF[name], K=K, rho=0.5), *problem(), seed=0 if name == "draft_lv" else seed)
 
 
 # What the leash leaves alone
-
-
 def test_at_beta_0_and_at_the_reference_the_leash_changes_no_bit(name):
     net, x_T, times, _ = problem()
     arguments = name, net, x_T, times, HYPERS[name]
@@ -214,8 +193,6 @@ def test_the_reference_is_evaluated_once_for_each_differentiated_evaluation(name
 
 
 # Its scale
-
-
 def test_a_batch_in_parts_and_an_image_of_any_size_have_the_same_leash():
     net, x_T, times, _ = problem()
     hyper, reference = Hyper(lam=None, m=1), Net(seed=5)

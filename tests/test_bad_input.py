@@ -6,27 +6,9 @@ from functools import partial
 import pytest
 import torch
 
+import leap_align as la
 from beyond import SOLVERS, Hyper, late_draw, sample_thirds
-from leap_align import (
-    COSINE,
-    BadInput,
-    checked,
-    connect,
-    differentiable,
-    discount,
-    hinge,
-    interpolate,
-    leap,
-    leap_general,
-    leap_rollout,
-    leap_trajectory,
-    objective,
-    rollout,
-    sample_pair,
-    shifted_times,
-    similarity_weight,
-    uniform_times,
-)
+from leap_align import COSINE, BadInput
 from runtime.command_line import check
 from tests.problems import METHODS, B, T, grid, randn, run, seeded
 from train_leap_align import Config
@@ -43,12 +25,12 @@ def velocity(x, t):
 
 def two_passes(i_k, i_j, alpha=0.3, times=GRID, states=None):
     i_k, i_j = (torch.tensor(i) if isinstance(i, list) else i for i in (i_k, i_j))
-    return leap_trajectory(velocity, states or [X] * len(times), times, i_k, i_j, alpha)
+    return la.leap_trajectory(velocity, states or [X] * len(times), times, i_k, i_j, alpha)
 
 
 def one_pass(i_k, i_j, alpha=0.3, times=GRID):
     i_k, i_j = (torch.tensor(i) if isinstance(i, list) else i for i in (i_k, i_j))
-    return leap_rollout(velocity, X, times, i_k, i_j, alpha)
+    return la.leap_rollout(velocity, X, times, i_k, i_j, alpha)
 
 
 def method(name, times=GRID, v=velocity, solver="euler", **hyper):
@@ -60,7 +42,7 @@ def without_generator(name):
 
 
 def weight(tau):
-    return similarity_weight(two_passes(4, 2), tau)
+    return la.similarity_weight(two_passes(4, 2), tau)
 
 
 def hyper(name, value):
@@ -85,13 +67,13 @@ REFUSALS = [
         for form in (one_pass, two_passes)
     ),
     ("i_k=[3, 4, 5], i_j=[1, 2, 3] must be two ints, one pair a batch", one_pass, [3, 4, 5], [1, 2, 3]),
-    *((f"i_end={end} must lie in 0..T={T}", rollout, velocity, X, GRID, end) for end in (-1, T + 1)),
+    *((f"i_end={end} must lie in 0..T={T}", la.rollout, velocity, X, GRID, end) for end in (-1, T + 1)),
     (f"{T} states do not fit {T + 1} times", two_passes, 4, 2, 0.3, GRID, [X] * T),
     *(
         (f"low={low}, high={high or T} must satisfy ... T={T}", call)
         for low, high in [(0, None), (-1, 3), (3, 3), (4, 2), (1, 7), (6, None)]
         for call in [
-            partial(sample_pair, T, seeded(), low, high),
+            partial(la.sample_pair, T, seeded(), low, high),
             *(partial(method, name, low=low, high=high) for name in ("leap_align", "leap_align_per_sample")),
         ]
     ),
@@ -99,14 +81,14 @@ REFUSALS = [
     *(
         (f"alpha={value} must lie in [0, 1]", function, *arguments, value)
         for value in UNIT
-        for function, *arguments in [(discount, X), (hyper, "alpha"), (two_passes, 4, 2), (one_pass, 4, 2)]
+        for function, *arguments in [(la.discount, X), (hyper, "alpha"), (two_passes, 4, 2), (one_pass, 4, 2)]
     ),
     *((f"{name}={value} must lie in", hyper, name, value) for name in ("rho", "node_discount") for value in UNIT),
     *((f"late_bias={value} must lie in", hyper, "late_bias", value) for value in (-1.0, NAN, INF)),
     *((f"tau={value} must be positive and finite", weight, value) for value in HALF),
     *((f"tau={value} must be positive and finite", hyper, "tau", value) for value in HALF),
     *((f"lam={value} must be", hyper, "lam", value) for value in (NAN, INF)),
-    ("lam=nan must be", hinge, randn(B), NAN),
+    ("lam=nan must be", la.hinge, randn(B), NAN),
     *((f"{name}={value} must be ... at least", hyper, name, value) for name, value in dict(m=0, K=0, n=-1).items()),
     ("K=2.0 must be a whole number", hyper, "K", 2.0),
     (f"m=7 must be at most T={T}", partial(method, "refl", m=7)),
@@ -118,35 +100,35 @@ REFUSALS = [
     ("T=2 must be at least 3", method, "lagrange", grid(2)),
     *((f"beta={value} must be at least 0", check, Config(beta=value), Hyper(), None, 1) for value in (-1.0, NAN, INF)),
     # Grids
-    ("T=0 must be at least 1", uniform_times, 0),
-    ("T=0 must be at least 1", shifted_times, 0, 3),
-    ("low=1, high=1 ... T=1", sample_pair, 1, seeded()),
-    *((f"shift={value} must be", shifted_times, 5, value) for value in (0, -1, NAN, INF)),
-    ("times=[0, 0.5, 1] must be a tensor", rollout, velocity, X, [0, 0.5, 1]),
+    ("T=0 must be at least 1", la.uniform_times, 0),
+    ("T=0 must be at least 1", la.shifted_times, 0, 3),
+    ("low=1, high=1 ... T=1", la.sample_pair, 1, seeded()),
+    *((f"shift={value} must be", la.shifted_times, 5, value) for value in (0, -1, NAN, INF)),
+    ("times=[0, 0.5, 1] must be a tensor", la.rollout, velocity, X, [0, 0.5, 1]),
     # Shapes and types: (3, 1) and (2,) would broadcast to the state's shape
     *(
         (f"the velocity's shape {shape} must be the state's, (3, 2)", function, X, randn(*shape), *ends)
         for shape in ((3, 1), (2,), (2, 3), (3, 2, 1))
-        for function, *ends in [(leap, 1, 0), (leap_general, 1, 0, COSINE)]
+        for function, *ends in [(la.leap, 1, 0), (la.leap_general, 1, 0, COSINE)]
     ),
     *(
         ("the velocity's shape (3, 1) must be the state's", partial(method, name, v=lambda x, t: X_1, solver=solver))
         for name in METHODS
         for solver in SOLVERS
     ),
-    *((f"a time of shape {shape} must be", leap, X, X, torch.ones(shape), 0) for shape in ((2,), (3, 1), (1,))),
-    ("times of torch.float64 would promote states of torch.float32", leap, X.float(), X.float(), randn(B), 0),
-    ("x_hat of shape (3, 1) and x of shape (3, 2) must agree", connect, X_1, X),
-    ("x_0 of shape (3, 1) and x_1 of shape (3, 2) must agree", interpolate, X_1, X, 0.5),
-    ("reward of shape (3, 1) must be (B,)", hinge, X_1, 0.5),
-    ("reward of shape () must be (B,)", hinge, torch.tensor(1.0), 0.5),
-    ("reward of shape (3, 1) must be (B,)", objective, X_1, X_1, 0.5),
-    ("reward of shape (3, 1) and weight of (3,) must", objective, X_1, randn(B), 0.5),
-    ("reward of shape (3,) and weight of (3, 1) must", objective, randn(B), X_1, 0.5),
+    *((f"a time of shape {shape} must be", la.leap, X, X, torch.ones(shape), 0) for shape in ((2,), (3, 1), (1,))),
+    ("times of torch.float64 would promote states of torch.float32", la.leap, X.float(), X.float(), randn(B), 0),
+    ("x_hat of shape (3, 1) and x of shape (3, 2) must agree", la.connect, X_1, X),
+    ("x_0 of shape (3, 1) and x_1 of shape (3, 2) must agree", la.interpolate, X_1, X, 0.5),
+    ("reward of shape (3, 1) must be (B,)", la.hinge, X_1, 0.5),
+    ("reward of shape () must be (B,)", la.hinge, torch.tensor(1.0), 0.5),
+    ("reward of shape (3, 1) must be (B,)", la.objective, X_1, X_1, 0.5),
+    ("reward of shape (3, 1) and weight of (3,) must", la.objective, X_1, randn(B), 0.5),
+    ("reward of shape (3,) and weight of (3, 1) must", la.objective, randn(B), X_1, 0.5),
     # Rewards that cannot be trained on
     *(
         (words, call, *arguments)
-        for call in (checked, differentiable)
+        for call in (la.checked, la.differentiable)
         for words, *arguments in [
             *(
                 (f"a reward of type {type(bad).__name__} must be a tensor (B,) = (3,)", bad, IMAGE)
@@ -157,9 +139,9 @@ REFUSALS = [
             ("the reward does not require grad ... no_grad", IMAGE.detach().sum(1), IMAGE),
         ]
     ),
-    ("the reward is not finite for samples [1] of 3", checked, IMAGE.sum(1) / torch.tensor([1.0, 0.0, 1.0]), IMAGE),
+    ("the reward is not finite for samples [1] of 3", la.checked, IMAGE.sum(1) / torch.tensor([1.0, 0.0, 1.0]), IMAGE),
     # Draws without a generator
-    ("generator=None must be a torch.Generator", sample_pair, T, None),
+    ("generator=None must be a torch.Generator", la.sample_pair, T, None),
     ("generator=None must be a torch.Generator", late_draw, 7, 3, 2, 1.0, None),
     ("generator=None must be a torch.Generator", sample_thirds, T, None),
     *(
@@ -171,9 +153,8 @@ REFUSALS = [
 BAD_GRIDS = [[1.0, 0.5, 0.0], [0.1, 0.5, 1.0], [0.0, 0.5, 0.9], [0.0, 500.0, 1000.0], [0.0, 0.5, 0.5, 1.0]]
 BAD_GRIDS += [[0.0, 0.7, 0.3, 1.0], [0.0, NAN, 1.0], [0.0], [], [[0.0, 0.5, 1.0], [0.0, 0.5, 1.0]]]
 for times in map(torch.tensor, BAD_GRIDS):
-    first = ", ".join(f"{t:g}" for t in times.flatten()[:3].tolist())
-    words = f"times=[{first} ... of shape {tuple(times.shape)} must ascend"
-    calls = [(rollout, velocity, X, times), (two_passes, 2, 1, 0.3, times), (one_pass, 2, 1, 0.3, times)]
+    words = f"times={times.flatten()[:3].tolist()}... of shape {tuple(times.shape)} must ascend"
+    calls = [(la.rollout, velocity, X, times), (two_passes, 2, 1, 0.3, times), (one_pass, 2, 1, 0.3, times)]
     REFUSALS += [(words, *call) for call in [*calls, *((method, name, times) for name in METHODS)]]
 
 
@@ -185,6 +166,6 @@ def test_an_invalid_argument_is_refused_in_one_line(words, call):
     assert isinstance(caught.value, ValueError) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("call", [checked, differentiable])
+@pytest.mark.parametrize("call", [la.checked, la.differentiable])
 def test_a_reward_that_can_be_trained_on_is_unchanged(call):
     assert torch.equal(call(IMAGE.sum(1), IMAGE), IMAGE.sum(1))

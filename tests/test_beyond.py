@@ -23,27 +23,9 @@ from beyond import (
     sum_piece,
     surrogate,
 )
-from leap_align import leap, leap_trajectory, rollout, similarity_weight
-from tests.problems import (
-    HYPERS,
-    NODES,
-    B,
-    Net,
-    adams_bashforth,
-    assert_frequencies,
-    bumpy,
-    close,
-    eq_s18,
-    gradient,
-    grid,
-    interpolation_weights,
-    mean_reward,
-    problem,
-    randn,
-    reward_gradient,
-    run,
-    seeded,
-)
+from leap_align import leap, rollout
+from tests.oracles import NODES, assert_frequencies, eq_s18, interpolation_weights, mean_reward, reward_gradient
+from tests.problems import HYPERS, B, Net, close, gradient, grid, problem, randn, run, seeded
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -63,8 +45,6 @@ def check_gradient(name, hyper, shift, seed, formula):
 
 
 # The gradients
-
-
 @pytest.mark.parametrize("K, rho", [(1, 0), (3, 1), (3, 0.4), (T, 1)])
 def test_the_gradient_of_sparse_is_flowbps_formula(seed, shift, K, rho):
     def dx_0(log, times, dv, _):
@@ -124,19 +104,7 @@ def test_the_gradient_of_stratified_is_a_product_over_its_leaps(seed, shift, alp
     check_gradient("stratified", Hyper(K=K, alpha=alpha), shift, seed, dx_0)
 
 
-def test_stratified_with_two_leaps_is_leap_align_at_the_same_pair(shift, alpha):
-    (net, x_T, times, states), hyper = problem_8(shift=shift), Hyper(K=2, alpha=alpha)
-    theta, other = net.leaf(), net.leaf()
-    [(x_0, weight)], log = run("stratified", net.velocity(theta), x_T, times, hyper, seeded(3), loss=mean_reward)
-    leaps = leap_trajectory(net.velocity(other), states, times, *log["timesteps"], alpha)
-    mean_reward(leaps.x_0, None).backward()
-    assert close(theta.grad, other.grad) and close(x_0, leaps.x_0)
-    assert close(weight, similarity_weight(leaps, hyper.tau))
-
-
 # Values
-
-
 def test_surrogate_of_every_evaluation_is_the_euler_run(shift):
     """With w_i = h_i and every node active, the estimate is the run itself and its gradient needs no compensation."""
     net, x_T, times, states = problem_8(shift=shift)
@@ -169,8 +137,6 @@ def test_the_weight_of_stratified_and_leap_align_is_the_similarity_of_its_leaps(
 
 
 # Weights of interpolation
-
-
 @pytest.mark.parametrize("nodes", [[0.9], [0.9, 0.5], [0.9, 0.7, 0.2], [0.8, 0.3, 0.25]], ids=str)
 def test_lagranges_weights_integrate_polynomials_exactly(nodes):
     """As many powers of u as there are nodes: the integral of u^n from s to t is (t^(n+1) - s^(n+1)) / (n + 1)."""
@@ -181,19 +147,12 @@ def test_lagranges_weights_integrate_polynomials_exactly(nodes):
         assert sum(w * u**n for w, u in zip(weights, nodes)) == pytest.approx(exact, abs=1e-14)
 
 
-def test_on_an_even_grid_a_leap_over_two_steps_gives_its_start_the_weight_0():
-    piece = lagrange_piece(grid(T), 5, 3, 0.5, 0.25)
-    assert piece.weights[5] == pytest.approx(0, abs=1e-16) and piece.weights[4] == pytest.approx(2 / T)
-
-
 @pytest.mark.parametrize("steps", NODES)
 def test_lagranges_nodes_are_even_and_never_the_end_of_the_leap(steps):
     assert list(lagrange_piece(grid(T), T, T - steps, 0, 0).weights) == [T - n for n in NODES[steps]]
 
 
 # Draws
-
-
 @pytest.mark.parametrize("late_bias", [0, 1, 2.5])
 def test_the_late_draw_takes_one_timestep_after_another_by_its_odds(late_bias):
     """Timesteps 7..4, whose odds are 1, 2^b, 3^b, 4^b; a pair is drawn in either order."""
@@ -247,8 +206,6 @@ def test_the_strata_are_equal_parts_that_cover_the_run(steps, K):
 
 
 # The solver
-
-
 def test_ab2_integrates_the_line_through_two_velocities(shift):
     net, x_T, times, expected = problem_8(shift=shift, solver="ab2")
     found = rollout(net.velocity(net.theta), x_T, times, 0, beyond.SOLVERS["ab2"]())
@@ -272,14 +229,6 @@ def test_leap_align_over_ab2_has_eq_s18s_gradient_at_ab2s_states(alpha, name):
     found, log = gradient(name, net, x_T, times, Hyper(alpha=alpha), 0, mean_reward, "ab2")
     i_k, i_j = (torch.as_tensor(log[key]).expand(B).tolist() for key in ("i_k", "i_j"))
     assert close(found, reward_gradient(net, states, times, lambda b, *dv: eq_s18(times, i_k[b], i_j[b], alpha, *dv)))
-
-
-def test_full_backprop_over_ab2_is_the_gradient_of_its_run():
-    net, x_T, times, _ = problem_8()
-    found, _ = gradient("full_backprop", net, x_T, times, Hyper(), 0, mean_reward, "ab2")
-    theta = net.leaf()
-    (-bumpy(adams_bashforth(net.velocity(theta), x_T, times)[0]).mean()).backward()
-    assert close(found, theta.grad)
 
 
 def test_the_defaults_are_flowbps_for_flux():

@@ -8,39 +8,10 @@ import pytest
 import torch
 from torch.func import grad, vmap
 
-from leap_align import (
-    COSINE,
-    RECTIFIED,
-    Hyper,
-    LeapTrajectory,
-    Path,
-    connect,
-    discount,
-    distances,
-    hinge,
-    interpolate,
-    leap,
-    leap_general,
-    leap_rollout,
-    leap_trajectory,
-    objective,
-    rollout,
-    sample_pair,
-    shifted_times,
-    similarity_weight,
-    uniform_times,
-)
-from tests.problems import (
-    B,
-    T,
-    assert_frequencies,
-    bumpy,
-    grid,
-    problem,
-    randn,
-    seeded,
-    trajectory,
-)
+import leap_align as la
+from leap_align import COSINE, RECTIFIED
+from tests.oracles import assert_frequencies, bumpy
+from tests.problems import B, T, grid, problem, randn, seeded, trajectory
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -48,7 +19,7 @@ all_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, tor
 all_pairs = pytest.mark.parametrize("pair", [(6, 5), (6, 1), (4, 2), (2, 1)], ids=str)
 both_paths = pytest.mark.parametrize("path", [RECTIFIED, COSINE], ids=["rectified", "cosine"])
 
-SQUARE = Path(a_t=lambda t: 1 - t**2, b_t=lambda t: t, da_t=lambda t: -2 * t, db_t=lambda t: torch.ones_like(t))
+SQUARE = la.Path(a_t=lambda t: 1 - t**2, b_t=lambda t: t, da_t=lambda t: -2 * t, db_t=lambda t: torch.ones_like(t))
 """A path that leap_align does not define."""
 
 
@@ -57,12 +28,10 @@ def near(found, expected, atol=1e-14):
 
 
 # Time
-
-
 @pytest.mark.parametrize("shift", [None, 0.5, 1, 2.2243, 3, 3.158, 7.1])
 @pytest.mark.parametrize("n", [1, 2, 7, 25, 50])
 def test_the_grids_are_the_printed_formulas(n, shift):
-    times = shifted_times(n, shift) if shift else uniform_times(n)
+    times = la.shifted_times(n, shift) if shift else la.uniform_times(n)
     printed = [(shift or 1) * (i / n) / (1 + ((shift or 1) - 1) * (i / n)) for i in range(n + 1)]
     assert near(times, printed, 1e-15)
 
@@ -71,57 +40,45 @@ def test_the_grids_are_the_printed_formulas(n, shift):
 def test_grids_ascend_from_exactly_0_to_exactly_1(dtype):
     """The printed formula rounds: for some shifts its last value is not exactly 1."""
     torch.set_default_dtype(dtype)
-    grids = [shifted_times(25, shift) for shift in [0.5, 2.2243, 3, 3.158, *torch.linspace(0.1, 20, 200).tolist()]]
-    for times in [uniform_times(25), *grids]:
+    grids = [la.shifted_times(25, shift) for shift in [0.5, 2.2243, 3, 3.158, *torch.linspace(0.1, 20, 200).tolist()]]
+    for times in [la.uniform_times(25), *grids]:
         assert times.shape == (26,) and times.dtype == dtype
         assert times[0] == 0 and times[25] == 1 and (times.diff() > 0).all()
 
 
 # Leaps
-
-
 def test_leap_against_a_hand_calculation():
     x, v = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[10.0, 20.0], [-10.0, 0.0]])
-    assert torch.equal(leap(x, v, 0.75, 0.25), torch.tensor([[-4.0, -8.0], [8.0, 4.0]]))
+    assert torch.equal(la.leap(x, v, 0.75, 0.25), torch.tensor([[-4.0, -8.0], [8.0, 4.0]]))
     t, s = torch.tensor([0.75, 1.0]), torch.tensor([0.25, 0.0])
-    assert torch.equal(leap(x, v, t, s), torch.tensor([[-4.0, -8.0], [13.0, 4.0]]))
+    assert torch.equal(la.leap(x, v, t, s), torch.tensor([[-4.0, -8.0], [13.0, 4.0]]))
 
 
 @pytest.mark.parametrize("i_end", range(T + 1))
 def test_rollout_is_euler_and_a_leap_over_one_interval_its_step(shift, i_end):
     net, x_T, times, expected = problem(shift=shift)
-    states = rollout(net.velocity(net.theta), x_T, times, i_end)
+    states = la.rollout(net.velocity(net.leaf()), x_T.requires_grad_(), times, i_end)
+    assert not any(x.requires_grad for x in states)
     assert torch.equal(states[-1], x_T) and near(torch.stack(states), torch.stack(expected[i_end:]))
     for x_next, x, s, t in zip(states[:-1], states[1:], times[i_end:-1], times[i_end + 1 :], strict=True):
-        assert torch.equal(leap(x, net(net.theta, x, t), t, s), x_next)
-
-
-def test_no_gradient_passes_through_a_rollout():
-    net, x_T, times, _ = problem()
-    assert not any(x.requires_grad for x in rollout(net.velocity(net.leaf()), x_T.requires_grad_(), times))
+        assert torch.equal(la.leap(x, net(net.theta, x, t), t, s), x_next)
 
 
 @all_dtypes
 @pytest.mark.parametrize("times_dtype", [torch.float64, torch.float32], ids=str)
 def test_states_keep_their_dtype_through_a_leap_trajectory(dtype, times_dtype):
     x_T, times = randn(B, 3, dtype=dtype), grid(T, 2.2243, times_dtype)
-    assert all(x.dtype == dtype for x in leap_rollout(lambda x, t: torch.sin(x), x_T, times, 4, 2, 0.3))
+    assert all(x.dtype == dtype for x in la.leap_rollout(lambda x, t: torch.sin(x), x_T, times, 4, 2, 0.3))
 
 
 # General paths
-
-
-@both_paths
-def test_path_runs_from_image_to_noise(path):
-    x_0, x_1 = randn(B, 3), randn(B, 3, seed=1)
-    assert near(interpolate(x_0, x_1, 0, path), x_0, 1e-15) and near(interpolate(x_0, x_1, 1, path), x_1, 1e-15)
-
-
 def test_interpolate_against_a_hand_calculation():
     x_0, x_1 = torch.tensor([[1.0], [1.0]]), torch.tensor([[3.0], [3.0]])
-    assert torch.equal(interpolate(x_0, x_1, 0.25), torch.tensor([[1.5], [1.5]]))
-    assert torch.equal(interpolate(x_0, x_1, torch.tensor([0.25, 0.5])), torch.tensor([[1.5], [2.0]]))
-    assert near(interpolate(x_0, x_1, 0.5, COSINE), [[4 / math.sqrt(2)]] * 2, 1e-15)
+    assert torch.equal(la.interpolate(x_0, x_1, 0.25), torch.tensor([[1.5], [1.5]]))
+    assert torch.equal(la.interpolate(x_0, x_1, torch.tensor([0.25, 0.5])), torch.tensor([[1.5], [2.0]]))
+    assert near(la.interpolate(x_0, x_1, 0.5, COSINE), [[4 / math.sqrt(2)]] * 2, 1e-15)
+    for path, t in product((RECTIFIED, COSINE), (0, 1)):  # from the image to the noise
+        assert near(la.interpolate(x_0, x_1, t, path), (x_0, x_1)[t], 1e-15)
 
 
 @both_paths
@@ -130,26 +87,16 @@ def test_path_derivatives_equal_autograd(path):
     assert near(path.da_t(t), vmap(grad(path.a_t))(t)) and near(path.db_t(t), vmap(grad(path.b_t))(t))
 
 
-# Leaps in both directions, between the ends, of zero length, and with one time for each sample
-LEAPS = list(product([0, 0.3, 1, [0, 0.4, 1]], [0, 0.2, 1, [1, 0.1, 0]]))
-all_leaps = pytest.mark.parametrize("t, s", LEAPS)
-
-
-@all_leaps
-def test_leap_general_is_leap_on_the_rectified_path(t, s):
-    t, s = (torch.tensor(u, dtype=torch.float64) for u in (t, s))
-    x, v = randn(B, 3), randn(B, 3, seed=1)
-    assert near(leap_general(x, v, t, s, RECTIFIED), leap(x, v, t, s))
-
-
-@all_leaps
+@pytest.mark.parametrize("t, s", product([0, 0.3, 1, [0, 0.4, 1]], [0, 0.2, 1, [1, 0.1, 0]]))
 def test_leap_along_the_cosine_path_is_exact(t, s):
+    """In both directions, between the ends, of zero length, and with one time a sample; `leap` is the other path's."""
     x_0, x_1, quarter = randn(B, 3), randn(B, 3, seed=1), math.pi / 2
     t, s = (torch.tensor(u, dtype=torch.float64) for u in (t, s))
     angle_t, angle_s = (u.reshape(-1, 1) * quarter for u in (t, s))
     x = angle_t.cos() * x_0 + angle_t.sin() * x_1
     v = quarter * (angle_t.cos() * x_1 - angle_t.sin() * x_0)
-    assert near(leap_general(x, v, t, s, COSINE), angle_s.cos() * x_0 + angle_s.sin() * x_1)
+    assert near(la.leap_general(x, v, t, s, COSINE), angle_s.cos() * x_0 + angle_s.sin() * x_1)
+    assert near(la.leap_general(x, v, t, s, RECTIFIED), la.leap(x, v, t, s))
 
 
 @pytest.mark.parametrize("path", [RECTIFIED, COSINE, SQUARE], ids=["rectified", "cosine", "square"])
@@ -160,7 +107,7 @@ def test_leap_general_is_eq_s7_between_the_ends(path):
         (a, b, da, db), (a_s, b_s, _, _) = ([f(torch.tensor(u)) for f in path] for u in (t, s))
         x_hat_1 = (v - da * x / a) / (db - da * b / a)  # S5
         x_hat_0 = (v - db * x / b) / (da - db * a / b)  # S6
-        assert near(leap_general(x, v, t, s, path), a_s * x_hat_0 + b_s * x_hat_1, 1e-13)
+        assert near(la.leap_general(x, v, t, s, path), a_s * x_hat_0 + b_s * x_hat_1, 1e-13)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.25, 0.6, 1.0])
@@ -175,19 +122,17 @@ def test_leap_with_the_true_velocity_is_the_posterior_mean(t, curve):
     surprise = (x - a * mean) / (a**2 * scale**2 + b**2)
     image, noise = mean + a * scale**2 * surprise, b * surprise
     v = da * image + db * noise
-    assert near(leap_general(x, v, t, 0.0, path), image, 1e-13)
-    assert near(leap_general(x, v, t, 1.0, path), noise, 1e-13)
-    assert curve == "cosine" or near(leap(x, v, t, 0), image, 1e-13)
+    assert near(la.leap_general(x, v, t, 0.0, path), image, 1e-13)
+    assert near(la.leap_general(x, v, t, 1.0, path), noise, 1e-13)
+    assert curve == "cosine" or near(la.leap(x, v, t, 0), image, 1e-13)
 
 
 # Connector and discount
-
-
 @all_dtypes
 def test_connector_value_and_gradient(dtype):
     x_hat = (10 * randn(1000, dtype=dtype)).requires_grad_()
     x = randn(1000, seed=1, dtype=dtype).requires_grad_()
-    joined = connect(x_hat, x)
+    joined = la.connect(x_hat, x)
     joined.backward(torch.arange(1000).to(dtype))
     assert torch.equal(joined, x)
     assert torch.equal(x_hat.grad, torch.arange(1000).to(dtype)) and x.grad is None
@@ -198,14 +143,12 @@ def test_connector_value_and_gradient(dtype):
 @pytest.mark.parametrize("alpha", [0, 0.1, 0.3, 1])
 def test_discount_value_and_gradient(dtype, alpha):
     x = randn(1000, dtype=dtype).requires_grad_()
-    out = discount(x, alpha)
+    out = la.discount(x, alpha)
     out.backward(torch.ones_like(x))
     assert torch.equal(out, x) and torch.equal(x.grad, torch.full_like(x, alpha))
 
 
 # The leap trajectory
-
-
 @all_pairs
 def test_leap_trajectory_takes_its_values_from_the_rollout(pair, shift, form):
     net, x_T, times, states = problem(shift=shift)
@@ -220,9 +163,9 @@ def test_leap_trajectory_takes_its_values_from_the_rollout(pair, shift, form):
 def test_leap_rollout_equals_rollout_then_leap_trajectory(pair, shift, alpha):
     net, x_T, times, _ = problem(shift=shift)
     one, two = net.leaf(), net.leaf()
-    states = rollout(net.velocity(two), x_T, times)
-    one_pass = leap_rollout(net.velocity(one), x_T, times, *pair, alpha)
-    two_pass = leap_trajectory(net.velocity(two), states, times, *pair, alpha)
+    states = la.rollout(net.velocity(two), x_T, times)
+    one_pass = la.leap_rollout(net.velocity(one), x_T, times, *pair, alpha)
+    two_pass = la.leap_trajectory(net.velocity(two), states, times, *pair, alpha)
     assert all(torch.equal(a, b) for a, b in zip(one_pass, two_pass, strict=True))
     bumpy(one_pass.x_0).sum().backward()
     bumpy(two_pass.x_0).sum().backward()
@@ -233,20 +176,18 @@ def test_leap_rollout_equals_rollout_then_leap_trajectory(pair, shift, alpha):
 def test_a_pair_a_sample_equals_each_sample_alone(shape):
     net, _, times, states = problem(shape)
     i_k, i_j = torch.tensor([6, 4, 2]), torch.tensor([1, 3, 1])
-    batch = leap_trajectory(net.velocity(net.theta), states, times, i_k, i_j, 0.3)
+    batch = la.leap_trajectory(net.velocity(net.theta), states, times, i_k, i_j, 0.3)
     for b in range(B):
         one = [x[b : b + 1] for x in states]
-        alone = leap_trajectory(net.velocity(net.theta), one, times, int(i_k[b]), int(i_j[b]), 0.3)
+        alone = la.leap_trajectory(net.velocity(net.theta), one, times, int(i_k[b]), int(i_j[b]), 0.3)
         assert all(x.shape == (B, *shape) and near(x[b : b + 1], y) for x, y in zip(batch, alone))
-        assert all(d.shape == (B,) and near(d[b], e[0]) for d, e in zip(distances(batch), distances(alone)))
+        assert all(d.shape == (B,) and near(d[b], e[0]) for d, e in zip(la.distances(batch), la.distances(alone)))
 
 
 # The objective
-
-
 def hand_made():
     """Two samples: d_j = 0.5 and 0, d_0 = 0.25 and 2."""
-    return LeapTrajectory(
+    return la.LeapTrajectory(
         x_0=torch.tensor([[1.0, 1.0], [0.0, 0.0]], requires_grad=True),
         x_hat_0=torch.tensor([[1.25, 0.75], [1.0, -3.0]], requires_grad=True),
         x_j=torch.tensor([[2.0, 3.0], [5.0, 5.0]], requires_grad=True),
@@ -254,19 +195,15 @@ def hand_made():
     )
 
 
-def test_distances_against_a_hand_calculation():
-    d_j, d_0 = distances(hand_made())
-    assert torch.equal(d_j, torch.tensor([0.5, 0.0])) and torch.equal(d_0, torch.tensor([0.25, 2.0]))
-    assert not d_j.requires_grad and not d_0.requires_grad
-
-
 @pytest.mark.parametrize(
     "tau, expected",
     [(1e-12, [1 / 0.75, 0.5]), (0.1, [1 / 0.75, 1 / 2.1]), (0.3, [1 / 0.8, 1 / 2.3]), (4.0, [1 / 8, 1 / 8])],
 )
 def test_similarity_weight_against_a_hand_calculation(tau, expected):
-    weight = similarity_weight(hand_made(), tau)
-    assert near(weight, expected, 1e-10) and not weight.requires_grad
+    d_j, d_0 = la.distances(hand_made())
+    assert torch.equal(d_j, torch.tensor([0.5, 0.0])) and torch.equal(d_0, torch.tensor([0.25, 2.0]))
+    weight = la.similarity_weight(hand_made(), tau)
+    assert near(weight, expected, 1e-10) and not any(x.requires_grad for x in (d_j, d_0, weight))
 
 
 @pytest.mark.parametrize(
@@ -279,7 +216,7 @@ def test_similarity_weight_against_a_hand_calculation(tau, expected):
 )
 def test_hinge_against_a_hand_calculation(lam, loss, slopes):
     reward = torch.tensor([-1.0, 0.25, 0.75], requires_grad=True)
-    found = hinge(reward, lam)
+    found = la.hinge(reward, lam)
     found.sum().backward()
     assert torch.equal(found, torch.tensor(loss)) and torch.equal(reward.grad, torch.tensor(slopes))
 
@@ -287,20 +224,18 @@ def test_hinge_against_a_hand_calculation(lam, loss, slopes):
 def test_objective_against_a_hand_calculation():
     reward = torch.tensor([-1.0, 0.25, 0.75], requires_grad=True)
     weight = torch.tensor([2.0, 4.0, 8.0], requires_grad=True)
-    loss = objective(reward, weight, 0.5)
+    loss = la.objective(reward, weight, 0.5)
     loss.backward()
     assert loss.shape == () and loss.item() == (2 * 1.5 + 4 * 0.25 + 8 * 0) / 3
     assert near(reward.grad, [-2 / 3, -4 / 3, 0], 1e-15) and weight.grad is None
 
 
 # Random draws, and the paper's numbers
-
-
 def drawn_pairs(form, n, low, high):
     generator = seeded()
     if form == "ints":
-        return [sample_pair(T, generator, low, high) for _ in range(n)]
-    i_k, i_j = sample_pair(T, generator, low, high, size=n)
+        return [la.sample_pair(T, generator, low, high) for _ in range(n)]
+    i_k, i_j = la.sample_pair(T, generator, low, high, size=n)
     assert i_k.shape == i_j.shape == (n,) and i_k.dtype == i_j.dtype == torch.int64
     return list(zip(i_k.tolist(), i_j.tolist()))
 
@@ -316,6 +251,6 @@ def test_sample_pair_is_uniform_over_all_pairs_of_its_window(form, low, high):
 
 def test_the_papers_hyperparameters_are_the_defaults():
     """HPSv2.1 on FLUX (supplement A5); tau is the official code's."""
-    hyper = Hyper()
+    hyper = la.Hyper()
     assert (hyper.alpha, hyper.lam, hyper.tau, hyper.low, hyper.high) == (0.3, 0.55, 0.1, 1, None)
     assert (hyper.m, hyper.K, hyper.n) == (11, 2, 2)

@@ -14,25 +14,13 @@ from torch.func import jacrev
 
 from leap_align import Hyper, leap_trajectory, objective
 from tests.algorithm1 import algorithm1
-from tests.problems import (
-    B,
-    T,
-    bumpy,
-    close,
-    eq_s15,
-    eq_s18,
-    euler,
-    gradient,
-    jacobians,
-    problem,
-    reward_gradient,
-    seeded,
-    trajectory,
-)
+from tests.oracles import RUNS, bumpy, eq_s15, eq_s18, euler, jacobians, mean_reward, reward_gradient
+from tests.problems import B, T, close, gradient, problem, seeded, trajectory
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 PAIRS = [(6, 5), (6, 1), (4, 2), (2, 1)]
+NO_TAU = 1e-300
 PAIR_A_SAMPLE = (torch.tensor([6, 4, 2]), torch.tensor([1, 3, 1]))
 all_pairs = pytest.mark.parametrize("pair", [*PAIRS, PAIR_A_SAMPLE], ids=str)
 
@@ -52,8 +40,6 @@ def check_jacobian(field, expected, net, x_T, times, pair, alpha):
 
 
 # Part 1: the Jacobian
-
-
 @all_pairs
 def test_jacobian_is_eq_s18_and_s16_at_alpha_1(shape, shift, pair, alpha):
     net, x_T, times, _ = problem(shape, shift)
@@ -83,8 +69,6 @@ def test_jacobian_of_the_nested_only_variant_is_the_supplements_eq_1(shape, shif
 
 
 # Part 2: the frozen leap
-
-
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_frozen_leap_passes_gradcheck(shift, pair, alpha):
     net, _, times, states = problem((3,), shift)
@@ -104,8 +88,6 @@ def test_frozen_leap_passes_gradcheck(shift, pair, alpha):
 
 
 # Part 3: Algorithm 1, which has neither hinge nor tau: the hinge is off, and tau is too small to matter
-
-
 def literal(name, net, x_T, times, **draws):
     """The gradient g of the literal Algorithm 1 for these draws."""
     theta = net.leaf()
@@ -117,10 +99,6 @@ def check_algorithm_1(name, shape, shift, seed, hyper, draws_of_the_log):
     net, x_T, times, _ = problem(shape, shift, seed)
     found, log = gradient(name, net, x_T, times, hyper, seed + int(10 * shift))
     assert close(found, literal(name, net, x_T, times, **draws_of_the_log(log)))
-
-
-def without_tau(**values):
-    return Hyper(tau=1e-300, **values)
 
 
 def test_refl_is_algorithm_1(seed, shape, shift):
@@ -141,22 +119,20 @@ def test_drtune_is_algorithm_1(seed, shape, shift, K):
 
 def test_leap_align_is_algorithm_1(seed, shape, shift, alpha):
     """low = 2 excludes the pair (2, 1), whose leaps are both Euler steps: without tau, g divides by zero there."""
-    hyper = without_tau(alpha=alpha, low=2)
-    check_algorithm_1(
-        "leap_align", shape, shift, seed, hyper, lambda log: {"t_k": log["i_k"], "t_j": log["i_j"], "alpha": alpha}
-    )
+    draws = lambda log: {"t_k": log["i_k"], "t_j": log["i_j"], "alpha": alpha}  # noqa: E731
+    check_algorithm_1("leap_align", shape, shift, seed, Hyper(tau=NO_TAU, alpha=alpha, low=2), draws)
 
 
 @pytest.mark.parametrize("pair", [(i_k, 1) for i_k in range(3, T + 1)], ids=str)
 def test_leap_align_is_algorithm_1_where_the_second_leap_is_the_last_step(shift, alpha, pair, monkeypatch):
     monkeypatch.setattr("leap_align.sample_pair", lambda *_: pair)
     draws = {"t_k": pair[0], "t_j": pair[1], "alpha": alpha}
-    check_algorithm_1("leap_align", (3,), shift, 0, without_tau(alpha=alpha), lambda log: draws)
+    check_algorithm_1("leap_align", (3,), shift, 0, Hyper(tau=NO_TAU, alpha=alpha), lambda log: draws)
 
 
 def test_leap_align_with_a_pair_a_sample_is_algorithm_1_on_each_sample_alone(seed, shift):
     net, x_T, times, _ = problem((3,), shift, seed)
-    found, log = gradient("leap_align_per_sample", net, x_T, times, without_tau(low=2), seed + int(10 * shift))
+    found, log = gradient("leap_align_per_sample", net, x_T, times, Hyper(tau=NO_TAU, low=2), seed + int(10 * shift))
     alone = [
         literal("leap_align", net, x_T[b : b + 1], times, t_k=int(i_k), t_j=int(i_j), alpha=0.3)
         for b, (i_k, i_j) in enumerate(zip(log["i_k"], log["i_j"]))
@@ -164,18 +140,17 @@ def test_leap_align_with_a_pair_a_sample_is_algorithm_1_on_each_sample_alone(see
     assert close(found, sum(alone) / B)
 
 
-@pytest.mark.parametrize("name", ["full_backprop", "stratified"])
-def test_full_backprop_and_a_leap_a_step_have_the_gradient_of_the_euler_run(name, shape, shift):
+@pytest.mark.parametrize(
+    "name, solver", [("full_backprop", "euler"), ("full_backprop", "ab2"), ("stratified", "euler")]
+)
+def test_full_backprop_and_a_leap_a_step_have_the_gradient_of_the_run(name, solver, shape, shift):
     net, x_T, times, _ = problem(shape, shift)
-    hyper = Hyper(K=T, alpha=1)
-    found, _ = gradient(name, net, x_T, times, hyper, loss=lambda x_0, weight: -bumpy(x_0).mean())
-    expected = jacrev(lambda theta: -bumpy(euler(net.velocity(theta), x_T, times)[0]).mean())(net.theta)
+    found, _ = gradient(name, net, x_T, times, Hyper(K=T, alpha=1), loss=mean_reward, solver=solver)
+    expected = jacrev(lambda theta: mean_reward(RUNS[solver](net.velocity(theta), x_T, times)[0], None))(net.theta)
     assert close(found, expected)
 
 
 # Part 4: gradcheck of the leap trajectory
-
-
 def test_gradcheck_of_the_leap_trajectory_fails_by_design():
     """Its value is the real image for every theta: the numerical Jacobian is zero, the analytical one is Eq. S18."""
     net, _, times, states = problem()
@@ -189,8 +164,6 @@ def test_gradcheck_of_the_leap_trajectory_fails_by_design():
 
 
 # The objective
-
-
 def test_objective_scales_each_samples_gradient_by_its_weight_where_the_hinge_is_active(alpha):
     net, _, times, states = problem()
     weight, theta = torch.tensor([0.5, 2.0, 3.0]), net.leaf()
