@@ -8,7 +8,6 @@ the measured values beside those of `python -m full_scale plan` for the same ste
 import gc
 import statistics
 import tempfile
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
@@ -22,16 +21,15 @@ from tqdm import tqdm
 from beyond import Hyper
 from full_scale import rewards
 from full_scale.models import FAMILIES
-from full_scale.plan import Machine, PlanFlags, peak_gib, seconds, simulate
+from full_scale.plan import Machine, PlanFlags, seconds, simulate
 from full_scale.transformer import Checkpointing
-from leap_align import BadInput
+from leap_align import BadInput, require
 from runtime.cost_counter import FLOP
 from runtime.run_dir import claimed_output_folder, write_csv, write_json
 from train_leap_align import Config, Trainer, task_class
 
 CHECKPOINTING = get_args(Checkpointing)
-PEAK_FLOPS = 989e12
-"""Operations a second in bfloat16, of an H100 or H200."""
+PEAK_FLOPS = 989e12  # operations a second in bfloat16, of an H100 or H200
 
 
 class RandomWeights:
@@ -51,29 +49,6 @@ class RandomWeights:
         return {name: torch.randn(len(prompts), *shape, **options) for name, shape in shapes.items()}
 
 
-@dataclass(frozen=True)
-class Case:
-    """A step to measure, of a task and its pipeline in a folder."""
-
-    task: str
-    folder: Path
-    checkpointing: Checkpointing
-    compiled: bool
-    batch_size: int
-    T: int = 25
-    pixels: int = 720
-
-    def flags(self) -> PlanFlags:
-        """The step as flags, with LoRA of rank 64 on one GPU."""
-        options = task_class(self.task).Options(
-            model=str(self.folder), prompts=self.folder / "prompts.txt", reward_weights=(str(self.folder / "reward"),),
-            height=self.pixels, width=self.pixels, lora_rank=64, compile=self.compiled,
-            gradient_checkpointing=self.checkpointing,
-        )  # fmt: skip
-        run = Config(task=self.task, batch_size=self.batch_size, T=self.T)
-        return PlanFlags(run, Hyper(lam=None), options, Machine(gpus=1, stored_embeddings=True))
-
-
 def benchmark(task: str = "flux", out: Path = Path("runs/full-size-benchmark")) -> None:
     """Measure seconds and memory of a training step of a model's size on one GPU, with random weights.
 
@@ -83,15 +58,13 @@ def benchmark(task: str = "flux", out: Path = Path("runs/full-size-benchmark")) 
         task: The model: flux, sd3 or klein.
         out: Folder for the table, gpu.csv; an older table there is replaced.
     """
-    if task not in FAMILIES:
-        raise BadInput(f"task={task}: benchmark knows {', '.join(FAMILIES)}")
-    if not torch.cuda.is_available():
-        raise BadInput("benchmark measures a GPU, but there is no CUDA device here")
+    require(task in FAMILIES, f"task={task}: benchmark knows {', '.join(FAMILIES)}")
+    require(torch.cuda.is_available(), "benchmark measures a GPU, but there is no CUDA device here")
     modes, rows = list(product((False, True), CHECKPOINTING, (1, 2, 3, 4))), []
     with claimed_output_folder(out, "benchmark", {"task": task}), tempfile.TemporaryDirectory() as folder:
         write_pipeline(Path(folder), task, FAMILIES[task].configs["transformer"])
         for compiled, checkpointing, batch_size in tqdm(modes, f"the size of {FAMILIES[task].title}"):
-            rows.append(measure(Case(task, Path(folder), checkpointing, compiled, batch_size)))
+            rows.append(measure(step_flags(task, Path(folder), checkpointing, compiled, batch_size)))
             write_csv(out / "gpu.csv", rows)
             tqdm.write(", ".join(f"{name} {value}" for name, value in rows[-1].items()))
     print(f"the table is {out / 'gpu.csv'}")
@@ -106,17 +79,29 @@ def write_pipeline(folder: Path, task: str, transformer_config: dict[str, Any]) 
     write_json(folder / "transformer" / "config.json", transformer_config)
 
 
-def measure(case: Case) -> dict[str, Any]:
+def step_flags(
+    task: str, folder: Path, checkpointing: str, compiled: bool, batch_size: int, T: int = 25, pixels: int = 720
+) -> PlanFlags:
+    """The step of a task with the pipeline in a folder and LoRA of rank 64, on one GPU."""
+    options = task_class(task).Options(
+        model=str(folder), prompts=folder / "prompts.txt", reward_weights=(str(folder / "reward"),), height=pixels,
+        width=pixels, lora_rank=64, compile=compiled, gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    run, machine = Config(task=task, batch_size=batch_size, T=T), Machine(gpus=1, stored_embeddings=True)
+    return PlanFlags(run, Hyper(lam=None), options, machine)
+
+
+def measure(flags: PlanFlags) -> dict[str, Any]:
     """A row of the table; if the step does not fit or fails, the column GiB says why."""
     release_memory()
-    flags = case.flags()
     costs = simulate(flags, "plan")
     flop = sum(counts[FLOP] for counts in costs.counts.values())
-    row = {"checkpointing": case.checkpointing, "compiled": case.compiled, "batch": case.batch_size}
-    row |= {"planned s": sum(seconds(counts, flags.machine) for counts in costs.counts.values()), "s": ""}
-    row |= {"share of peak": "", "planned GiB": peak_gib(costs), "GiB": ""}
+    planned_seconds = sum(seconds(counts, flags.machine) for counts in costs.counts.values())
+    row = {"checkpointing": flags.task.gradient_checkpointing, "compiled": flags.task.compile}
+    row |= {"batch": flags.run.batch_size, "planned s": planned_seconds, "s": "", "share of peak": ""}
+    row |= {"planned GiB": costs.gib(), "GiB": ""}
     try:
-        measured_seconds, gib = step_cost(case)
+        measured_seconds, gib = step_cost(flags)
         row |= {"s": measured_seconds, "share of peak": flop / measured_seconds / PEAK_FLOPS, "GiB": gib}
     except torch.OutOfMemoryError:
         row["GiB"] = "out of memory"
@@ -135,12 +120,12 @@ def release_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def step_cost(case: Case) -> tuple[float, float]:
+def step_cost(flags: PlanFlags) -> tuple[float, float]:
     """Median seconds of three steps after a first one, and peak GiB."""
-    trainer = start_trainer(case.flags())
+    trainer = start_trainer(flags)
     rows = [trainer.step() for _ in range(4)]
-    if any(row["skipped"] for row in rows):
-        raise BadInput("not measured: a gradient was not finite, so a step was skipped")
+    is_complete = not any(row["skipped"] for row in rows)
+    require(is_complete, "not measured: a gradient was not finite, so a step was skipped")
     median = statistics.median(row["seconds"] for row in rows[1:])
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return median, peak / 2**30

@@ -3,17 +3,28 @@
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from leap_align import BadInput
+from leap_align import BadInput, require
 from runtime.processes import one_line
 from runtime.run_dir import read_json
 
 REMEDY = "restore it, or download it again"
 LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, SafetensorError)
 """What diffusers and transformers raise for files with unexpected content."""
+
+
+def network_from_config(config: dict[str, Any]) -> nn.Module:
+    """The network of a config.json of diffusers or transformers, on the meta device."""
+    with torch.device("meta"):
+        if "_class_name" in config:
+            return getattr(diffusers, config["_class_name"]).from_config(config)
+        kind = getattr(transformers, config["architectures"][0])
+        return kind(kind.config_class(**config))
 
 
 def load_component(folder: Path, kind: Any, dtype: torch.dtype) -> Any:
@@ -25,46 +36,30 @@ def load_component(folder: Path, kind: Any, dtype: torch.dtype) -> Any:
     options: dict[str, Any] = {"local_files_only": True}
     is_network = isinstance(kind, type) and issubclass(kind, nn.Module)
     if is_network:
-        _check_class(folder, kind)
         options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+        name = read_json(folder / "config.json").get("_class_name", kind.__name__)  # transformers' configs name none
+        remedy = "choose the weights of this pipeline's kind"
+        require(name == kind.__name__, f"{folder} holds a {name}, not a {kind.__name__}: {remedy}")
     try:
         loaded = kind.from_pretrained(folder, **options)
     except LOADING_ERRORS as error:
         raise BadInput(f"{folder} cannot be loaded as {kind.__name__} ({one_line(error)}): {REMEDY}") from error
-    if not is_network:
-        return loaded
-    network, info = loaded
-    if missing := sorted(info["missing_keys"]):
+    if is_network and (missing := sorted(loaded[1]["missing_keys"])):
         raise BadInput(f"weights are missing in {folder} ({len(missing)}, such as {missing[0]}): {REMEDY}")
-    return network
-
-
-def _check_class(folder: Path, kind: type[nn.Module]) -> None:
-    """Refuses a network of another class; transformers' configs name none."""
-    name = read_json(folder / "config.json").get("_class_name", kind.__name__)
-    if name != kind.__name__:
-        raise BadInput(f"{folder} holds a {name}, not a {kind.__name__}: choose the weights of this pipeline's kind")
+    return loaded[0] if is_network else loaded
 
 
 def check_files(folder: Path) -> None:
     """Refuses a component's folder with a damaged file, or a tokenizer's that is not complete."""
-    if not folder.is_dir():
-        raise BadInput(f"{folder} does not exist: {REMEDY}")
+    require(folder.is_dir(), f"{folder} does not exist: {REMEDY}")
     for file in sorted(folder.glob("*.json")):
         read_json(file)
     weight_shapes(folder)
-    if folder.name.startswith("tokenizer"):
-        _check_tokenizer(folder)
-
-
-def _check_tokenizer(folder: Path) -> None:
-    """transformers would take an empty vocabulary and no limit of length without a word."""
-    vocabularies = "tokenizer.json", "vocab.json", "spiece.model"
-    if not any((folder / name).is_file() for name in vocabularies):
-        raise BadInput(f"{folder} holds no vocabulary ({', '.join(vocabularies)}): {REMEDY}")
-    config = folder / "tokenizer_config.json"
-    if "model_max_length" not in read_json(config):
-        raise BadInput(f"{config} gives no model_max_length: {REMEDY}")
+    if folder.name.startswith("tokenizer"):  # transformers silently takes an empty vocabulary and an unlimited length
+        vocabularies, config = ("tokenizer.json", "vocab.json", "spiece.model"), folder / "tokenizer_config.json"
+        has_vocabulary = any((folder / name).is_file() for name in vocabularies)
+        require(has_vocabulary, f"{folder} holds no vocabulary ({', '.join(vocabularies)}): {REMEDY}")
+        require("model_max_length" in read_json(config), f"{config} gives no model_max_length: {REMEDY}")
 
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

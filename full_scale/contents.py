@@ -1,4 +1,4 @@
-"""Short digests of what runs and tools read: the same content under another path has the same digest."""
+"""Short digests of what runs and tools read, of texts, files and tensors: a moved file keeps its digest."""
 
 import hashlib
 import sys
@@ -8,14 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from full_scale.pipeline import TEXT_SUBFOLDERS
 from full_scale.rewards import REWARDS
 from runtime.run_dir import digest, digest_folder
-
-
-def _short(whole_digest: str) -> str:
-    """A digest as settings.json and error messages show it."""
-    return f"content {whole_digest[:12]}"
 
 
 def prompts_content(prompts: Sequence[str]) -> str:
@@ -23,33 +17,18 @@ def prompts_content(prompts: Sequence[str]) -> str:
     return _short(digest("\n".join(prompts).encode()))
 
 
+def pipeline_content(folder: Path, *subfolders: str) -> str:
+    """The digest of what diffusers and transformers read from some subfolders (patterns of names)."""
+    suffixes = [".json", ".txt", ".model", ".safetensors"]
+    if any(template for name in subfolders for template in folder.glob(f"{name}/*.jinja")):
+        suffixes.append(".jinja")  # a tokenizer's chat template; digests of folders without one stay what they were
+    patterns = [f"{name}/*{suffix}" for name in subfolders for suffix in suffixes]
+    return _short(digest("".join(digest_folder(folder, pattern, "*.fp16.*") for pattern in patterns).encode()))
+
+
 def weights_content(path: Path) -> str:
     """The digest of a weights file, or of a folder with weights."""
-    return _files_content(path, "*") if path.is_dir() else _short(digest(path))
-
-
-def pipeline_content(folder: Path, *subfolders: str) -> str:
-    """The digest of some of a pipeline's subfolders, which may be patterns of names."""
-    return _files_content(folder, *(f"{name}/*" for name in subfolders))
-
-
-def _files_content(folder: Path, *patterns: str) -> str:
-    """The digest of the files that diffusers and transformers read; others may lie beside them."""
-    suffixes = [".json", ".txt", ".model", ".safetensors"]
-    if any(template for name in patterns for template in folder.glob(name + ".jinja")):
-        suffixes.append(".jinja")  # a tokenizer's chat template; digests of folders without one stay what they were
-    digests = [digest_folder(folder, name + suffix, "*.fp16.*") for name in patterns for suffix in suffixes]
-    return _short(digest("".join(digests).encode()))
-
-
-def text_content(folder: Path) -> str:
-    """The digest of a pipeline's text encoders and tokenizers."""
-    return pipeline_content(folder, *TEXT_SUBFOLDERS)
-
-
-def images_content(images: Path, prompts: Mapping[str, str]) -> str:
-    """The digest of the images in a folder and of their prompts, by file."""
-    return _short(digest("".join(f"{name} {digest(images / name)} {prompts[name]}\n" for name in prompts).encode()))
+    return pipeline_content(path, ".") if path.is_dir() else _short(digest(path))
 
 
 def tensors_content(tensors: Mapping[str, Tensor]) -> str:
@@ -59,6 +38,11 @@ def tensors_content(tensors: Mapping[str, Tensor]) -> str:
         total.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         total.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return _short(total.hexdigest())
+
+
+def images_content(images: Path, prompts: Mapping[str, str]) -> str:
+    """The digest of the images in a folder and of their prompts, by file."""
+    return prompts_content([*(f"{name} {digest(images / name)} {prompts[name]}" for name in prompts), ""])
 
 
 def reward_content(reward: str, model: nn.Module) -> str:
@@ -71,3 +55,8 @@ def reward_content(reward: str, model: nn.Module) -> str:
     tensors = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
     digests = [tensors_content(tensors), *(digest(Path(file)) for file in sources if file)]
     return _short(digest(" ".join(digests).encode()))
+
+
+def _short(whole_digest: str) -> str:
+    """A digest as settings.json and error messages show it."""
+    return f"content {whole_digest[:12]}"

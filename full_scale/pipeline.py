@@ -14,28 +14,30 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from full_scale.components import LOADING_ERRORS, load_component
 from full_scale.models import FAMILIES, Family
 from full_scale.rewards.weights import download
-from leap_align import BadInput
+from leap_align import BadInput, require
 from runtime.processes import one_line, rank
 from runtime.run_dir import read_json
 
 Precision = Literal["bfloat16", "float32"]
 TEXT_SUBFOLDERS = ("text_encoder", "text_encoder_[23]", "tokenizer", "tokenizer_[23]")
 """A pipeline's subfolders that turn prompts into embeddings, as patterns of names."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Folders and pipelines
-# ---------------------------------------------------------------------------------------------------------------------
+PIPELINES = {family.pipeline_class.__name__: (task, family) for task, family in FAMILIES.items()}
+"""The task and the family of each pipeline's class."""
 
 
 def family_of(folder: Path) -> Family:
     """The family of the pipeline in a folder."""
-    name = _index(folder)["_class_name"]
-    for family in FAMILIES.values():
-        if family.pipeline_name == name:
-            return family
-    known = ", ".join(family.pipeline_name for family in FAMILIES.values())
-    raise BadInput(f"{folder} holds a {name}: choose a pipeline of class {known}")
+    name = pipeline_class_name(folder)
+    require(name in PIPELINES, f"{folder} holds a {name}: choose a pipeline of class {', '.join(PIPELINES)}")
+    return PIPELINES[name][1]
+
+
+def pipeline_class_name(folder: Path) -> str:
+    """The class that model_index.json names."""
+    index = folder / "model_index.json"
+    name = read_json(index).get("_class_name")
+    require(name is not None, f"{index} names no pipeline's class (_class_name): restore it")
+    return str(name)
 
 
 def pipeline_folder(model: str, subfolders: tuple[str, ...] = (*TEXT_SUBFOLDERS, "transformer", "vae")) -> Path:
@@ -44,8 +46,8 @@ def pipeline_folder(model: str, subfolders: tuple[str, ...] = (*TEXT_SUBFOLDERS,
     model: a local path or OWNER/NAME.  subfolders: what to download, as patterns of names.
     """
     if (folder := Path(model)).exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
-        if not (folder / "model_index.json").is_file():
-            raise BadInput(f"model={model} is neither a hub id OWNER/NAME nor a folder with a model_index.json")
+        is_pipeline = (folder / "model_index.json").is_file()
+        require(is_pipeline, f"model={model} is neither a hub id OWNER/NAME nor a folder with a model_index.json")
         return folder
     configs = "model_index.json", "scheduler/*", "transformer/config.json"
     return download(model, *configs, *(f"{name}/*" for name in subfolders), flag="--model")
@@ -57,7 +59,7 @@ def open_pipeline(family: Family, folder: Path, dtype: torch.dtype, text: bool =
     text=False leaves the text encoders and tokenizers out.  components: replace those on disk; None leaves one out.
     """
     silence_other_ranks()
-    index = _index(folder)
+    index = read_json(folder / "model_index.json")
     if not text:
         components |= {name: None for name in index if name.startswith(("text_encoder", "tokenizer"))}
     kinds = {name: _component_class(entry) for name, entry in index.items() if name not in components}
@@ -75,13 +77,6 @@ def _component_class(entry: Any) -> Any:
     return getattr(importlib.import_module(entry[0]), str(entry[1]), None)
 
 
-def _index(folder: Path) -> dict[str, Any]:
-    index = read_json(folder / "model_index.json")
-    if "_class_name" not in index:
-        raise BadInput(f"{folder / 'model_index.json'} names no pipeline's class (_class_name): restore it")
-    return index
-
-
 def log_shift(scheduler: Any, latent_size: tuple[int, int, int], default_max: float) -> float:
     """mu, the logarithm of the time grid's shift that the scheduler's config asks for at this size.
 
@@ -96,8 +91,8 @@ def log_shift(scheduler: Any, latent_size: tuple[int, int, int], default_max: fl
 def check_image_size(height: int, width: int) -> None:
     """Refuses sizes that are not multiples of 16: the VAE divides by eight, the transformer's patches by two."""
     for name, pixels in {"height": height, "width": width}.items():
-        if pixels < 16 or pixels % 16:
-            raise BadInput(f"{name}={pixels} must be a multiple of 16 pixels: 512, 720, 1024, ...")
+        is_valid = pixels >= 16 and pixels % 16 == 0
+        require(is_valid, f"{name}={pixels} must be a multiple of 16 pixels: 512, 720, 1024, ...")
 
 
 def has_guidance(folder: Path) -> bool:
@@ -105,29 +100,35 @@ def has_guidance(folder: Path) -> bool:
     config = folder / "transformer" / "config.json"
     if family_of(folder).guidance_is_input and config.is_file():
         return read_json(config).get("guidance_embeds", False)
-    return not _index(folder).get("is_distilled", False)
+    return not read_json(folder / "model_index.json").get("is_distilled", False)
 
 
 def check_trainable(family: Family, folder: Path) -> None:
     """Refuses a pipeline of another family, and a model that was distilled to few steps, which has no guidance."""
-    if (name := _index(folder)["_class_name"]) != family.pipeline_name:
-        tasks = ", ".join(f"{known.pipeline_name} is --task {task}" for task, known in FAMILIES.items())
-        raise BadInput(f"{folder} holds a {name}, not a {family.pipeline_name}: {tasks}")
-    if not has_guidance(folder):
-        base = f"train its base model, such as {family.model}"
-        raise BadInput(f"{folder} holds a model that is distilled to few steps: {base}")
+    name, expected = pipeline_class_name(folder), family.pipeline_class.__name__
+    tasks = ", ".join(f"{known} is --task {task}" for known, (task, _) in PIPELINES.items())
+    require(name == expected, f"{folder} holds a {name}, not a {expected}: {tasks}")
+    remedy = f"train its base model, such as {family.model}"
+    require(has_guidance(folder), f"{folder} holds a model that is distilled to few steps: {remedy}")
 
 
 def check_guidance(family: Family, guidance: float) -> None:
     """Refuses a scale that would turn every image into noise or NaN, or that diffusers' pipeline would ignore."""
     least = 0 if family.guidance_is_input else 1  # at 1, classifier-free guidance has no effect
-    if not least <= guidance < math.inf:
-        raise BadInput(f"guidance={guidance} must be at least {least} for {family.title}, and finite")
+    in_range = least <= guidance < math.inf
+    require(in_range, f"guidance={guidance} must be at least {least} for {family.title}, and finite")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# This rank
-# ---------------------------------------------------------------------------------------------------------------------
+def choose_guidance(model: str, guidance: float | None) -> float:
+    """The guidance scale that was given, else the usual one of the model's family; 1 for a model without guidance."""
+    folder = pipeline_folder(model)
+    family, is_guided = family_of(folder), has_guidance(folder)
+    if guidance is None:
+        return family.guidance if is_guided else 1.0
+    reason = f"{model} is distilled to few steps and has none"
+    require(is_guided, f"guidance={guidance}, but {reason}: leave --guidance out")
+    check_guidance(family, guidance)
+    return guidance
 
 
 def gpu_or_cpu() -> torch.device:

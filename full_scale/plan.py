@@ -21,7 +21,6 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor
 from torch.profiler import record_function
 from tqdm import tqdm
 
@@ -30,16 +29,16 @@ from full_scale.pipeline import check_trainable
 from full_scale.prompts import few_prompts, read_prompts
 from full_scale.simulation import SIMULATED_REWARD, Simulation, simulated, simulated_cluster
 from full_scale.transformer import EXPORT_FILE_BYTES, export_files
-from leap_align import BadInput
+from leap_align import require
 from runtime import processes
 from runtime.checkpoint import HOST_BYTES, checkpoint_bytes
+from runtime.command_line import check, choose
 from runtime.cost_counter import BETWEEN, FLOP, WITHIN
 from runtime.run_dir import write_json
-from train_leap_align import Flags, TaskOptions, Trainer, check, parse, task_class
+from train_leap_align import METHODS, Flags, TaskOptions, Trainer, parse, task_class
 
 GIB = 2**30
-RESERVED_GIB = 3.0
-"""What a GPU needs beside tensors: CUDA's context, NCCL's and cuBLAS's buffers, fragmentation.  An assumption."""
+RESERVED_GIB = 3.0  # an assumption: CUDA's context, NCCL's and cuBLAS's buffers, fragmentation
 KINDS = ("weights", "gathered weights", "gradients", "moments", "average", "reference", "activations", "frozen models")
 PHASES = ("text", "rollout", "leaps", "decode", "reward", "backward", "optimizer", "EMA", "evaluation")
 
@@ -48,29 +47,20 @@ PHASES = ("text", "rollout", "leaps", "decode", "reward", "backward", "optimizer
 class Machine:
     """The machine to plan for."""
 
-    gpus: int = 8
-    """GPUs of a node."""
-    nodes: int = 1
-    """Nodes."""
-    gpu_memory: float = 80.0
-    """Memory of a GPU in GiB, as nvidia-smi shows it; a card sold as 48 GB has about 45."""
-    tflops: float = 400.0
-    """Operations that a GPU really does, in TFLOP/s: about 40 % of the bfloat16 peak of an H100."""
+    gpus: int = 8  # GPUs of a node.
+    nodes: int = 1  # Nodes.
+    gpu_memory: float = 80.0  # Memory of a GPU in GiB, as nvidia-smi shows it; a card sold as 48 GB has about 45.
+    tflops: float = 400.0  # Operations that a GPU really does, in TFLOP/s: about 40 % of the bfloat16 peak of an H100.
     bandwidth: tuple[float, float] = (400.0, 40.0)
     """GB/s at which a GPU receives from its own node, and from other nodes."""
     stored_embeddings: bool = False
     """Plan for prompts from `python -m full_scale embed`, or for at most 200 prompts, without giving --prompts."""
-    json: Path | None = None
-    """File for the plan's numbers."""
+    json: Path | None = None  # File for the plan's numbers.
 
-
-def check_machine(machine: Machine) -> None:
-    """Refuses a machine that does not exist."""
-    values = {"gpus": machine.gpus, "nodes": machine.nodes, "gpu_memory": machine.gpu_memory}
-    values |= {"tflops": machine.tflops, "bandwidth": min(machine.bandwidth)}
-    for name, value in values.items():
-        if not 0 < value < math.inf:
-            raise BadInput(f"{name}={value:g} must be positive and finite")
+    @property
+    def world_size(self) -> int:
+        """GPUs of all nodes, one process each."""
+        return self.gpus * self.nodes
 
 
 @dataclass(frozen=True)
@@ -84,19 +74,23 @@ class PlanFlags(Flags[TaskOptions]):
 class Costs:
     """What a run needs."""
 
-    peaks: dict[str, dict[str, int]]
-    """Bytes alive on a GPU at each phase's peak, by kind."""
-    counts: dict[str, Counter[str]]
-    """Of one optimizer step on one GPU, by phase."""
-    host: dict[str, int]
-    """Bytes of a node's main memory while a run loads, writes a checkpoint, exports."""
-    disk: dict[str, int]
-    """Bytes of a checkpoint, of all that exist at the same time, and of the export."""
+    peaks: dict[str, dict[str, int]]  # bytes alive on a GPU at each phase's peak, by kind
+    counts: dict[str, Counter[str]]  # of one optimizer step on one GPU, by phase
+    host: dict[str, int]  # bytes of a node's main memory while a run loads, writes a checkpoint, exports
+    disk: dict[str, int]  # bytes of a checkpoint, of all that exist at the same time, and of the export
+
+    def gib(self) -> float:
+        """The largest peak of all phases."""
+        return max(map(total_gib, self.peaks.values()))
+
+    def fits(self, machine: Machine) -> bool:
+        """Whether the peak leaves RESERVED_GIB of a GPU free."""
+        return self.gib() + RESERVED_GIB <= machine.gpu_memory
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Execute
-# ---------------------------------------------------------------------------------------------------------------------
+def total_gib(peak: dict[str, int]) -> float:
+    """GiB alive at a phase's peak."""
+    return sum(peak.values()) / GIB
 
 
 def simulate(flags: PlanFlags, title: str) -> Costs:
@@ -109,30 +103,31 @@ def simulate(flags: PlanFlags, title: str) -> Costs:
         tqdm(desc=title, total=3, leave=False) as bar,
     ):
         trainer = start_trainer(flags, simulation, Path(folder))
-        label(simulation, trainer)
-        bar.update()
         with simulation:
             warm_up(trainer)
-            simulation.label("moments", optimizer_tensors(trainer))
-            simulation.phases.clear()
+        label(simulation, trainer)
+        simulation.phases.clear()
+        bar.update()
+        with simulation:
             counts = step_counts(simulation, trainer)
             bar.update()
-            simulate_evaluation(trainer)
+            with trainer.ema.swapped(), torch.no_grad(), record_function("evaluation"):
+                trainer.task.evaluate_image("a red cube", trainer.task.noise(1, torch.Generator()))
             bar.update()
         peaks = {name: simulation.phases[name].peak for name in PHASES}
         counts = {name: counts[name] for name in PHASES if name in counts}
-        return Costs(peaks, counts, host_bytes(trainer, machine), disk_bytes(trainer))
+        return Costs(peaks, counts, *host_and_disk(trainer, machine))
 
 
 def start_trainer(flags: PlanFlags, simulation: Simulation, folder: Path) -> Trainer:
     """The trainer of the run, whose networks have no values."""
-    write_json(folder / "model_index.json", {"_class_name": FAMILIES[flags.run.task].pipeline_name})
-    (folder / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(10_000)))
-    files = {"model": str(folder), "prompts": folder / "prompts.txt", "evaluation_prompts": None}
-    name = flags.run.task
-    kind = simulated(task_class(name), name, flags.task.model, simulation, flags.machine.stored_embeddings)
+    name, prompts = flags.run.task, folder / "prompts.txt"
+    write_json(folder / "model_index.json", {"_class_name": FAMILIES[name].pipeline_class.__name__})
+    prompts.write_text("".join(f"prompt {i}\n" for i in range(10_000)))
+    files = {"model": str(folder), "prompts": prompts, "evaluation_prompts": None}
+    kind = simulated(task_class(name), flags.task.model, simulation, flags.machine.stored_embeddings)
     task = kind(replace(flags.task, **files), flags.run.T)
-    if flags.method.beta:
+    if flags.run.beta:
         task.keep_reference()
     with simulation:
         task.parallelize(processes.device_mesh("cpu"))
@@ -141,13 +136,12 @@ def start_trainer(flags: PlanFlags, simulation: Simulation, folder: Path) -> Tra
 
 def label(simulation: Simulation, trainer: Trainer) -> None:
     """Says what the storages that exist before the step are."""
-    task, model = trainer.task, trainer.task.model
-    for reference in task.transformers():
-        simulation.label("reference", [*reference.parameters(), *reference.buffers()])
-    simulation.label("weights", [*model.parameters(), *model.buffers()])
+    task, model, states = trainer.task, trainer.task.model, trainer.optimizer.state.values()
+    modules = [("reference", each) for each in task.transformers()] + [("weights", model)]
+    for kind, module in modules + [("frozen models", each) for each in task.frozen_modules()]:
+        simulation.label(kind, [*module.parameters(), *module.buffers()])
     simulation.label("average", trainer.ema.average)
-    for module in task.frozen_modules():
-        simulation.label("frozen models", [*module.parameters(), *module.buffers()])
+    simulation.label("moments", [value for state in states for value in state.values() if torch.is_tensor(value)])
     shapes = [(p.shape, p.to_local().shape if hasattr(p, "to_local") else p.shape) for p in trainer.parameters]
     simulation.gradient_shapes = {shape for pair in shapes for shape in pair}
 
@@ -159,11 +153,6 @@ def warm_up(trainer: Trainer) -> None:
         parameter.grad = torch.zeros_like(parameter)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
-
-
-def optimizer_tensors(trainer: Trainer) -> list[Tensor]:
-    """The moments of AdamW."""
-    return [value for state in trainer.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
 
 
 def step_counts(simulation: Simulation, trainer: Trainer) -> dict[str, Counter[str]]:
@@ -179,16 +168,15 @@ def step_counts(simulation: Simulation, trainer: Trainer) -> dict[str, Counter[s
     def counted(*arguments: Any, **keywords: Any) -> Any:
         before = counts_by_phase(simulation)
         result = backward(*arguments, **keywords)
-        after = counts_by_phase(simulation)
-        microbatches.append({name: after[name] - before.get(name, Counter()) for name in after})
+        after = counts_by_phase(simulation).items()
+        microbatches.append({name: counts - before.get(name, Counter()) for name, counts in after})
         return result
 
     trainer.backward = counted
     trainer.step()
     counts = counts_by_phase(simulation)
     for name, repeated in microbatches[0].items():
-        for key, value in repeated.items():
-            counts[name][key] += (steps - executed) * value
+        counts[name].update({key: (steps - executed) * value for key, value in repeated.items()})
     return counts
 
 
@@ -197,55 +185,21 @@ def counts_by_phase(simulation: Simulation) -> dict[str, Counter[str]]:
     return {name: Counter(cost.counts) for name, cost in simulation.phases.items()}
 
 
-def simulate_evaluation(trainer: Trainer) -> None:
-    """The evaluation of one image with the averaged weights."""
-    task = trainer.task
-    with trainer.ema.swapped(), torch.no_grad(), record_function("evaluation"):
-        task.evaluate_image("a red cube", task.noise(1, torch.Generator()))
+def host_and_disk(trainer: Trainer, machine: Machine) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of a node's main memory, and of the run's folder, derived from the writers' own limits.
 
-
-def host_bytes(trainer: Trainer, machine: Machine) -> dict[str, int]:
-    """Of a node, derived from the writers' own limits: its processes map the same files, and write file by file."""
-    loading = sum(p.nbytes for module in trainer.task.frozen_modules() for p in module.parameters())
-    disk = disk_bytes(trainer)
-    checkpoint = min(machine.gpus * HOST_BYTES, 3 * disk["checkpoint"])
-    return {"loading": loading, "checkpoint": checkpoint, "export": min(EXPORT_FILE_BYTES, disk["export"])}
-
-
-def disk_bytes(trainer: Trainer) -> dict[str, int]:
-    """Of the run's folder."""
+    The processes of a node map the same files, and write file by file.
+    """
     task, checkpoint = trainer.task, checkpoint_bytes(trainer.parameters)
     if task.options.lora_rank:
         export = checkpoint // 4  # the adapters' average
     else:
         export = export_files(task.empty_transformer(), task.dtype).metadata["total_size"]
     most = (trainer.config.checkpoints_total_limit + 1) * checkpoint
-    return {"checkpoint": checkpoint, "checkpoints at most": most, "export": export}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Judge
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def total(peak: dict[str, int]) -> float:
-    """GiB alive."""
-    return sum(peak.values()) / GIB
-
-
-def peak_gib(costs: Costs) -> float:
-    """The largest peak of all phases."""
-    return max(map(total, costs.peaks.values()))
-
-
-def training_gib(costs: Costs) -> float:
-    """The largest peak without text encoders, VAE and reward: weights, gradients, optimizer, average, activations."""
-    return max(total(peak | {"frozen models": 0}) for peak in costs.peaks.values())
-
-
-def fits(costs: Costs, machine: Machine) -> bool:
-    """Whether the peak leaves RESERVED_GIB of a GPU free."""
-    return peak_gib(costs) + RESERVED_GIB <= machine.gpu_memory
+    loading = sum(p.nbytes for module in task.frozen_modules() for p in module.parameters())
+    host = {"loading": loading, "checkpoint": min(machine.gpus * HOST_BYTES, 3 * checkpoint)}
+    disk = {"checkpoint": checkpoint, "checkpoints at most": most, "export": export}
+    return host | {"export": min(EXPORT_FILE_BYTES, export)}, disk
 
 
 def seconds(counts: Counter[str], machine: Machine) -> float:
@@ -257,47 +211,37 @@ def seconds(counts: Counter[str], machine: Machine) -> float:
 
 def remedies(flags: PlanFlags) -> Iterator[tuple[str, PlanFlags]]:
     """Changes of flags that save memory, in the order of what they cost; each comes with the ones before it."""
-    machine, run = flags.machine, flags.run
-    changes, most = [], run.batch_size // (machine.gpus * machine.nodes)
-    if flags.task.gradient_checkpointing != "on":
-        flags = replace(flags, task=replace(flags.task, gradient_checkpointing="on"))
-        changes.append("--gradient-checkpointing on")
-        yield " ".join(changes), flags
-    if run.gradient_accumulation_steps < most:
-        flags = replace(flags, run=replace(run, gradient_accumulation_steps=most))
-        changes.append(f"--gradient-accumulation-steps {most}")
-        yield " ".join(changes), flags
-    if not machine.stored_embeddings:
-        flags = replace(flags, machine=replace(machine, stored_embeddings=True))
-        changes.append("--stored-embeddings (prompts from `embed`, or at most 200)")
-        yield " ".join(changes), flags
-    if not flags.task.lora_rank:
-        flags = replace(flags, task=replace(flags.task, lora_rank=64))
-        changes.append("--lora-rank 64 --lr 1e-4")
-        yield " ".join(changes), flags
-    if machine.gpus * machine.nodes == 1 and not flags.task.load_in_4bit and find_spec("torchao"):
-        changes.append("--load-in-4bit")
-        yield " ".join(changes), replace(flags, task=replace(flags.task, load_in_4bit=True))
+    machine, run, task, text = flags.machine, flags.run, flags.task, ""
+    most = run.batch_size // machine.world_size
+    accumulation = f"--gradient-accumulation-steps {most}"
+    stored = "--stored-embeddings (prompts from `embed`, or at most 200)"
+    can_quantize = machine.world_size == 1 and not task.load_in_4bit and find_spec("torchao")
+    for helps, change, part, values in (
+        (task.gradient_checkpointing != "on", "--gradient-checkpointing on", "task", {"gradient_checkpointing": "on"}),
+        (run.gradient_accumulation_steps < most, accumulation, "run", {"gradient_accumulation_steps": most}),
+        (not machine.stored_embeddings, stored, "machine", {"stored_embeddings": True}),
+        (not task.lora_rank, "--lora-rank 64 --lr 1e-4", "task", {"lora_rank": 64}),
+        (can_quantize, "--load-in-4bit", "task", {"load_in_4bit": True}),
+    ):
+        if helps:
+            text, flags = f"{text} {change}".strip(), replace(flags, **{part: replace(getattr(flags, part), **values)})
+            yield text, flags
 
 
 def verdict(flags: PlanFlags, costs: Costs) -> str:
     """Whether the run fits, and if not, the first of `remedies` with which it does."""
-    if fits(costs, flags.machine):
+    machine, least = flags.machine, costs.gib()
+    if costs.fits(machine):
         return "fits"
-    least, more = peak_gib(costs), "use more or larger GPUs"
     for change, changed in remedies(flags):
         costs = simulate(changed, f"with {change}")
-        if fits(costs, flags.machine):
-            return f"does not fit; with {change} it does ({peak_gib(costs):.1f} GiB)"
-        least = min(least, peak_gib(costs))
-    if flags.machine.gpus * flags.machine.nodes == 1 and find_spec("torchao") is None:
+        if costs.fits(machine):
+            return f"does not fit; with {change} it does ({costs.gib():.1f} GiB)"
+        least = min(least, costs.gib())
+    more = "use more or larger GPUs"
+    if machine.world_size == 1 and find_spec("torchao") is None:
         more += ", or install torchao and plan --load-in-4bit"
     return f"does not fit; with all changes of flags it still needs {least:.1f} GiB: {more}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Report
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def plan(arguments: list[str]) -> None:
@@ -305,78 +249,71 @@ def plan(arguments: list[str]) -> None:
     diffusers.utils.logging.set_verbosity_error()
     flags = read_flags(arguments)
     machine, costs = flags.machine, simulate(flags, "plan")
-    print_memory(costs)
-    print_time(costs, machine)
-    for title, values in {"host memory of a node": costs.host, "disk": costs.disk}.items():
-        print(f"{title}: " + ", ".join(f"{name} {value / 1e9:.1f} GB" for name, value in values.items()))
+    values = numbers(costs, machine)
+    print_tables(values["phases"])
+    for title, kind in {"host memory of a node": "host_gb", "disk": "disk_gb"}.items():
+        print(f"{title}: " + ", ".join(f"{name} {value:.1f} GB" for name, value in values[kind].items()))
     judgement = verdict(flags, costs)
-    print(f"{peak_gib(costs):.1f} GiB and {RESERVED_GIB:.0f} reserved, of {machine.gpu_memory:.0f} GiB: {judgement}")
+    print(f"{costs.gib():.1f} GiB and {RESERVED_GIB:.0f} reserved, of {machine.gpu_memory:.0f} GiB: {judgement}")
     if machine.json:
-        write_json(machine.json, numbers(costs, flags) | {"verdict": judgement})
+        write_json(machine.json, values | {"verdict": judgement})
 
 
 def read_flags(arguments: list[str]) -> PlanFlags:
     """The command line, for FLUX.1-dev if it names no task; refuses values that cannot work."""
-    folder_of = [Path(path).parent for flag, path in pairwise(arguments) if flag == "--json"]
-    if missing := [folder for folder in folder_of if not folder.is_dir()]:
-        raise BadInput(f"json: {missing[0]} does not exist: make it first")
+    folders = [Path(path).parent for flag, path in pairwise(arguments) if flag == "--json"]
+    for folder in folders:
+        require(folder.is_dir(), f"json: {folder} does not exist: make it first")
     if not any(argument.startswith("--task") for argument in arguments):
         arguments = ["--task", "flux", *arguments]
     flags = parse(arguments, PlanFlags, __doc__, "python -m full_scale plan")
-    if flags.run.task not in FAMILIES:
-        raise BadInput(f"task={flags.run.task}: plan knows {', '.join(FAMILIES)}")
-    published = task_class(flags.run.task).Options.model
-    if flags.task.model != published and not (Path(flags.task.model) / "model_index.json").is_file():
-        raise BadInput(f"model={flags.task.model}: give a pipeline's folder, or leave it out to plan for {published}")
-    if flags.task.model != published:
-        check_trainable(FAMILIES[flags.run.task], Path(flags.task.model))
-    if flags.task.reward != SIMULATED_REWARD:
-        raise BadInput(f"reward={flags.task.reward}: plan knows {SIMULATED_REWARD}; plan with that one")
-    check_machine(flags.machine)
-    check(flags.run, flags.method, flags.machine.gpus * flags.machine.nodes)
-    if (path := flags.task.prompts) and (path.is_dir() or few_prompts(read_prompts(path))):
-        return replace(flags, machine=replace(flags.machine, stored_embeddings=True))
+    run, task, machine = flags.run, flags.task, flags.machine
+    require(run.task in FAMILIES, f"task={run.task}: plan knows {', '.join(FAMILIES)}")
+    published = task_class(run.task).Options.model
+    if task.model != published:
+        is_folder = (Path(task.model) / "model_index.json").is_file()
+        require(is_folder, f"model={task.model}: give a pipeline's folder, or leave it out to plan for {published}")
+        check_trainable(FAMILIES[run.task], Path(task.model))
+    is_known = task.reward == SIMULATED_REWARD
+    require(is_known, f"reward={task.reward}: plan knows {SIMULATED_REWARD}; plan with that one")
+    for name in ("gpus", "nodes", "gpu_memory", "tflops", "bandwidth"):
+        value = min(machine.bandwidth) if name == "bandwidth" else getattr(machine, name)
+        require(0 < value < math.inf, f"{name}={value:g} must be positive and finite")
+    check(run, flags.method, choose("method", run.method, METHODS), machine.world_size)
+    if (path := task.prompts) and (path.is_dir() or few_prompts(read_prompts(path))):
+        return replace(flags, machine=replace(machine, stored_embeddings=True))
     return flags
 
 
-def print_memory(costs: Costs) -> None:
-    """A row per phase, a column per kind, in GiB."""
-    print(f"\n{'GiB per GPU':12}" + "".join(f"{kind.split()[0]:>12}" for kind in (*KINDS, "sum")))
-    for phase, peak in costs.peaks.items():
-        values = [peak.get(kind, 0) / GIB for kind in KINDS]
-        print(f"{phase:12}" + "".join(f"{value:12.2f}" for value in (*values, total(peak))))
-
-
-def print_time(costs: Costs, machine: Machine) -> None:
-    """A row per phase of an optimizer step."""
-    print(f"\n{'per GPU':12}{'TFLOP':>12}{'GB in node':>12}{'GB between':>12}{'seconds':>12}")
-    rows = {}
-    for phase, counts in costs.counts.items():
-        values = [counts[FLOP] / 1e12, counts[WITHIN] / 1e9, counts[BETWEEN] / 1e9, seconds(counts, machine)]
-        if any(values):
-            rows[phase] = values
-    rows["step"] = [sum(column) for column in zip(*rows.values())]
-    for phase, values in rows.items():
-        print(f"{phase:12}" + "".join(f"{value:12.1f}" for value in values))
-    print()
-
-
-def numbers(costs: Costs, flags: PlanFlags) -> dict[str, Any]:
+def numbers(costs: Costs, machine: Machine) -> dict[str, Any]:
     """The plan as JSON.  tflop_per_step is that of all GPUs together; everything else is that of one GPU or node."""
-    machine, step = flags.machine, sum(costs.counts.values(), Counter())
-    phases = {}
+    step, phases = sum(costs.counts.values(), Counter()), {}
     for name, peak in costs.peaks.items():
         counts = costs.counts.get(name, Counter())
-        phases[name] = {"gib": {kind: peak.get(kind, 0) / GIB for kind in KINDS}, "peak_gib": total(peak)}
+        phases[name] = {"gib": {kind: peak.get(kind, 0) / GIB for kind in KINDS}, "peak_gib": total_gib(peak)}
         phases[name] |= {"tflop": counts[FLOP] / 1e12, "seconds": seconds(counts, machine)}
         phases[name] |= {"gb_within": counts[WITHIN] / 1e9, "gb_between": counts[BETWEEN] / 1e9}
     return {
-        "peak_gib": peak_gib(costs),
-        "training_gib": training_gib(costs),
-        "fits": fits(costs, machine),
+        "peak_gib": costs.gib(),
+        "training_gib": max(total_gib(peak | {"frozen models": 0}) for peak in costs.peaks.values()),
+        "fits": costs.fits(machine),
         "tflop_per_step": step[FLOP] / 1e12 * machine.gpus * machine.nodes,
         "seconds_per_step": sum(seconds(counts, machine) for counts in costs.counts.values()),
         "host_gb": {name: value / 1e9 for name, value in costs.host.items()},
         "disk_gb": {name: value / 1e9 for name, value in costs.disk.items()},
         "phases": phases,
     }
+
+
+def print_tables(phases: dict[str, dict[str, Any]]) -> None:
+    """Memory: a row per phase, a column per kind.  Time: a row per phase of an optimizer step, and their sum."""
+    print(f"\n{'GiB per GPU':12}" + "".join(f"{kind.split()[0]:>12}" for kind in (*KINDS, "sum")))
+    for name, phase in phases.items():
+        print(f"{name:12}" + "".join(f"{value:12.2f}" for value in (*phase["gib"].values(), phase["peak_gib"])))
+    print(f"\n{'per GPU':12}{'TFLOP':>12}{'GB in node':>12}{'GB between':>12}{'seconds':>12}")
+    columns = ("tflop", "gb_within", "gb_between", "seconds")
+    rows = {name: [phase[column] for column in columns] for name, phase in phases.items()}
+    rows = {name: values for name, values in rows.items() if any(values)}
+    for name, values in (rows | {"step": map(sum, zip(*rows.values()))}).items():
+        print(f"{name:12}" + "".join(f"{value:12.1f}" for value in values))
+    print()

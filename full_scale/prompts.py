@@ -12,37 +12,27 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from full_scale.contents import prompts_content, tensors_content, text_content
-from full_scale.pipeline import (
-    TEXT_SUBFOLDERS,
-    Family,
-    Precision,
-    family_of,
-    gpu_or_cpu,
-    open_pipeline,
-    pipeline_folder,
-)
-from leap_align import BadInput
+from full_scale.contents import pipeline_content, prompts_content, tensors_content
+from full_scale.models import Family
+from full_scale.pipeline import TEXT_SUBFOLDERS, Precision, family_of, gpu_or_cpu, open_pipeline, pipeline_folder
+from leap_align import BadInput, require
 from runtime.processes import barrier, one_line, rank, run_on_all_ranks, run_on_rank0, world_size
 from runtime.run_dir import atomic_file, claimed_output_folder, read_json, write_text
 
-EMBED = "embed"
-"""The `tool` of settings.json, by which a folder of embeddings is recognised."""
+EMBED = "embed"  # the `tool` of settings.json, by which a folder of embeddings is recognised
 
 
 def read_prompts(path: Path | None) -> list[str]:
     """The prompts of a text file, one per line, or of a folder that `embed` filled."""
-    if path is None:
-        raise BadInput("prompts is missing: give --prompts FILE, a text file with one prompt per line")
+    require(path is not None, "prompts is missing: give --prompts FILE, a text file with one prompt per line")
     file = path / "prompts.txt" if path.is_dir() else path
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()  # without the mark that some editors put first
     except (OSError, UnicodeDecodeError) as error:
-        message = f"cannot read prompts from {file} ({one_line(error)}): give a text file with one prompt per line"
-        raise BadInput(message) from error
+        remedy = "give a text file with one prompt per line"
+        raise BadInput(f"cannot read prompts from {file} ({one_line(error)}): {remedy}") from error
     prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise BadInput(f"{file} holds no prompt: write one per line")
+    require(prompts, f"{file} holds no prompt: write one per line")
     return prompts
 
 
@@ -54,11 +44,6 @@ def few_prompts(*prompts: list[str]) -> list[str]:
     """The distinct ones of some lists and the empty one, for classifier-free guidance, if they are few; else none."""
     distinct = list(dict.fromkeys(["", *chain(*prompts)]))
     return distinct if len(distinct) <= FEW_PROMPTS else []
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Embeddings
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def embed(model: str, prompts: Path, out: Path, precision: Precision = "bfloat16") -> None:
@@ -76,13 +61,12 @@ def embed(model: str, prompts: Path, out: Path, precision: Precision = "bfloat16
     folder = run_on_all_ranks(lambda: pipeline_folder(model, TEXT_SUBFOLDERS))
     family, dtype = run_on_all_ranks(lambda: family_of(folder)), getattr(torch, precision)
     pipeline = run_on_all_ranks(lambda: open_pipeline(family, folder, dtype, transformer=None, vae=None))
-    content = run_on_all_ranks(lambda: text_content(folder) if rank() == 0 else None)
+    content = run_on_all_ranks(lambda: pipeline_content(folder, *TEXT_SUBFOLDERS) if rank() == 0 else None)
     settings = {"model": content, "prompts": prompts_content(texts), "precision": precision}
     with claimed_output_folder(out, EMBED, settings):
         # Classifier-free guidance also needs the empty prompt.
         store_embeddings(family, pipeline, list(dict.fromkeys(["", *texts])), out)
-        # The list comes last, so that a training run that finds it also finds every embedding.
-        barrier()
+        barrier()  # a training run that finds the list also finds every embedding
         run_on_rank0(lambda: write_text(out / "prompts.txt", "\n".join(texts) + "\n"))
     if rank() == 0:
         print(f"the embeddings of {len(texts)} prompts are in {out}: train with --prompts {out}")
@@ -110,8 +94,7 @@ def read_embedding(path: Path) -> dict[str, Tensor]:
             content = (file.metadata() or {}).get("content")
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{path} is damaged ({one_line(error)}): {remedy}") from error
-    if content != tensors_content(embedding):
-        raise BadInput(f"{path} is damaged (its checksum differs): {remedy}")
+    require(content == tensors_content(embedding), f"{path} is damaged (its checksum differs): {remedy}")
     return embedding
 
 
@@ -137,43 +120,41 @@ def embedding_folders(sources: Sequence[tuple[Path, Sequence[str]]], folder: Pat
     folders = [path for path, _ in sources if path.is_dir()]
     for path, prompts in sources:
         if path.is_dir():
-            check_embeddings(path, folder, prompts if len(folders) == len(sources) else [])
+            check_embeddings(path, folder)
+            missing = [prompt for prompt in prompts if not embedding_file(path, prompt).exists()]
+            if missing and len(folders) == len(sources):
+                example = f"{len(missing)} embeddings, such as that of {missing[0]!r:.60}"
+                raise BadInput(f"{path} lacks {example}: finish `python -m full_scale embed`")
     return folders
+
+
+def check_embeddings(folder: Path, pipeline: Path) -> None:
+    """Refuses a folder with embeddings of another pipeline's text encoders.
+
+    A pipeline's folder need not hold its text encoders; then there is nothing to compare.  Only rank 0 reads them.
+    """
+    settings = read_json(folder / "settings.json") if (folder / "settings.json").exists() else {}
+    is_own = settings.get("tool") == EMBED
+    require(is_own, f"{folder} was not filled by `python -m full_scale embed`: give a text file, or embed it")
+    if rank() == 0 and any(pipeline.glob("text_encoder*/*.safetensors")):
+        is_same = settings.get("model") == pipeline_content(pipeline, *TEXT_SUBFOLDERS)
+        remedy = "embed the prompts with this --model"
+        require(is_same, f"{folder} holds embeddings of another model than {pipeline}: {remedy}")
 
 
 def text_encoders_content(folder: Path, embeddings: Sequence[Path]) -> str:
     """The digest of a pipeline's text encoders, which a folder of embeddings by them has stored."""
-    return read_json(embeddings[0] / "settings.json")["model"] if embeddings else text_content(folder)
+    if embeddings:
+        return read_json(embeddings[0] / "settings.json")["model"]
+    return pipeline_content(folder, *TEXT_SUBFOLDERS)
 
 
 def find_embedding(prompt: str, folders: Sequence[Path]) -> Path | None:
     """The file with the embedding of a prompt in the first folder that has one, or None."""
-    for folder in folders:
-        if (path := embedding_file(folder, prompt)).exists():
-            return path
-    return None
+    return next((path for folder in folders if (path := embedding_file(folder, prompt)).exists()), None)
 
 
 def load_embeddings(paths: Sequence[Path], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """The text inputs in some embedding files by name, each (B, ...)."""
     embeddings = [read_embedding(path) for path in paths]
     return {name: torch.stack([row[name] for row in embeddings]).to(device, dtype) for name in embeddings[0]}
-
-
-def check_embeddings(folder: Path, pipeline: Path, prompts: Sequence[str]) -> None:
-    """Refuses a folder with embeddings of another pipeline's text encoders, or without one of these prompts.
-
-    A pipeline's folder need not hold its text encoders; then there is nothing to compare.  Only rank 0 reads them.
-    """
-    settings = read_json(folder / "settings.json") if (folder / "settings.json").exists() else {}
-    if settings.get("tool") != EMBED:
-        raise BadInput(f"{folder} was not filled by `python -m full_scale embed`: give a text file, or embed it")
-    has_text_encoders = any(pipeline.glob("text_encoder*/*.safetensors"))
-    if rank() == 0 and has_text_encoders and settings.get("model") != text_content(pipeline):
-        remedy = "embed the prompts with this --model"
-        raise BadInput(f"{folder} holds embeddings of another model than {pipeline}: {remedy}")
-    if missing := [prompt for prompt in prompts if not embedding_file(folder, prompt).exists()]:
-        raise BadInput(
-            f"{folder} lacks {len(missing)} embeddings, such as that of {missing[0]!r:.60}: "
-            "finish `python -m full_scale embed`"
-        )

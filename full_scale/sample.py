@@ -10,23 +10,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from full_scale import pipeline
 from full_scale.components import LOADING_ERRORS, load_component
 from full_scale.contents import pipeline_content, prompts_content, weights_content
-from full_scale.pipeline import (
-    TEXT_SUBFOLDERS,
-    Precision,
-    check_guidance,
-    check_image_size,
-    family_of,
-    gpu_or_cpu,
-    has_guidance,
-    open_pipeline,
-    pipeline_folder,
-    silence_other_ranks,
-)
+from full_scale.pipeline import TEXT_SUBFOLDERS, Precision, pipeline_folder
 from full_scale.prompts import read_prompts
 from full_scale.transformer import read_lora
-from leap_align import BadInput
+from leap_align import BadInput, require
 from runtime.processes import barrier, one_line, rank, run_on_all_ranks, run_on_rank0, world_size
 from runtime.run_dir import atomic_file, claimed_output_folder, write_text
 
@@ -66,38 +56,26 @@ def sample(
         batch_size: Images of one prompt that are drawn at once.
         precision: What the networks compute in.
     """
-    silence_other_ranks()
-    check_image_size(height, width)
+    pipeline.silence_other_ranks()
+    pipeline.check_image_size(height, width)
     for name, value in {"steps": steps, "images_per_prompt": images_per_prompt, "batch_size": batch_size}.items():
-        if value < 1:
-            raise BadInput(f"{name}={value} must be at least 1")
-    guidance = run_on_all_ranks(lambda: choose_guidance(model, guidance))
+        require(value >= 1, f"{name}={value} must be at least 1")
+    guidance = run_on_all_ranks(lambda: pipeline.choose_guidance(model, guidance))
     layout = run_on_all_ranks(lambda: choose_layout(prompts, geneval, images_per_prompt))
-    settings = {"prompts": layout.content(), "steps": steps, "images_per_prompt": images_per_prompt, "height": height}
+    texts = prompts_content([*layout.prompts, *layout.metadata])
+    settings = {"prompts": texts, "steps": steps, "images_per_prompt": images_per_prompt, "height": height}
     settings |= {"width": width, "guidance": guidance, "batch_size": batch_size, "precision": precision}
-    pipeline = run_on_all_ranks(lambda: open_trained(model, transformer, lora, getattr(torch, precision)))
+    pipe = run_on_all_ranks(lambda: open_trained(model, transformer, lora, getattr(torch, precision)))
     settings |= run_on_all_ranks(lambda: contents(model, transformer, lora) if rank() == 0 else {})
     with claimed_output_folder(out, "sample", settings):
         run_on_rank0(lambda: layout.write(out))
-        pipeline.to(gpu_or_cpu())
+        pipe.to(pipeline.gpu_or_cpu())
         options = {"height": height, "width": width, "num_inference_steps": steps, "guidance_scale": guidance}
-        draw_missing(partial(pipeline, **options), layout, out, batch_size)
+        draw_missing(partial(pipe, **options), layout, out, batch_size)
         barrier()
     if rank() == 0:
         count = sum(map(len, layout.files))
         print(f"{count} images are in {out}: score them with python -m full_scale score --images {out} --out SCORES")
-
-
-def choose_guidance(model: str, guidance: float | None) -> float:
-    """The guidance scale that was given, else the usual one of the model's family; 1 for a model without guidance."""
-    folder = pipeline_folder(model)
-    family = family_of(folder)
-    if guidance is None:
-        return family.guidance if has_guidance(folder) else 1.0
-    if not has_guidance(folder):
-        raise BadInput(f"guidance={guidance}, but {model} is distilled to few steps and has none: leave --guidance out")
-    check_guidance(family, guidance)
-    return guidance
 
 
 def contents(model: str, transformer: Path | None, lora: Path | None) -> dict[str, str | None]:
@@ -121,7 +99,7 @@ def draw_missing(draw: Any, layout: "Layout", out: Path, batch_size: int) -> Non
 def draw_prompt(draw: Any, i: int, prompt: str, files: list[Path], batch_size: int) -> None:
     """Draws the images of prompt number i, batch_size at once.  draw: the pipeline with size, steps and guidance."""
     for start in range(0, len(files), batch_size):
-        numbers = range(start, min(start + batch_size, len(files)))
+        numbers = range(len(files))[start : start + batch_size]
         noise = [torch.Generator().manual_seed(i << 16 | number) for number in numbers]
         images = draw(prompt=prompt, num_images_per_prompt=len(numbers), generator=noise).images
         for number, image in zip(numbers, images):
@@ -129,24 +107,13 @@ def draw_prompt(draw: Any, i: int, prompt: str, files: list[Path], batch_size: i
                 image.save(temporary, format="png")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts and files
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Layout:
     """Which prompts are drawn, and into which files."""
 
     prompts: list[str]
-    files: list[list[str]]
-    """The images of each prompt, relative to the output folder."""
-    metadata: list[str]
-    """Each prompt's line of GenEval's metadata; empty without GenEval."""
-
-    def content(self) -> str:
-        """The digest of the prompts and of GenEval's metadata."""
-        return prompts_content([*self.prompts, *self.metadata])
+    files: list[list[str]]  # the images of each prompt, relative to the output folder
+    metadata: list[str]  # each prompt's line of GenEval's metadata; empty without GenEval
 
     def write(self, out: Path) -> None:
         """Writes prompts.json, and beside each prompt's images the metadata that GenEval's evaluator reads."""
@@ -158,12 +125,13 @@ class Layout:
 
 def choose_layout(prompts: Path | None, geneval: Path | None, images_per_prompt: int) -> Layout:
     """00000_0.png for prompts of a text file, 00000/samples/0000.png for GenEval's metadata."""
-    if (prompts is None) == (geneval is None):
-        raise BadInput("give either --prompts FILE or --geneval evaluation_metadata.jsonl")
-    lines, numbers = read_prompts(prompts or geneval), range(images_per_prompt)
+    is_one = (prompts is None) != (geneval is None)
+    require(is_one, "give either --prompts FILE or --geneval evaluation_metadata.jsonl")
+    lines = read_prompts(prompts or geneval)
+    name = "{:05d}_{}.png" if geneval is None else "{:05d}/samples/{:04d}.png"
+    files = [[name.format(i, number) for number in range(images_per_prompt)] for i in range(len(lines))]
     if geneval is None:
-        return Layout(lines, [[f"{i:05d}_{number}.png" for number in numbers] for i in range(len(lines))], [])
-    files = [[f"{i:05d}/samples/{number:04d}.png" for number in numbers] for i in range(len(lines))]
+        return Layout(lines, files, [])
     return Layout([read_geneval_line(geneval, line) for line in lines], files, lines)
 
 
@@ -173,46 +141,39 @@ def read_geneval_line(path: Path, line: str) -> str:
         prompt = json.loads(line)["prompt"]
     except (ValueError, LookupError, TypeError):
         prompt = None
-    if not isinstance(prompt, str):
-        raise BadInput(f'{path}: the line {line!r:.60} must be a JSON object with a text "prompt"')
+    is_text = isinstance(prompt, str)
+    require(is_text, f'{path}: the line {line!r:.60} must be a JSON object with a text "prompt"')
     return prompt
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The pipeline with trained weights
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def open_trained(model: str, transformer: Path | None, lora: Path | None, dtype: torch.dtype) -> Any:
     """A complete pipeline on the CPU, with the trained transformer or adapters if one is given."""
-    if transformer and lora:
-        raise BadInput("give --transformer or --lora, not both: a run trains one of them")
-    if transformer and not transformer.is_dir():
-        raise BadInput(f"transformer={transformer} is not a folder: a finished run leaves one in its own folder")
-    if lora and not lora.exists():
-        raise BadInput(f"lora={lora} does not exist: a finished run leaves it in its own folder")
+    require(not (transformer and lora), "give --transformer or --lora, not both: a run trains one of them")
     folder = pipeline_folder(model)
-    family, components = family_of(folder), {}
+    family, components = pipeline.family_of(folder), {}
     if transformer:
+        remedy = "a finished run leaves one in its own folder"
+        require(transformer.is_dir(), f"transformer={transformer} is not a folder: {remedy}")
         components["transformer"] = load_component(transformer, family.transformer_class, dtype)
-    pipeline = open_pipeline(family, folder, dtype, **components)
     if lora:
-        check_adapters(lora, pipeline.transformer)
+        require(lora.exists(), f"lora={lora} does not exist: a finished run leaves it in its own folder")
+    pipe = pipeline.open_pipeline(family, folder, dtype, **components)
+    if lora:
+        check_adapters(lora, pipe.transformer)
         try:
-            pipeline.load_lora_weights(lora, local_files_only=True, use_safetensors=True)
+            pipe.load_lora_weights(lora, local_files_only=True, use_safetensors=True)
         except LOADING_ERRORS as error:
             raise BadInput(f"{lora} does not fit {model}: {one_line(error)}") from error
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def check_adapters(lora: Path, transformer: nn.Module) -> None:
     """Refuses adapters of layers that the transformer does not have; diffusers would ignore them."""
     adapters, layers = read_lora(lora), dict(transformer.named_modules())
-    if not adapters:
-        raise BadInput(f"{lora} holds no adapters: give the folder lora/ of a finished run")
+    require(adapters, f"{lora} holds no adapters: give the folder lora/ of a finished run")
     for name, weight in adapters.items():
         layer, _, side = name.removeprefix("transformer.").partition(".lora_")
         axis = 1 if side.startswith("A") else 0  # A is (rank, in), B is (out, rank)
-        if layer not in layers or weight.shape[axis] != layers[layer].weight.shape[axis]:
-            raise BadInput(f"{lora} does not fit the model: {layer} is not one of its layers, or has another size")
+        fits = layer in layers and weight.shape[axis] == layers[layer].weight.shape[axis]
+        require(fits, f"{lora} does not fit the model: {layer} is not one of its layers, or has another size")

@@ -15,14 +15,14 @@ from unittest.mock import patch
 import diffusers
 import torch
 import torch.distributed as dist
-import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.profiler import record_function
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 
-from full_scale.models import FAMILIES
+from full_scale.components import network_from_config
+from full_scale.models import Family
 from full_scale.rewards.hpsv2 import HPSv2
 from leap_align import Velocity
 from runtime.cost_counter import CostCounter
@@ -34,8 +34,7 @@ FACTORIES = {
     aten.rand.default, aten.randn.default, aten.randn.generator,
 }  # fmt: skip
 SIMULATED_REWARD = "hpsv2.1"
-STAND_IN = 0.5
-"""The value of every number that the code reads from a fake tensor."""
+STAND_IN = 0.5  # the value of every number that the code reads from a fake tensor
 
 
 class Simulation(CostCounter):
@@ -79,53 +78,17 @@ def simulated_cluster(nodes: int, gpus: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks without weights
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def read_configs(task: str, model: str) -> dict[str, dict[str, Any]]:
-    """The config of each component, from a local pipeline's folder, else the published one of the task."""
+def read_configs(family: Family, model: str) -> dict[str, dict[str, Any]]:
+    """The config of each component, from a local pipeline's folder, else the published one."""
     if not (Path(model) / "model_index.json").is_file():
-        return FAMILIES[task].configs
-    names = {"scheduler": "scheduler_config.json"}
-    return {name: read_json(Path(model) / name / names.get(name, "config.json")) for name in FAMILIES[task].configs}
-
-
-def network_from_config(config: dict[str, Any]) -> nn.Module:
-    """The network of a config.json, on the meta device."""
-    with torch.device("meta"):
-        if "_class_name" in config:
-            return getattr(diffusers, config["_class_name"]).from_config(config)
-        kind = getattr(transformers, config["architectures"][0])
-        return kind(kind.config_class(**config))
-
-
-def pipeline_without_weights(
-    task: str, configs: dict[str, dict[str, Any]], simulation: Simulation, dtype: torch.dtype, text: bool
-) -> Any:
-    """A pipeline without its transformer; its tokenizers know few words."""
-    family = FAMILIES[task]
-    kind = family.pipeline_class
-    components: dict[str, Any] = dict.fromkeys(kind.__init__.__annotations__)
-    components["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler.from_config(configs["scheduler"])
-    names = [name for name in configs if name == "vae" or (text and name.startswith("text_encoder"))]
-    components |= {name: simulation.empty(network_from_config(configs[name]), dtype) for name in names}
-    if text:
-        parts = family.tiny().components.items()
-        components |= {name: part for name, part in parts if name.startswith("tokenizer")}
-    return kind(**components)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A task without weights
-# ---------------------------------------------------------------------------------------------------------------------
+        return family.configs
+    files = {name: "config.json" for name in family.configs} | {"scheduler": "scheduler_config.json"}
+    return {name: read_json(Path(model) / name / file) for name, file in files.items()}
 
 
 class WithoutWeights:
     """What a simulated task does instead of reading files; `simulated` puts it in front of the task's own class."""
 
-    task: ClassVar[str]
     configs: ClassVar[dict[str, dict[str, Any]]]
     simulation: ClassVar[Simulation]
     stored_embeddings: ClassVar[bool]
@@ -140,9 +103,14 @@ class WithoutWeights:
         return self.simulation.empty(HPSv2.empty(*map(HPSv2.read_config, folders)), torch.float32)
 
     def open_pipeline(self, text: bool) -> Any:
-        """The pipeline; without text encoders if embeddings are stored."""
-        text = not self.stored_embeddings
-        return pipeline_without_weights(self.task, self.configs, self.simulation, self.dtype, text)
+        """The pipeline, whose tokenizers know few words; without text encoders if embeddings are stored."""
+        text, kind, empty = not self.stored_embeddings, self.family.pipeline_class, self.simulation.empty
+        components: dict[str, Any] = dict.fromkeys(kind.__init__.__annotations__)
+        components["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler.from_config(self.configs["scheduler"])
+        names = [name for name in self.configs if name == "vae" or (text and name.startswith("text_encoder"))]
+        components |= {name: empty(network_from_config(self.configs[name]), self.dtype) for name in names}
+        tokenizers = self.family.tiny().components.items() if text else ()
+        return kind(**components | {name: part for name, part in tokenizers if name.startswith("tokenizer")})
 
     def empty_transformer(self) -> nn.Module:
         """The architecture, on the meta device."""
@@ -167,9 +135,9 @@ class WithoutWeights:
         with self.simulation.fake:
             return {name: torch.empty(len(prompts), *shape, dtype=self.dtype) for name, shape in shapes.items()}
 
-    def velocity_of(self, network: nn.Module, inputs: dict[str, Any]) -> Velocity:
+    def velocity_of(self, model: Any, inputs: dict[str, Any]) -> Velocity:
         """The task's own, but equal evaluations without gradient are executed once."""
-        return Repeated(super().velocity_of(network, inputs), self.simulation)
+        return Repeated(super().velocity_of(model, inputs), self.simulation)
 
 
 class Repeated:
@@ -186,22 +154,18 @@ class Repeated:
             with record_function("leaps"):
                 return self.velocity(x, t)
         with record_function("rollout"):
-            return self.without_gradient(x, t)
-
-    def without_gradient(self, x: Tensor, t: Tensor) -> Tensor:
-        """An evaluation without gradient, executed or counted."""
-        self.calls += 1
-        counts = self.simulation.phases[self.simulation.phase].counts
-        if self.calls > 2:
-            counts.update(self.cost)
-            return torch.empty_like(x)
-        before = Counter(counts)
-        v = self.velocity(x, t)
-        self.cost = counts - before
-        return v
+            self.calls += 1
+            counts = self.simulation.phases[self.simulation.phase].counts
+            if self.calls > 2:
+                counts.update(self.cost)
+                return torch.empty_like(x)
+            before = Counter(counts)
+            v = self.velocity(x, t)
+            self.cost = counts - before
+            return v
 
 
-def simulated(kind: type, task: str, model: str, simulation: Simulation, stored_embeddings: bool) -> type:
+def simulated(kind: type, model: str, simulation: Simulation, stored_embeddings: bool) -> type:
     """The class of a task whose networks have shapes alone; it reads no file but its prompts, and a model's configs."""
-    members = {"task": task, "configs": read_configs(task, model), "simulation": simulation}
+    members = {"configs": read_configs(kind.family, model), "simulation": simulation}
     return type(kind.__name__, (WithoutWeights, kind), members | {"stored_embeddings": stored_embeddings})

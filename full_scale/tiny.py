@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-import diffusers
 import torch
 import tyro
 from torch import nn
 from tqdm import tqdm
 
 from full_scale import rewards
-from full_scale.models import FAMILIES, Family
-from leap_align import BadInput
+from full_scale.components import network_from_config
+from full_scale.models import FAMILIES
+from leap_align import require
 from runtime.run_dir import claimed_output_folder, write_errors_named
 
 
@@ -31,39 +31,29 @@ def tiny(
         full_size: Transformer and VAE of the real size, 5 GB for SD3.5-M, 8 GB for FLUX.2-klein and 24 GB for
             FLUX.1; the rest stays tiny.
     """
-    if sd3 and klein:
-        raise BadInput("give --sd3 or --klein, not both: a folder holds one pipeline")
+    require(not (sd3 and klein), "give --sd3 or --klein, not both: a folder holds one pipeline")
     task = "sd3" if sd3 else "klein" if klein else "flux"
     with claimed_output_folder(folder, "tiny", {"task": task, "full_size": full_size}), write_errors_named(folder):
         torch.manual_seed(0)
-        networks = full_size_networks(FAMILIES[task]) if full_size else {}
-        FAMILIES[task].tiny(**networks).save_pretrained(folder, max_shard_size="2GB")
+        family = FAMILIES[task]
+        names = ("transformer", "vae") if full_size else ()
+        networks = {name: random_network(family.configs[name]) for name in names}
+        widths = family.widths if full_size else {}
+        family.tiny(**widths, **networks).save_pretrained(folder, max_shard_size="2GB")
         for name in tqdm(rewards.REWARDS, "tiny rewards"):
             rewards.tiny(name, folder / ("reward" if name == "hpsv2.1" else name))
-    size = "--lora-rank 4 --batch-size 1 --T 4 --evaluation-images 2 --iterations 2"
-    size = size if full_size else "--batch-size 4 --iterations 3"
+    real_size = "--lora-rank 4 --batch-size 1 --T 4 --evaluation-images 2 --iterations 2"
+    size = real_size if full_size else "--batch-size 4 --iterations 3"
     print(
         f"try: python train_leap_align.py --task {task} --model {folder} --prompts PROMPTS.txt "
         f"--reward-weights {folder}/reward --height 64 --width 64 {size}"
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Of the real size
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def full_size_networks(family: Family) -> dict[str, Any]:
-    """Transformer and VAE of the real size, and the widths of the text that this transformer reads."""
-    return family.widths | {name: random_network(family.configs[name]) for name in ("transformer", "vae")}
-
-
 @torch.no_grad()
 def random_network(config: dict[str, Any]) -> nn.Module:
     """A network of diffusers with random bfloat16 weights, small enough to stay finite; no float32 copy is made."""
-    with torch.device("meta"):
-        network = getattr(diffusers, config["_class_name"]).from_config(config)
-    network = nn.Module.to(network, torch.bfloat16).to_empty(device="cpu")
+    network = nn.Module.to(network_from_config(config), torch.bfloat16).to_empty(device="cpu")
     for name, weight in network.state_dict().items():
         if weight.ndim < 2:
             weight.fill_(0 if name.endswith(("bias", "mean", "tracked")) else 1)  # the others scale a norm

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -25,19 +26,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from full_scale.components import LOADING_ERRORS, REMEDY, weight_shapes
 from full_scale.pipeline import Family
-from leap_align import BadInput
+from leap_align import BadInput, require
 from runtime.processes import full_value, one_line, rank, reshard, run_on_all_ranks, run_on_rank0, world_size
 from runtime.run_dir import atomic_folder, read_json, write_errors_named, write_json
 
-EXPORT_FILE_BYTES = 2 * 10**9
-"""The most in a file of an export, unless a single weight is larger; the first process holds one file at a time."""
+EXPORT_FILE_BYTES = 2 * 10**9  # the most in a file of an export, unless a weight is larger; rank 0 holds one file
+NF4_BLOCKS = 64, 16  # weights that share a scale, scales that share one: their product divides the size of every layer
 
-NF4_BLOCKS = 64, 16
-"""Weights that share a scale, and scales that share one: their product divides the size of every layer."""
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Build
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------- Build -------------------------------------------------------
 
 
 def empty_transformer(family: Family, folder: Path) -> nn.Module:
@@ -53,12 +49,10 @@ def empty_transformer(family: Family, folder: Path) -> nn.Module:
 
 def check_lora(lora_rank: int, lora_alpha: float | None) -> None:
     """Refuses a rank or a scale of adapters that cannot work.  Rank 0: no adapters."""
-    if lora_rank < 0:
-        raise BadInput(f"lora_rank={lora_rank} must be at least 0")
-    if lora_alpha is not None and not lora_rank:
-        raise BadInput(f"lora_alpha={lora_alpha} scales adapters, but there are none: give --lora-rank, too")
-    if lora_alpha is not None and not 0 < lora_alpha < math.inf:
-        raise BadInput(f"lora_alpha={lora_alpha} must be positive and finite")
+    require(lora_rank >= 0, f"lora_rank={lora_rank} must be at least 0")
+    if lora_alpha is not None:
+        require(lora_rank, f"lora_alpha={lora_alpha} scales adapters, but there are none: give --lora-rank, too")
+        require(0 < lora_alpha < math.inf, f"lora_alpha={lora_alpha} must be positive and finite")
 
 
 def add_lora(model: nn.Module, lora_rank: int, lora_alpha: float, targets: Sequence[str], dtype: torch.dtype) -> None:
@@ -68,7 +62,14 @@ def add_lora(model: nn.Module, lora_rank: int, lora_alpha: float, targets: Seque
     """
     from peft import LoraConfig
 
-    _check_targets(model, lora_rank, targets)
+    require(targets, "lora_targets is empty: name at least one linear layer")
+    layers = {f".{name}": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    chosen = {target: [layers[name] for name in layers if name.endswith(f".{target}")] for target in targets}
+    for target, matches in chosen.items():
+        require(matches, f"lora_targets: no linear layer of {type(model).__name__} is called {target!r}")
+    width = min(min(layer.weight.shape) for matches in chosen.values() for layer in matches)
+    too_large = f"lora_rank={lora_rank} must be at most {width}, the width of the narrowest target layer"
+    require(lora_rank <= width, too_large)
     nn.Module.to(model.requires_grad_(False), dtype)  # diffusers' own `to` prints a warning that concerns other models
     model.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=list(targets)))
     for parameter in model.parameters():
@@ -76,30 +77,12 @@ def add_lora(model: nn.Module, lora_rank: int, lora_alpha: float, targets: Seque
             parameter.data = parameter.data.float()
 
 
-def _check_targets(model: nn.Module, lora_rank: int, targets: Sequence[str]) -> None:
-    layers = {f".{name}": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    widths = []
-    for target in targets:
-        matches = [layer for name, layer in layers.items() if name.endswith(f".{target}")]
-        if not matches:
-            raise BadInput(f"lora_targets: no linear layer of {type(model).__name__} is called {target!r}")
-        widths += [min(layer.in_features, layer.out_features) for layer in matches]
-    if not widths:
-        raise BadInput("lora_targets is empty: name at least one linear layer")
-    if lora_rank > min(widths):
-        raise BadInput(f"lora_rank={lora_rank} must be at most {min(widths)}, the width of the narrowest target layer")
-
-
 def check_4bit(lora_rank: int, compiled: bool) -> None:
     """Refuses four-bit weights that would be trained, compiled or sharded, or that no library can make."""
-    if not lora_rank:
-        raise BadInput("load_in_4bit keeps frozen weights, but every weight is trained: give --lora-rank, too")
-    if compiled:
-        raise BadInput("load_in_4bit: torch cannot compile these weights: leave out --compile")
-    if world_size() > 1:
-        raise BadInput("load_in_4bit does not shard the weights: start one process, or leave it out")
-    if find_spec("torchao") is None:
-        raise BadInput("load_in_4bit needs torchao: pip install torchao==0.18.0")
+    require(lora_rank, "load_in_4bit keeps frozen weights, but every weight is trained: give --lora-rank, too")
+    require(not compiled, "load_in_4bit: torch cannot compile these weights: leave out --compile")
+    require(world_size() == 1, "load_in_4bit does not shard the weights: start one process, or leave it out")
+    require(find_spec("torchao"), "load_in_4bit needs torchao: pip install torchao==0.18.0")
 
 
 def quantize(model: nn.Module, device: torch.device) -> None:
@@ -167,9 +150,7 @@ def compile_blocks(model: nn.Module) -> None:
         block.compile()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Shard
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------- Shard -------------------------------------------------------
 
 
 def mesh_of_one(device: torch.device) -> DeviceMesh:
@@ -187,17 +168,14 @@ def check_memory(
     model: on the meta device, to be divided by `shards`.  frozen: modules that every process holds in full.
     in_4bit: whether `quantize` will follow.
     """
-    frozen_parameters = [p for module in frozen for p in module.parameters()]
-    needed = sum(p.nbytes for p in frozen_parameters if p.device.type != device.type)
+    needed = sum(p.nbytes for module in frozen for p in module.parameters() if p.device.type != device.type)
     for p in model.parameters():
         needed += (5 * p.nbytes if p.requires_grad else p.numel() / 2 if in_4bit else p.nbytes) / shards
     free = _free_memory(device)
-    if needed > free:
-        where, remedy = ("GPU", "use more GPUs") if device.type == "cuda" else ("process on the CPU", "use GPUs")
-        raise BadInput(
-            f"weights and optimizer need {needed / 2**30:.0f} GiB for each {where}, {free / 2**30:.0f} are free: "
-            f"{remedy}, --lora-rank 64, or prompts from `python -m full_scale embed`, which need no text encoders"
-        )
+    where, remedy = ("GPU", "use more GPUs") if device.type == "cuda" else ("process on the CPU", "use GPUs")
+    fault = f"weights and optimizer need {needed / 2**30:.0f} GiB for each {where}, {free / 2**30:.0f} are free"
+    remedy += ", --lora-rank 64, or prompts from `python -m full_scale embed`, which need no text encoders"
+    require(needed <= free, f"{fault}: {remedy}")
 
 
 def _free_memory(device: torch.device) -> float:
@@ -215,23 +193,22 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     # On one rank nothing is sharded: frozen weights are used in place, and copies cast to dtype stay until a backward
     # or `reshard`.
-    one_rank = mesh.size() == 1
-    ignored = {p for p in model.parameters() if not p.requires_grad} if one_rank else set()
+    sharded = mesh.size() > 1
+    in_place = set() if sharded else {p for p in model.parameters() if not p.requires_grad}
     for module in [*repeated_blocks(model), model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=not one_rank, ignored_params=ignored)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=sharded, ignored_params=in_place)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Load and save
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------- Load and save ---------------------------------------------------
 
 
 def load(model: nn.Module, folder: Path) -> None:
     """Loads what `save` wrote into a run's folder."""
-    if has_lora(model):
-        load_lora(model, folder / "lora")
-    else:
-        load_weights(model, folder / "transformer")
+    if not has_lora(model):
+        return load_weights(model, folder / "transformer")
+    layers = read_lora(folder / "lora").items()
+    state = {name.replace(".weight", ".default.weight").removeprefix("transformer."): value for name, value in layers}
+    _set_lora(model, state)
 
 
 def save(model: nn.Module, folder: Path, family: Family, empty: nn.Module, dtype: torch.dtype) -> None:
@@ -265,10 +242,9 @@ def check_weights(state: dict[str, Tensor], folder: Path) -> None:
     expected, found = {name: tuple(value.shape) for name, value in state.items()}, weight_shapes(folder)
     names = sorted(expected.keys() | found.keys(), key=lambda name: (name in found, name))  # missing ones first
     for name in names:
-        if expected.get(name) != found.get(name):
-            shapes = ["absent" if shape is None else str(shape) for shape in (found.get(name), expected.get(name))]
-            message = f"{name} is {shapes[0]}, but {shapes[1]} in the model of its config.json"
-            raise BadInput(f"{folder} holds the weights of another model, or not all ({message}): {REMEDY}")
+        shape, other = (shapes.get(name, "absent") for shapes in (found, expected))
+        difference = f"{name} is {shape}, but {other} in the model of its config.json"
+        require(shape == other, f"{folder} holds the weights of another model, or not all ({difference}): {REMEDY}")
 
 
 def reset_lora(model: nn.Module) -> None:
@@ -276,22 +252,13 @@ def reset_lora(model: nn.Module) -> None:
 
     A model without adapters does not change.
     """
-    if not has_lora(model):
-        return
-    generator, state = torch.Generator().manual_seed(0), {}
-    for name, parameter in model.named_parameters():
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.zeros(p.shape) for name, p in model.named_parameters() if ".lora_" in name}
+    for name in state:
         if ".lora_A." in name:
-            state[name] = nn.init.kaiming_uniform_(torch.empty(parameter.shape), a=5**0.5, generator=generator)
-        elif ".lora_B." in name:
-            state[name] = torch.zeros(parameter.shape)
-    _set_lora(model, state)
-
-
-def load_lora(model: nn.Module, folder: Path) -> None:
-    """Loads a `lora/` folder that `export_lora` wrote."""
-    layers = read_lora(folder)
-    names = {name: name.removeprefix("transformer.").replace(".weight", ".default.weight") for name in layers}
-    _set_lora(model, {names[name]: weight for name, weight in layers.items()})
+            nn.init.kaiming_uniform_(state[name], a=5**0.5, generator=generator)
+    if state:
+        _set_lora(model, state)
 
 
 def read_lora(path: Path) -> dict[str, Tensor]:
@@ -306,8 +273,7 @@ def read_lora(path: Path) -> dict[str, Tensor]:
 def _set_lora(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copies whole tensors, the same on every rank, into the adapters; all adapters must be named."""
     names = {name for name, p in model.named_parameters() if p.requires_grad}
-    if state.keys() != names:
-        raise BadInput(f"adapters for {len(state)} layers do not fit the model's {len(names)}")
+    require(state.keys() == names, f"adapters for {len(state)} layers do not fit the model's {len(names)}")
     reshard(model)
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
 
@@ -330,35 +296,25 @@ def export_transformer(model: nn.Module, empty: nn.Module, dtype: torch.dtype, f
     One full weight at a time is on the device, one file's weights on rank 0's host.
     """
     files, state = export_files(empty, dtype), model.state_dict()
-    run_on_rank0(lambda: _write_config(empty, files, folder))
+    run_on_rank0(lambda: empty.save_config(folder))
     for file, names in files.filename_to_tensors.items():
-        _write_weights({name: state[name] for name in names}, dtype, folder / file)
-
-
-def _write_config(empty: nn.Module, files: StateDictSplit, folder: Path) -> None:
-    empty.save_config(folder)
+        weights = {}
+        for name in names:
+            weight = full_value(state[name].to(dtype))
+            weights |= {name: weight.cpu()} if rank() == 0 else {}
+        run_on_rank0(partial(_write_weights, weights, folder / file))
     if files.is_sharded:
         index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
-        write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
+        run_on_rank0(lambda: write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index))
 
 
-def _write_weights(state: dict[str, Tensor], dtype: torch.dtype, path: Path) -> None:
-    """Gathers some sharded weights, one after the other, into a file."""
-    weights = {}
-    for name, value in state.items():
-        weight = full_value(value.to(dtype))
-        if rank() == 0:
-            weights[name] = weight.cpu()
-
-    def write() -> None:
-        try:
-            with write_errors_named(path):
-                save_file(weights, path, metadata={"format": "pt"})
-        except OSError as error:
-            remedy = "free some space, then continue with --resume"
-            raise BadInput(f"cannot write {path} ({one_line(error)}): {remedy}") from error
-
-    run_on_rank0(write)
+def _write_weights(weights: dict[str, Tensor], path: Path) -> None:
+    try:
+        with write_errors_named(path):
+            save_file(weights, path, metadata={"format": "pt"})
+    except OSError as error:
+        remedy = "free some space, then continue with --resume"
+        raise BadInput(f"cannot write {path} ({one_line(error)}): {remedy}") from error
 
 
 def export_files(empty: nn.Module, dtype: torch.dtype) -> StateDictSplit:

@@ -23,12 +23,7 @@ from runtime.checkpoint import LOGS, Progress
 from runtime.ema import EMA
 from runtime.processes import all_gather, barrier, device_mesh, rank
 
-WIDTH = {
-    "attention_head_dim": 128,
-    "num_attention_heads": 16,
-    "joint_attention_dim": 64,
-    "axes_dims_rope": (16, 56, 56),
-}
+WIDTH = dict(attention_head_dim=128, num_attention_heads=16, joint_attention_dim=64, axes_dims_rope=(16, 56, 56))
 
 
 def status(name):

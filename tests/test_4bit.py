@@ -1,35 +1,20 @@
 """Frozen weights in four bits under LoRA: what is loaded, its gradient, and a whole run."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-pytest.importorskip("diffusers")
-pytest.importorskip("torchao")
+from tests import tiny_pipelines as tiny  # first: skips without the libraries
 
-from full_scale import __main__ as tools
+# isort: split
+
 from full_scale import transformer
-from leap_align import BadInput, rollout
+from leap_align import rollout
 from tests.test_flux import gradients
-from tests.tiny_pipelines import (
-    PROMPTS,
-    TASKS,
-    assert_close,
-    draw,
-    every_task,
-    final_latents,
-    flags,
-    options_of,
-    pipeline_of,
-    refusal,
-    seeded,
-    task_of,
-    train,
-)
+from tests.tiny_pipelines import PROMPTS, assert_close, every_task, flags, seeded, task_of, train
 
+pytest.importorskip("torchao")
 pytestmark = pytest.mark.usefixtures("one_process")
 
 BELOW = "1 0.6962 0.5251 0.3949 0.2844 0.1848 0.0911"
@@ -114,7 +99,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(models, tmp_path):
     assert train(tmp_path / "resumed", [*arguments, "--resume"]) == uninterrupted
     assert all(row["grad_norm"] > 0 for row in uninterrupted)
     file = "lora/pytorch_lora_weights.safetensors"
-    assert_close(load_file(tmp_path / "resumed" / file), load_file(tmp_path / "uninterrupted" / file), 0, 0)
+    assert_close(*(load_file(tmp_path / run / file) for run in ("resumed", "uninterrupted")), 0, 0)
 
 
 @every_task
@@ -123,34 +108,16 @@ def test_diffusers_draws_from_the_adapters_on_the_dequantised_weights_what_was_t
     task = task_of(models, name, lora_rank=2, load_in_4bit=True)
     x_T = task.noise(1, seeded())
     task.load(tmp_path)
-    trained = final_latents(task, rollout(task.velocity(PROMPTS[:1]), x_T, task.times)[0])
-    pipeline = pipeline_of(models, name)
+    trained = tiny.final_latents(task, rollout(task.velocity(PROMPTS[:1]), x_T, task.times)[0])
+    pipeline = tiny.pipeline_of(models, name)
     pipeline.transformer.load_state_dict(stored(task.model), strict=False)
-    untrained = draw(pipeline, x_T, PROMPTS[:1], 4)
+    untrained = tiny.draw(pipeline, x_T, PROMPTS[:1], 4)
     pipeline.load_lora_weights(tmp_path / "lora")
-    torch.testing.assert_close(draw(pipeline, x_T, PROMPTS[:1], 4), trained, rtol=0, atol=1e-4)
+    torch.testing.assert_close(tiny.draw(pipeline, x_T, PROMPTS[:1], 4), trained, rtol=0, atol=1e-4)
     assert (untrained - trained).abs().max() > 30e-4
 
 
-def test_four_bits_that_cannot_work_are_refused(models, tmp_path, monkeypatch):
-    out = ["--out", tmp_path / "run"]
-    line = refusal([*flags(models, "flux", "--load-in-4bit"), *out])
-    assert "every weight is trained: give --lora-rank, too" in line
-    line = refusal([*flags(models, "flux", *FOUR_BITS, "--compile"), *out])
-    assert "torch cannot compile these weights: leave out --compile" in line
-    line = refusal(["plan", "--gpus", "2", "--lora-rank", "64", "--load-in-4bit"], tools.main)
-    assert "load_in_4bit does not shard the weights: start one process" in line
+def test_four_bits_without_torchao_are_refused(models, tmp_path, monkeypatch):
     monkeypatch.setattr(transformer, "find_spec", lambda name: None)
-    line = refusal([*flags(models, "flux", *FOUR_BITS), *out])
+    line = tiny.refusal([*flags(models, "flux", *FOUR_BITS), "--out", tmp_path])
     assert line == "error: load_in_4bit needs torchao: pip install torchao==0.18.0"
-
-
-def test_the_memory_check_counts_half_a_byte_of_a_frozen_weight(models, monkeypatch):
-    task = TASKS["flux"](options_of(models, "flux", lora_rank=2, load_in_4bit=True), 4)
-    weights = list(task.model.parameters())
-    needed = sum(5 * p.nbytes if p.requires_grad else p.numel() / 2 for p in weights)
-    monkeypatch.setattr(transformer, "shard", lambda *_: pytest.fail("it fits"))
-    for free, outcome in ((needed - 1, BadInput), (needed, pytest.fail.Exception)):
-        monkeypatch.setattr(transformer, "_free_memory", lambda device, free=free: free)
-        with pytest.raises(outcome):
-            task.parallelize(SimpleNamespace(size=lambda dim: 1))

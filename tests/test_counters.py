@@ -16,9 +16,6 @@ def net():
     return nn.Sequential(nn.Linear(IN, HIDDEN, bias=False), nn.Linear(HIDDEN, IN, bias=False))
 
 
-# Operations
-
-
 def test_a_forward_and_a_backward_cost_their_matrix_products(net):
     x = torch.randn(B, IN)
     forward = 2 * B * IN * HIDDEN + 2 * B * HIDDEN * IN
@@ -30,9 +27,6 @@ def test_a_forward_and_a_backward_cost_their_matrix_products(net):
 def test_fused_attention_counts_as_its_matrix_products():
     q = torch.randn(2, 3, 10, 8)
     assert flop_count(lambda: nn.functional.scaled_dot_product_attention(q, q, q)) == 2 * (2 * 2 * 3 * 10 * 10 * 8)
-
-
-# Bytes
 
 
 def test_each_layer_saves_its_input_and_no_weight(net):

@@ -1,4 +1,4 @@
-"""The tools around a run: embed, sample, score, GenEval's prompts, and what they and the trainer refuse."""
+"""The tools around a run: embed, sample, score, GenEval's prompts, and models and rewards of every kind."""
 
 import gc
 import json
@@ -6,79 +6,52 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import weakref
+from collections import Counter
 
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
-pytest.importorskip("diffusers")
+from tests import tiny_pipelines as tiny  # first: skips without the libraries
 
+# isort: split
 
 from full_scale import geneval_prompts, rewards
 from full_scale.components import weight_shapes
+from full_scale.contents import pipeline_content
 from full_scale.models import FAMILIES
+from full_scale.pipeline import TEXT_SUBFOLDERS
 from leap_align import BadInput
-from tests.tiny_pipelines import (
-    PROMPTS,
-    ROOT,
-    SAMPLING,
-    TASKS,
-    assert_close,
-    assert_same_run,
-    every_task,
-    flags,
-    options_of,
-    read_metrics,
-    refusal,
-    seeded,
-    task_of,
-    tiny_flags,
-    tool,
-    torchrun,
-    train,
-)
+from tests.tiny_pipelines import PROMPTS, ROOT, TASKS, every_task, flags, options_of, sampling, task_of, tool, train
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
-# From the prompts to the score
-
-
 def test_the_whole_path_on_two_processes_and_on_one(tmp_path):
     """tiny -> embed -> train -> export -> sample -> score."""
-    model, prompts, reward = tmp_path / "model", tmp_path / "prompts.txt", tmp_path / "model" / "reward"
-    prompts.write_text("\n".join(PROMPTS))
-    tool("tiny", model)
-    tool("embed", "--model", model, "--prompts", prompts, "--out", tmp_path / "embeddings", "--precision", "float32")
-    training = ["--task", "flux", "--model", model, "--prompts", tmp_path / "embeddings", "--reward-weights", reward]
-    training += "--height 32 --width 32 --T 4 --batch-size 4 --lr 1e-3 --ema-decay 0 --iterations 3".split()
-    training += "--evaluation-images 2 --precision float32".split()
+    tool("tiny", tmp_path / "flux")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    tool(*tiny.embedding(tmp_path, tmp_path / "embeddings"))
+    training = [*flags(tmp_path, "flux", "--width", 32, "--T", 4), "--prompts", tmp_path / "embeddings"]
     train(tmp_path / "one", training)
-    torchrun("train_leap_align.py", *training, "--out", tmp_path / "two")
-    assert_same_run(tmp_path / "one", tmp_path / "two")
-
-    def commands(out):
-        sampling = ["--model", model, "--transformer", tmp_path / "two" / "transformer", "--prompts", prompts]
-        yield ["sample", *sampling, *SAMPLING, "--out", out / "images"]
-        yield ["score", "--images", out / "images", "--reward-weights", reward, "--out", out / "scores"]
-
-    for command in commands(tmp_path / "one"):
-        tool(*command)
-    for command in commands(tmp_path / "two"):
-        torchrun("-m", "full_scale", *command)
-    images, images_of_two = (
-        {path.name: path.read_bytes() for path in (tmp_path / run / "images").glob("*.png")} for run in ("one", "two")
-    )
-    assert images == images_of_two and len(images) == len(set(images.values())) == 3 * len(PROMPTS)
-    logs = [tmp_path / run / "scores" / "images_rewards_log.json" for run in ("one", "two")]
-    log, log_of_two = (json.loads(path.read_text()) for path in logs)
-    assert log == log_of_two and [row["image"] for row in log["images"]] == sorted(images)
-    assert log["mean"] == pytest.approx(sum(row["reward"] for row in log["images"]) / len(images))
+    tiny.torchrun("train_leap_align.py", *training, "--out", tmp_path / "two")
+    tiny.assert_same_run(tmp_path / "one", tmp_path / "two")
+    images, logs, trained = [], [], ["--transformer", tmp_path / "two" / "transformer", "--images-per-prompt", 3]
+    for run, start in (("one", tool), ("two", lambda *command: tiny.torchrun("-m", "full_scale", *command))):
+        out = tmp_path / run
+        start(*sampling(tmp_path, out / "images", "--steps", 2, *trained))
+        start(*tiny.scoring(tmp_path, out / "images", out / "scores"))
+        images.append({path.name: path.read_bytes() for path in (out / "images").glob("*.png")})
+        logs.append(tiny.read(out / "scores" / "images_rewards_log.json"))
+    assert images[0] == images[1] and len(images[0]) == len(set(images[0].values())) == 3 * len(PROMPTS)
+    assert logs[0] == logs[1] and [row["image"] for row in logs[0]["images"]] == sorted(images[0])
+    assert logs[0]["mean"] == pytest.approx(sum(row["reward"] for row in logs[0]["images"]) / len(images[0]))
 
 
 SMALL = {
@@ -97,15 +70,13 @@ def test_a_pipeline_of_the_real_size_trains_and_samples(tmp_path, monkeypatch, n
     monkeypatch.setitem(networks, "vae", networks["vae"] | {"block_out_channels": [32] * 4, "layers_per_block": 1})
     model, prompts = tmp_path / "model", tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS[:2]))
-    command = ["tiny", model, "--full-size", *tiny_flags(name)]
-    tool(*command)
-    first = [load_file(file) for folder in ("transformer", "vae") for file in (model / folder).glob("*.safetensors")]
-    dtypes = {tensor.dtype for tensors in first for tensor in tensors.values() if tensor.is_floating_point()}
-    assert dtypes == {torch.bfloat16}
-    tool(*command)
-    again = [load_file(file) for folder in ("transformer", "vae") for file in (model / folder).glob("*.safetensors")]
-    for tensors, same in zip(first, again, strict=True):
-        assert_close(tensors, same, 0, 0)
+    written = []
+    for _ in range(2):
+        tool("tiny", model, "--full-size", *tiny.tiny_flags(name))
+        files = [*(model / "transformer").glob("*.safetensors"), *(model / "vae").glob("*.safetensors")]
+        written.append({f"{f} {key}": value for f in files for key, value in load_file(f).items()})
+    assert {weight.dtype for weight in written[0].values() if weight.is_floating_point()} == {torch.bfloat16}
+    tiny.assert_close(*written, 0, 0)
     (row,) = train(tmp_path / "run", real_step(name, model, prompts, 32, "--iterations", 1))
     assert 0 < row["grad_norm"] < math.inf and row["saturated"] < 0.5
     tool(*real_sample(model, prompts, tmp_path / "run", 32, tmp_path / "images"))
@@ -141,10 +112,11 @@ def test_a_real_step_at_the_real_size_of_sd3(tmp_path):
     assert sum(map(math.prod, shapes)) == pytest.approx(2.5e9, rel=0.02)
     training = ["train_leap_align.py", *real_step("sd3", model, prompts, 64, "--out", run)]
     start(*training, "--iterations", 2)
-    rows = read_metrics(run)
+    first = tiny.read_metrics(run)
     start(*training, "--iterations", 3, "--resume")
-    assert read_metrics(run)[:2] == rows and len(read_metrics(run)) == 3
-    assert all(0 < row["grad_norm"] < math.inf and not row["skipped"] for row in read_metrics(run))
+    rows = tiny.read_metrics(run)
+    assert rows[:2] == first and len(rows) == 3
+    assert all(0 < row["grad_norm"] < math.inf and not row["skipped"] for row in rows)
     start("-m", "full_scale", *real_sample(model, prompts, run, 64, images))
     assert len({file.read_bytes() for file in images.glob("*.png")}) == 2
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 22e9  # of the largest process
@@ -162,16 +134,13 @@ def test_a_real_step_at_the_real_size_of_sd3(tmp_path):
     ],
 )
 def test_every_reward_trains_and_scores(models, tmp_path, reward, folders):
-    weights = [str(models / "flux" / folder) for folder in folders]
-    reward_flags = ["--reward", reward, *(["--reward-weights", *weights] if weights else [])]
-    files = ["--model", models / "flux", "--prompts", models / "prompts.txt"]
-    sizes = "--height 32 --width 48 --T 3 --batch-size 2 --evaluation-images 2 --iterations 1 --lam None".split()
-    (row,) = train(tmp_path / "run", ["--task", "flux", *files, *sizes, "--precision", "float32", *reward_flags])
+    reward_flags = ["--reward", reward, "--reward-weights", *(models / "flux" / folder for folder in folders)]
+    sizes = "--T 3 --batch-size 2 --iterations 1 --lam None".split()
+    (row,) = train(tmp_path / "run", flags(models, "flux", *sizes, *reward_flags))
     assert row["grad_norm"] > 0
-    sampling = ["--transformer", tmp_path / "run" / "transformer", *SAMPLING, "--images-per-prompt", "1"]
-    tool("sample", *files, *sampling, "--out", tmp_path / "images")
-    tool("score", "--images", tmp_path / "images", *reward_flags, "--out", tmp_path / "scores")
-    log = json.loads((tmp_path / "scores" / "images_rewards_log.json").read_text())
+    tool(*sampling(models, tmp_path / "images", "--transformer", tmp_path / "run" / "transformer"))
+    tool(*tiny.scoring(models, tmp_path / "images", tmp_path / "scores", *reward_flags))
+    log = tiny.read(tmp_path / "scores" / "images_rewards_log.json")
     assert log["reward"] == reward and len({row["reward"] for row in log["images"]}) == len(PROMPTS)
 
 
@@ -180,39 +149,29 @@ def brightness():
     return lambda images, prompts: images.mean((1, 2, 3))
 
 
-# Embeddings
-
-
 @every_task
-def test_stored_embeddings_are_those_computed_on_the_fly(models, name, tmp_path, monkeypatch):
-    monkeypatch.setattr("full_scale.prompts.FEW_PROMPTS", 0)
-    files = ["--model", models / name, "--prompts", models / "prompts.txt"]
-    tool("embed", *files, "--out", tmp_path, "--precision", "float32")
-    stored, live = task_of(models, name, prompts=tmp_path), task_of(models, name)
-    assert stored.prompts == live.prompts == PROMPTS
-    assert stored.pipeline.text_encoder is None and live.pipeline.text_encoder is not None
-    assert len(stored.frozen_modules()) == 2 < len(live.frozen_modules())
-    assert_close(stored.encode(PROMPTS[:3]), live.encode(PROMPTS[:3]), 0, 1e-5)
-    x_T = live.noise(2, seeded())
-    a, b = (task.velocity(PROMPTS[:2])(x_T, task.times[2]) for task in (stored, live))
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
-
-
-@every_task
-def test_few_prompts_are_encoded_once_and_free_the_text_encoders(models, name, monkeypatch):
+def test_embeddings_are_those_computed_in_every_step_and_free_the_text_encoders(models, name, tmp_path, monkeypatch):
+    """Embeddings from files, or of few prompts that are encoded once."""
+    tool(*tiny.embedding(models, tmp_path, name=name))
     few = TASKS[name](options_of(models, name), 4)
     encoders = [weakref.ref(encoder) for encoder in few.text_encoders().values()]
     few.parallelize(None)
     gc.collect()
     assert encoders and not any(encoder() for encoder in encoders)
     monkeypatch.setattr("full_scale.prompts.FEW_PROMPTS", len(PROMPTS))  # one too few: the empty prompt counts
-    many = task_of(models, name)
-    assert few.text_encoders() == {} and len(few.frozen_modules()) == 2 < len(many.frozen_modules())
+    stored, live = task_of(models, name, prompts=tmp_path), task_of(models, name)
+    assert stored.prompts == live.prompts == PROMPTS
+    assert stored.pipeline.text_encoder is None and live.pipeline.text_encoder is not None
+    assert few.text_encoders() == {} and few.contents() == live.contents()
+    assert len(few.frozen_modules()) == len(stored.frozen_modules()) == 2 < len(live.frozen_modules())
     for prompt in PROMPTS:
-        assert_close(few.encode([prompt]), many.encode([prompt]), 0, 0)
+        tiny.assert_close(few.encode([prompt]), live.encode([prompt]), 0, 0)
     # The processor may round differently in a batch, as it does for SD3.5's pooled text.
-    assert_close(few.encode(PROMPTS), many.encode(PROMPTS), 0, 1e-6)
-    assert few.contents() == many.contents()
+    tiny.assert_close(few.encode(PROMPTS), live.encode(PROMPTS), 0, 1e-6)
+    tiny.assert_close(stored.encode(PROMPTS[:3]), live.encode(PROMPTS[:3]), 0, 1e-5)
+    x_T = live.noise(2, tiny.seeded())
+    a, b = (task.velocity(PROMPTS[:2])(x_T, task.times[2]) for task in (stored, live))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 def test_a_run_may_encode_its_prompts_once_or_in_every_step(models, tmp_path, monkeypatch):
@@ -224,54 +183,56 @@ def test_a_run_may_encode_its_prompts_once_or_in_every_step(models, tmp_path, mo
     assert train(tmp_path / "both", [*arguments, "--resume"]) == once
 
 
-def test_embed_continues_where_it_stopped(models, tmp_path):
-    command = ["embed", "--model", models / "flux", "--prompts", models / "prompts.txt", "--out", tmp_path]
-    tool(*command)
-    kept, removed = sorted(tmp_path.glob("*.safetensors"))[:2]
-    time, content = kept.stat().st_mtime_ns, removed.read_bytes()
-    removed.unlink()
-    (tmp_path / "prompts.txt").unlink()
-    tool(*command)
-    assert kept.stat().st_mtime_ns == time and removed.read_bytes() == content
-    assert (tmp_path / "prompts.txt").read_text().splitlines() == PROMPTS
-
-
-def test_embeddings_of_another_model_or_too_few_are_refused(models, tmp_path):
-    tool("embed", "--model", models / "sd3", "--prompts", models / "prompts.txt", "--out", tmp_path / "e")
-    arguments = [*flags(models, "flux"), "--prompts", tmp_path / "e", "--out", tmp_path / "run"]
-    assert "holds embeddings of" in refusal(arguments)
-    next((tmp_path / "e").glob("*.safetensors")).unlink()
-    arguments = [*flags(models, "sd3"), "--prompts", tmp_path / "e", "--out", tmp_path / "run"]
-    assert "lacks 1 embeddings" in refusal(arguments)
-
-
 def test_evaluation_prompts_may_be_embedded_in_a_folder_of_their_own(models, tmp_path):
     (tmp_path / "evaluation.txt").write_text("a cat on the moon\n")
-    for prompts, out in (models / "prompts.txt", "train"), (tmp_path / "evaluation.txt", "evaluation"):
-        tool("embed", "--model", models / "flux", "--prompts", prompts, "--out", tmp_path / out)
+    tool(*tiny.embedding(models, tmp_path / "train"))
+    tool(*tiny.embedding(models, tmp_path / "evaluation", "--prompts", tmp_path / "evaluation.txt"))
     folders = {"prompts": tmp_path / "train", "evaluation_prompts": tmp_path / "evaluation"}
     task = TASKS["flux"](options_of(models, "flux", **folders), 4)
     assert task.evaluation_prompts == ["a cat on the moon"] and task.pipeline.text_encoder is None
     assert task.encode(["a cat on the moon", "a red cube"])["encoder_hidden_states"].shape == (2, 512, 32)
-    next((tmp_path / "evaluation").glob("*.safetensors")).unlink()
     (tmp_path / "evaluation" / "prompts.txt").write_text("a dog\n")
     with pytest.raises(BadInput, match="evaluation lacks 1 embeddings"):
         TASKS["flux"](options_of(models, "flux", **folders), 4)
 
 
-# Sample and score
+def test_another_chat_template_makes_other_text_encoders(models, tmp_path):
+    shutil.copytree(models / "klein", tmp_path / "klein")
+    template = tmp_path / "klein" / "tokenizer" / "chat_template.jinja"
+    before = pipeline_content(models / "klein", *TEXT_SUBFOLDERS)
+    assert pipeline_content(tmp_path / "klein", *TEXT_SUBFOLDERS) == before
+    template.write_text(template.read_text() + "!")
+    assert pipeline_content(tmp_path / "klein", *TEXT_SUBFOLDERS) != before
 
 
-def test_sample_continues_where_it_stopped(models, tmp_path):
-    command = ["sample", "--model", models / "flux", "--prompts", models / "prompts.txt", *SAMPLING, "--out", tmp_path]
+EMBEDDED = "the embeddings of 5 prompts are in {0}: train with --prompts {0}\n"
+SAMPLED = "5 images are in {0}: score them with python -m full_scale score --images {0} --out SCORES\n"
+
+
+@pytest.mark.parametrize(
+    "command_of, kind, last, says",
+    [(tiny.embedding, "safetensors", "txt", EMBEDDED), (sampling, "png", "json", SAMPLED)],
+)
+def test_a_tool_continues_where_it_stopped(models, tmp_path, capsys, command_of, kind, last, says):
+    command, prompts = command_of(models, tmp_path), tmp_path / f"prompts.{last}"
     tool(*command)
-    kept, *_, removed = sorted(tmp_path.glob("*.png"))
-    time, content = kept.stat().st_mtime_ns, removed.read_bytes()
+    assert capsys.readouterr().out == says.format(tmp_path)
+    kept, *_, removed = sorted(tmp_path.glob(f"*.{kind}"))
+    before, time, listed = removed.read_bytes(), kept.stat().st_mtime_ns, prompts.read_text()
     removed.unlink()
+    prompts.unlink()
     tool(*command)
-    assert kept.stat().st_mtime_ns == time and removed.read_bytes() == content
-    prompts = json.loads((tmp_path / "prompts.json").read_text())
-    assert prompts == {f"{i:05d}_{n}.png": text for i, text in enumerate(PROMPTS) for n in range(3)}
+    assert kept.stat().st_mtime_ns == time and removed.read_bytes() == before and prompts.read_text() == listed
+    names = {f"{i:05d}_0.png": text for i, text in enumerate(PROMPTS)}
+    assert listed.splitlines() == PROMPTS if last == "txt" else json.loads(listed) == names
+
+
+@every_task
+def test_sample_takes_the_usual_guidance_of_its_model_and_numbers_its_images(models, tmp_path, name):
+    tool(*sampling(models, tmp_path, "--images-per-prompt", 2, name=name))
+    assert tiny.read(tmp_path / "settings.json")["guidance"] == {"flux": 3.5, "sd3": 3.5, "klein": 4.0}[name]
+    prompts = {f"{i:05d}_{n}.png": text for i, text in enumerate(PROMPTS) for n in range(2)}
+    assert tiny.read(tmp_path / "prompts.json") == prompts and all((tmp_path / file).exists() for file in prompts)
 
 
 class InterruptedReward(torch.nn.Module):
@@ -289,38 +250,34 @@ class InterruptedReward(torch.nn.Module):
 
 
 def test_score_continues_where_it_stopped(models, tmp_path, monkeypatch, capsys):
-    files = ["--model", models / "flux", "--prompts", models / "prompts.txt"]
-    tool("sample", *files, *SAMPLING, "--out", tmp_path / "i")
-    command = ["score", "--images", tmp_path / "i", "--reward-weights", models / "flux" / "reward", "--out"]
-    tool(*command, tmp_path / "uninterrupted")
-    load, calls = rewards.load, []
+    tool(*sampling(models, tmp_path / "i", "--images-per-prompt", 3))
+    tool(*tiny.scoring(models, tmp_path / "i", tmp_path / "uninterrupted"))
+    load, calls, command = rewards.load, [], tiny.scoring(models, tmp_path / "i", tmp_path / "resumed")
     monkeypatch.setattr(rewards, "load", lambda *a, **k: InterruptedReward(load(*a, **k), calls, stop=6))
     with pytest.raises(SystemExit) as stop:
-        tool(*command, tmp_path / "resumed")
+        tool(*command)
     assert stop.value.code == 130
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "stopped by SIGINT, everything is saved: the same command continues from here"
     part = tmp_path / "resumed" / "i_rewards_log.parts" / "0.jsonl"
     part.write_text(part.read_text()[:-9])  # cut off in the middle of a row
     monkeypatch.setattr(rewards, "load", lambda *a, **k: InterruptedReward(load(*a, **k), calls, stop=None))
-    tool(*command, tmp_path / "resumed")
+    tool(*command)
     assert len(calls) == 6 + 15 - 4
     a, b = ((tmp_path / name / "i_rewards_log.json").read_text() for name in ("uninterrupted", "resumed"))
     assert a == b and not part.parent.exists()
 
 
-# GenEval
-
-
 def test_geneval_samples_are_where_its_evaluator_looks(models, tmp_path):
-    lines = [{"tag": "colors", "include": [{"class": "dog", "count": 1}], "prompt": text} for text in PROMPTS[:2]]
+    lines = [{"tag": tag, "include": [{"class": "dog", "count": 1}], "prompt": "a dog"} for tag in ("colors", "dogs")]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     files = ["--model", models / "sd3", "--geneval", tmp_path / "metadata.jsonl"]
-    tool("sample", *files, *SAMPLING, "--out", tmp_path / "o")
+    tool("sample", *files, *tiny.SAMPLING, "--out", tmp_path / "o")
     for i, line in enumerate(lines):
         folder = tmp_path / "o" / f"{i:05d}"
-        assert json.loads((folder / "metadata.jsonl").read_text()) == line
+        assert tiny.read(folder / "metadata.jsonl") == line
         assert sorted(p.name for p in (folder / "samples").iterdir()) == ["0000.png", "0001.png", "0002.png"]
+    assert len({file.read_bytes() for file in (tmp_path / "o").rglob("*.png")}) == 6  # each from its own noise
 
 
 COLOR = "(red|orange|yellow|green|blue|purple|pink|brown|black|white)"
@@ -333,13 +290,6 @@ KINDS = {
 }
 
 
-def kind_of(prompt):
-    for kind, pattern in KINDS.items():
-        if re.search(pattern, prompt):
-            return kind
-    raise AssertionError(prompt)
-
-
 def test_geneval_prompts_keep_the_ratio_and_no_test_prompt(tmp_path):
     tool("geneval-prompts", "--out", tmp_path / "prompts.txt")
     prompts = (tmp_path / "prompts.txt").read_text().splitlines()
@@ -347,10 +297,9 @@ def test_geneval_prompts_keep_the_ratio_and_no_test_prompt(tmp_path):
     lines = (ROOT / "tests/fixtures/geneval_test_prompts.txt").read_text().splitlines()
     tests = [line for line in lines if line[0] != "#"]
     assert len(tests) == 553 and not set(prompts) & set(tests)
-    counts = dict.fromkeys(KINDS, 0)
-    for prompt in prompts:
-        counts[kind_of(prompt)] += 1
-    assert counts == {"position": 20588, "counting": 14706, "attribute": 8824, "colors": 2941, "two objects": 2941}
+    kinds = (next(kind for kind, pattern in KINDS.items() if re.search(pattern, prompt)) for prompt in prompts)
+    counts = {"position": 20588, "counting": 14706, "attribute": 8824, "colors": 2941, "two objects": 2941}
+    assert Counter(kinds) == counts
     # All test prompts except those of a single object are in the templates: ours are GenEval's own, word for word.
     templates = {text for texts in geneval_prompts.templates().values() for text in texts}
     assert len(set(tests) - templates) == 80

@@ -2,12 +2,14 @@
 
 import io
 import json
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,53 +19,180 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-pytest.importorskip("diffusers")
+from tests import tiny_pipelines as tiny  # first: skips without the libraries
+
+# isort: split
 
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 import train_leap_align as trainer
-from beyond import Hyper
 from full_scale import __main__ as tools
-from full_scale import pipeline, transformer
+from full_scale import benchmark, transformer
 from full_scale.prompts import read_prompts
 from leap_align import BadInput
 from runtime.processes import UserCodeError, exit_process
-from runtime.run_dir import atomic_file, atomic_folder, write_errors_named
-from tests.tiny_pipelines import (
-    ROOT,
-    SAMPLING,
-    TASKS,
-    every_task,
-    flags,
-    options_of,
-    refusal,
-    tool,
-    train,
-)
+from runtime.run_dir import atomic_file, atomic_folder, claimed_output_folder, write_errors_named
+from tests.tiny_pipelines import ROOT, TASKS, content_of, flags, options_of, refusal, sampling, scoring, tool
 
 pytestmark = pytest.mark.usefixtures("one_process")
+needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 
 
-# Bad input is refused in one line, before anything is trained
+# Bad input is refused in one line, before anything is trained, drawn or written
 
 
-def response():
-    return SimpleNamespace(headers={}, request=None)
+@pytest.fixture(scope="module")
+def odd(models, tmp_path_factory):
+    """A folder of inputs that cannot work."""
+    odd = tmp_path_factory.mktemp("odd")
+    (odd / "empty.txt").write_text("\n \n")
+    (odd / "mine.txt").write_text("mine")
+    (odd / "unknown").mkdir()
+    (odd / "unknown" / "model_index.json").write_text('{"_class_name": "SomePipeline"}')
+    entries = ("transformer/config.json", "guidance_embeds", False), ("model_index.json", "is_distilled", True)
+    for name, (file, key, value) in zip(("flux", "klein"), entries):  # as distilled models describe themselves
+        shutil.copytree(models / name, odd / name)
+        (odd / name / file).write_text(json.dumps(tiny.read(odd / name / file) | {key: value}))
+    (odd / "flux" / "prompts.txt").write_text("a red cube\n")
+    weights = load_file(models / "flux" / "reward" / "open_clip_model.safetensors")
+    shutil.copytree(models / "flux" / "reward", odd / "reward")
+    save_file({k: w for k, w in weights.items() if k != "logit_scale"}, odd / "reward" / "open_clip_model.safetensors")
+    tiny.train(odd / "run", flags(models, "sd3", "--iterations", "1", "--lora-rank", "2"))
+    weights = load_file(odd / "run" / "lora" / "pytorch_lora_weights.safetensors")
+    wide = {k.replace("transformer_blocks.1", "transformer_blocks.0"): w.repeat(1, 2) for k, w in weights.items()}
+    save_file(wide, odd / "wide.safetensors")
+    tool(*tiny.embedding(models, odd / "embedded", name="sd3"))
+    next((odd / "embedded").glob("*.safetensors")).unlink()
+    tool(*sampling(models, odd / "whole"))
+    shutil.copytree(odd / "whole", odd / "images")
+    (odd / "images" / "00000_0.png").unlink()
+    yield odd
+    assert (odd / "mine.txt").read_text() == "mine"
+
+
+DISTILLED = "holds a model that is distilled to few steps: train its base model, such as black-forest-labs/FLUX."
+LOG = "images_rewards_log.json"
+ANOTHER = "choose the weights of this pipeline's kind"
+REFUSALS = """
+train --height 500                      | height=500 must be a multiple of 16
+train --prompts {odd}/empty.txt         | empty.txt holds no prompt
+train --prompts {odd}/none.txt          | cannot read prompts from {odd}/none.txt
+train --prompts {models}/flux           | cannot read prompts
+train --prompts {odd}/flux              | flux was not filled by `python -m full_scale embed`
+train --prompts {odd}/embedded          | embedded holds embeddings of another model than {models}/flux
+sd3 --prompts {odd}/embedded            | embedded lacks 1 embeddings, such as that of
+bare                                    | prompts is missing
+train --model no/such/folder            | model=no/such/folder is neither a hub id
+train --model {models}/sd3              | a StableDiffusion3Pipeline, not a FluxPipeline: FluxPipeline is --task flux
+train --model {models}/klein            | StableDiffusion3Pipeline is --task sd3, Flux2KleinPipeline is --task klein
+train --model {odd}/flux                | {odd}/flux {DISTILLED}1-dev
+klein --model {odd}/klein               | {odd}/klein {DISTILLED}2-klein-base-4B
+train --reward-weights {odd}/reward     | missing, such as logit_scale
+few --reward beauty                     | unknown reward 'beauty'
+train --evaluation-images 3             | evaluation_images=3 must be even
+train --evaluation-T 0                  | evaluation_T=0 must be at least 1
+train --batch-size 3 --gradient-accumulation-steps 2 | batch_size=3 must be a multiple of
+train --guidance nan                    | guidance=nan must be at least 0 for FLUX.1-dev, and finite
+train --guidance inf                    | guidance=inf must be at least 0 for FLUX.1-dev, and finite
+train --guidance -1                     | guidance=-1.0 must be at least 0 for FLUX.1-dev, and finite
+sd3 --guidance 0.5                      | guidance=0.5 must be at least 1 for SD3.5-M, and finite
+klein --guidance 0.5                    | guidance=0.5 must be at least 1 for FLUX.2-klein, and finite
+train --lora-rank -1                    | lora_rank=-1 must be at least 0
+train --lora-rank 33                    | lora_rank=33 must be at most 32, the width of the narrowest target layer
+train --lora-alpha 2                    | lora_alpha=2.0 scales adapters, but there are none: give --lora-rank, too
+train --lora-rank 2 --lora-alpha 0      | lora_alpha=0.0 must be positive and finite
+train --lora-rank 2 --lora-alpha nan    | lora_alpha=nan must be positive and finite
+train --lora-rank 2 --lora-alpha inf    | lora_alpha=inf must be positive and finite
+train --lora-rank 2 --lora-targets to_q nothing | no linear layer of FluxTransformer2DModel is called 'nothing'
+train --lora-rank 2 --lora-targets      | lora_targets is empty
+train --load-in-4bit                    | every weight is trained: give --lora-rank, too
+train --load-in-4bit --lora-rank 2 --compile | torch cannot compile these weights: leave out --compile
+plan --load-in-4bit --lora-rank 64 --gpus 2  | load_in_4bit does not shard the weights: start one process
+plan --model {odd}/flux                 | {odd}/flux {DISTILLED}1-dev
+plan --task klein --model {odd}/klein   | {odd}/klein {DISTILLED}2-klein-base-4B
+plan --prompts /nowhere                 | cannot read prompts from /nowhere
+plan --task toy                         | plan knows flux, sd3, klein
+plan --reward pickscore                 | reward=pickscore
+plan --model /nowhere                   | model=/nowhere: give a pipeline's folder
+plan --json /nowhere/plan.json          | json: /nowhere does not exist
+plan --gpus 0                           | gpus=0
+plan --tflops 0                         | tflops=0
+plan --batch-size 7                     | batch_size=7
+plan --gpus 3 --nodes 4                 | batch_size=64 must be a multiple of 12 processes
+sample --model {odd}/unknown            | holds a SomePipeline: choose a pipeline of class FluxPipeline, Stable
+sample --height 500                     | height=500 must be a multiple of 16
+sample --guidance nan                   | guidance=nan must be at least 0 for FLUX.1-dev, and finite
+sample --guidance inf                   | guidance=inf must be at least 0 for FLUX.1-dev, and finite
+sample --guidance -1                    | guidance=-1.0 must be at least 0 for FLUX.1-dev, and finite
+sample --model {models}/sd3 --guidance 0.5   | guidance=0.5 must be at least 1 for SD3.5-M, and finite
+sample --model {models}/klein --guidance 0.5 | guidance=0.5 must be at least 1 for FLUX.2-klein, and finite
+sample --model {odd}/flux --guidance 3.5     | guidance=3.5, but {odd}/flux is distilled to few steps and has none
+sample --model {odd}/klein --guidance 3.5    | guidance=3.5, but {odd}/klein is distilled to few steps and has none
+sample --steps 0                        | steps=0 must be at least 1
+sample --geneval {odd}/mine.txt         | give either --prompts FILE or --geneval
+sample --lora {odd}/run/lora            | lora does not fit the model: transformer_blocks.
+sample --lora {odd}/wide.safetensors    | wide.safetensors does not fit the model: transformer_blocks.
+sample --lora {odd}/none                | none does not exist: a finished run leaves it in its own folder
+sample --lora {odd} --transformer {odd} | give --transformer or --lora, not both
+sample --transformer {models}/sd3/transformer   | a SD3Transformer2DModel, not a FluxTransformer2DModel: {ANOTHER}
+sample --transformer {models}/klein/transformer | a Flux2Transformer2DModel, not a FluxTransformer2DModel: {ANOTHER}
+score --images {odd}/images             | images lacks 1 of 5 images
+score --images {models}                 | images={models} needs a prompts.json
+score --images {odd}/whole --reward-weights {odd}/none | {odd}/none does not exist
+tiny --sd3 --klein                      | give --sd3 or --klein, not both
+geneval-prompts --out {odd}/mine.txt    | mine.txt exists: choose another --out, or delete it
+"""
+
+
+@pytest.mark.parametrize("row", REFUSALS.strip().splitlines(), ids=lambda row: row.split(" | ")[0].strip())
+def test_what_cannot_work_is_refused(models, odd, tmp_path, row):
+    """A line is a command, with the usual flags of the tool or task in front of it, and words of the message."""
+    out, names = tmp_path / "out", {"odd": odd, "models": models, "DISTILLED": DISTILLED, "ANOTHER": ANOTHER}
+    command, _, words = row.format(**names).partition(" | ")
+    usual = {"train": flags(models, "flux"), "sd3": flags(models, "sd3"), "klein": flags(models, "klein")}
+    usual |= {"few": ["--task", "flux", *tiny.files(models)], "bare": ["--task", "flux", "--model", models / "flux"]}
+    usual |= {"sample": sampling(models, out), "score": ["score", "--out", out], "tiny": ["tiny", out]}
+    name, *more = shlex.split(command)
+    is_tool = name in tools.TOOLS
+    command = [*usual.get(name, [name]), *more, *([] if is_tool else ["--out", out])]
+    assert words.strip() in refusal(command, tools.main if is_tool else trainer.main)
+    assert not (is_tool and out.exists())
+
+
+@pytest.mark.parametrize("name", ["flux", "klein"])
+def test_a_distilled_model_is_drawn_from_without_guidance_and_never_downloaded_for_training(
+    models, odd, tmp_path, monkeypatch, name
+):
+    tool(*sampling(models, tmp_path / "i", "--model", odd / name))
+    assert tiny.read(tmp_path / "i" / "settings.json")["guidance"] == 1 and list(tmp_path.glob("i/*.png"))
+    asked = []
+
+    def snapshot_download(_, allow_patterns, **__):
+        asked.extend(allow_patterns)
+        return odd / name
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    line = refusal([*flags(models, name), "--model", "someone/distilled", "--out", tmp_path])
+    assert "distilled to few steps" in line
+    assert set(asked) == {"model_index.json", "scheduler/*", "transformer/config.json"}
+
+
+RESPONSE = SimpleNamespace(headers={}, request=None)
 
 
 @pytest.mark.parametrize(
     "error, expected",
     [
-        (lambda: GatedRepoError("gated", response=response()), ["accept its licence", "hf auth login"]),
-        (lambda: RepositoryNotFoundError("none", response=response()), ["check the name", "hf auth login"]),
-        (lambda: LocalEntryNotFoundError("offline"), ["cannot be reached", "hf download"]),
-        (lambda: ConnectionError("refused"), ["cannot be reached", "hf download"]),
+        (GatedRepoError("gated", response=RESPONSE), ["accept its licence", "hf auth login"]),
+        (RepositoryNotFoundError("none", response=RESPONSE), ["check the name", "hf auth login"]),
+        (LocalEntryNotFoundError("offline"), ["cannot be reached", "hf download"]),
+        (ConnectionError("refused"), ["cannot be reached", "hf download"]),
     ],
     ids=["gated", "missing", "offline", "unreachable"],
 )
 def test_a_model_that_the_hub_does_not_give(models, tmp_path, monkeypatch, error, expected):
     def snapshot_download(*_, **__):
-        raise error()
+        raise error
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     line = refusal([*flags(models, "flux"), "--model", "black-forest-labs/FLUX.1-dev", "--out", tmp_path / "run"])
@@ -86,126 +215,45 @@ def test_a_local_path_asks_no_network(models, monkeypatch):
     assert tried
 
 
-def broken_reward(models, folder):
-    shutil.copytree(models / "flux" / "reward", folder)
-    weights = load_file(folder / "open_clip_model.safetensors")
-    weights.pop("logit_scale")
-    save_file(weights, folder / "open_clip_model.safetensors")
-    return folder
+# Memory
 
 
-def test_flags_that_cannot_be_right(models, tmp_path):
-    usual, out = flags(models, "flux"), ["--out", tmp_path / "run"]
-    assert "height=500 must be a multiple of 16" in refusal([*usual, *out, "--height", "500"])
-    (tmp_path / "empty.txt").write_text("\n \n")
-    assert "empty.txt holds no prompt" in refusal([*usual, *out, "--prompts", tmp_path / "empty.txt"])
-    assert "prompts is missing" in refusal(["--task", "flux", "--model", models / "flux", *out])
-    assert "cannot read prompts" in refusal([*usual, *out, "--prompts", tmp_path / "none.txt"])
-    assert "no/such/folder" in refusal([*usual, *out, "--model", "no/such/folder"])
-    assert "StableDiffusion3Pipeline" in refusal([*usual, *out, "--model", models / "sd3"])
-    line = refusal([*usual, *out, "--model", models / "klein"])
-    assert "holds a Flux2KleinPipeline, not a FluxPipeline: FluxPipeline is --task flux" in line
-    assert "Flux2KleinPipeline is --task klein" in line
-    line = refusal([*usual, *out, "--reward-weights", broken_reward(models, tmp_path / "reward")])
-    assert "logit_scale" in line and "missing" in line
-    assert "cannot read prompts" in refusal([*usual, *out, "--prompts", models / "flux"])
-    assert "evaluation_images=3 must be even" in refusal([*usual, *out, "--evaluation-images", "3"])
-    assert "lora_rank=-1 must be at least 0" in refusal([*usual, *out, "--lora-rank", "-1"])
-    assert "lora_targets" in refusal([*usual, *out, "--lora-rank", "2", "--lora-targets", "nothing"])
-    line = refusal([*usual, *out, "--batch-size", "3", "--gradient-accumulation-steps", "2"])
-    assert "batch_size=3 must be a multiple of" in line
-    few = ["--task", "flux", "--model", models / "flux", "--prompts", models / "prompts.txt"]
-    assert "unknown reward 'beauty'" in refusal([*few, *out, "--reward", "beauty"])
-
-
-def test_a_world_size_that_does_not_divide_the_batch():
-    with pytest.raises(BadInput, match="batch_size=64 must be a multiple of 12 processes"):
-        trainer.check(trainer.Config(batch_size=64), Hyper(), world_size=12)
-
-
-def test_a_pipeline_of_an_unknown_class(tmp_path):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "SomePipeline"}')
-    with pytest.raises(BadInput, match="holds a SomePipeline: choose a pipeline of class FluxPipeline, Stable"):
-        pipeline.family_of(tmp_path)
-
-
-@pytest.fixture
-def distilled(models, tmp_path):
-    """A folder with FLUX.1's and FLUX.2-klein's tiny pipelines, as their distilled relatives describe themselves."""
-    for name, file, entry in (
-        ("flux", "transformer/config.json", {"guidance_embeds": False}),
-        ("klein", "model_index.json", {"is_distilled": True}),
-    ):
-        shutil.copytree(models / name, tmp_path / name)
-        path = tmp_path / name / file
-        path.write_text(json.dumps(json.loads(path.read_text()) | entry))
-    return tmp_path
-
-
-@pytest.mark.parametrize("name", ["flux", "klein"])
-def test_a_model_without_guidance_is_drawn_from_but_not_trained(models, distilled, name):
-    base = {"flux": "black-forest-labs/FLUX.1-dev", "klein": "black-forest-labs/FLUX.2-klein-base-4B"}[name]
-    expected = f"{distilled / name} holds a model that is distilled to few steps: train its base model, such as {base}"
-    model = ["--model", distilled / name]
-    assert expected in refusal([*flags(models, name), *model, "--out", distilled / "run"])
-    plan = ["plan", "--task", name, *model, "--reward-weights", models / name / "reward"]
-    assert expected in refusal(plan, tools.main)
-    command = ["sample", *model, "--prompts", models / "prompts.txt", *SAMPLING, "--out", distilled / "images"]
-    line = refusal([*command, "--guidance", "3.5"], tools.main)
-    assert f"guidance=3.5, but {distilled / name} is distilled to few steps and has none: leave --guidance out" in line
-    tools.main([str(argument) for argument in command])
-    assert json.loads((distilled / "images" / "settings.json").read_text())["guidance"] == 1
-    assert list((distilled / "images").rglob("*.png"))
-
-
-@pytest.mark.parametrize("name", ["flux", "klein"])
-def test_a_model_without_guidance_is_refused_before_its_weights_are_downloaded(models, distilled, monkeypatch, name):
-    asked = []
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download",
-        lambda _, allow_patterns, **__: asked.extend(allow_patterns) or distilled / name,
-    )
-    line = refusal([*flags(models, name), "--model", "someone/distilled", "--out", distilled / "run"])
-    assert "distilled to few steps" in line
-    assert set(asked) == {"model_index.json", "scheduler/*", "transformer/config.json"}
-
-
-@every_task
-def test_sample_takes_the_usual_guidance_of_its_model(models, tmp_path, name):
-    tool("sample", "--model", models / name, "--prompts", models / "prompts.txt", *SAMPLING, "--out", tmp_path)
-    settings = json.loads((tmp_path / "settings.json").read_text())
-    assert settings["guidance"] == {"flux": 3.5, "sd3": 3.5, "klein": 4.0}[name]
-
-
-def test_tiny_writes_one_pipeline(tmp_path):
-    line = refusal(["tiny", tmp_path / "tiny", "--sd3", "--klein"], tools.main)
-    assert "give --sd3 or --klein, not both" in line and not (tmp_path / "tiny").exists()
-
-
-def test_too_little_memory_says_what_to_change(models, monkeypatch):
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_too_little_memory_says_what_to_change(models, monkeypatch, device):
     task = TASKS["flux"](options_of(models, "flux"), 4)
     trained = sum(p.numel() for p in task.model.parameters())
     frozen = sum(p.numel() for module in task.frozen_modules() for p in module.parameters())
-    needed = 4 * frozen + 20 * trained
+    needed = 20 * trained + (4 * frozen if device == "cuda" else 0)  # what is on the CPU already counts no more
+    words = {"cuda": "for each GPU.* use more GPUs, --lora-rank 64", "cpu": "for each process on the CPU.* use GPUs,"}
 
-    def check(free, shards):
+    def check(free, shards=1):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, needed))
-        transformer.check_memory(task.model, task.frozen_modules(), torch.device("cuda"), shards)
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+        transformer.check_memory(task.model, task.frozen_modules(), torch.device(device), shards)
 
-    check(needed, shards=1)
-    with pytest.raises(BadInput, match="--lora-rank 64"):
-        check(needed - 1, shards=1)
+    check(needed)
+    with pytest.raises(BadInput, match=words[device]):
+        check(needed - 1)
     check(needed - 1, shards=2)
+    if device == "cpu":
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two processes share the memory
+        with pytest.raises(BadInput):
+            check(needed)
+        check(needed, shards=2)
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}], ids=["full", "lora"])
-def test_the_memory_check_counts_the_frozen_transformer_of_a_leash(models, monkeypatch, changes):
-    """Two bytes a weight beside the 20 of training; LoRA needs no second transformer."""
+@pytest.mark.parametrize(
+    ("changes", "frozen_bytes"),
+    [({}, 2), ({"lora_rank": 2}, 0), pytest.param({"lora_rank": 2, "load_in_4bit": True}, 0, marks=needs_torchao)],
+    ids=["full", "lora", "4bit"],
+)
+def test_the_memory_check_counts_the_reference_of_a_leash(models, monkeypatch, changes, frozen_bytes):
+    """LoRA needs no second transformer; a frozen weight takes two bytes, or half a byte in four bits."""
     task = TASKS["flux"](options_of(models, "flux", precision="bfloat16", **changes), 4)
     task.keep_reference()
-    weights = list(task.model.parameters())
-    needed = sum(p.nbytes * (5 if p.requires_grad else 1) for p in weights)
-    needed += 0 if changes else sum(2 * p.numel() for p in weights)
+    weights, size = list(task.model.parameters()), 0.5 if "load_in_4bit" in changes else 2
+    needed = sum(20 * p.numel() if p.requires_grad else size * p.numel() for p in weights)
+    needed += sum(frozen_bytes * p.numel() for p in weights)
     monkeypatch.setattr(transformer, "shard", lambda *_: pytest.fail("it fits"))
     for free, outcome in ((needed - 1, BadInput), (needed, pytest.fail.Exception)):
         monkeypatch.setattr(transformer, "_free_memory", lambda device, free=free: free)
@@ -213,46 +261,150 @@ def test_the_memory_check_counts_the_frozen_transformer_of_a_leash(models, monke
             task.parallelize(SimpleNamespace(size=lambda dim: 1))
 
 
-def test_adapters_of_another_model_are_refused(models, tmp_path):
-    train(tmp_path / "sd3", flags(models, "sd3", "--iterations", "1", "--lora-rank", "2"))
-    command = ["sample", "--model", models / "flux", "--prompts", models / "prompts.txt", *SAMPLING]
-    command += ["--out", tmp_path / "i"]
-    assert "does not fit" in refusal([*command, "--lora", tmp_path / "sd3" / "lora"], tools.main)
-    assert "does not exist" in refusal([*command, "--lora", tmp_path / "none"], tools.main)
-    for name, kind in {"sd3": "SD3Transformer2DModel", "klein": "Flux2Transformer2DModel"}.items():
-        line = refusal([*command, "--transformer", models / name / "transformer"], tools.main)
-        assert f"transformer holds a {kind}, not a FluxTransformer2DModel: choose the weights of this" in line
-    weights = load_file(tmp_path / "sd3" / "lora" / "pytorch_lora_weights.safetensors")
-    (tmp_path / "wide").mkdir()
-    wide = {k.replace("transformer_blocks.1", "transformer_blocks.0"): w.repeat(1, 2) for k, w in weights.items()}
-    save_file(wide, tmp_path / "wide" / "pytorch_lora_weights.safetensors")
-    assert "does not fit" in refusal([*command, "--lora", tmp_path / "wide"], tools.main)
-    assert not (tmp_path / "i").exists()
+# A folder is filled by one program with one content, wherever that lies
 
 
-def test_a_folder_that_was_filled_with_other_settings_is_refused(models, tmp_path):
-    command = ["sample", "--model", models / "flux", "--prompts", models / "prompts.txt", *SAMPLING, "--out", tmp_path]
-    tool(*command)
-    assert "steps was 2, is 3" in refusal([*command, "--steps", "3"], tools.main)
-    (tmp_path / "00000_0.png").unlink()
-    line = refusal(["score", "--images", tmp_path, "--out", tmp_path / "s"], tools.main)
-    assert "lacks 1 of 15 images" in line
-    assert "prompts.json" in refusal(["score", "--images", models, "--out", tmp_path / "s"], tools.main)
+def commands(inputs, out):
+    """Each program's command line that fills a folder in `out`; the paths of its inputs lie in `inputs`."""
+    score = scoring(inputs, inputs / "images", out / "scores")
+    return {
+        "tiny": ["tiny", out / "tiny"],
+        "embed": tiny.embedding(inputs, out / "embedded"),
+        "sample": sampling(inputs, out / "images"),
+        "sample trained": sampling(inputs, out / "trained-images", "--transformer", inputs / "trained"),
+        "score": score,
+        "score mine": [*score[:-1], out / "my-scores", "--reward", "my_scored:bright", "--reward-weights"],
+        "benchmark": ["benchmark", "--out", out / "table"],
+        "train": [*flags(inputs, "flux", "--iterations", 1), "--out", out / "run"],
+    }
+
+
+def run(command):
+    if command[0] in tools.TOOLS:
+        return tool(*command)
+    return trainer.main(list(map(str, command)))
+
+
+def refusal_of(command):
+    return refusal(command, tools.main if command[0] in tools.TOOLS else trainer.main)
+
+
+@pytest.fixture(scope="module")
+def filled(models, tmp_path_factory):
+    """What each program has written, beside the model, prompts and rewards that it read."""
+    folder = tmp_path_factory.mktemp("filled")
+    shutil.copytree(models / "flux", folder / "flux")
+    shutil.copytree(models / "flux" / "transformer", folder / "trained")
+    shutil.copy(models / "prompts.txt", folder / "prompts.txt")
+    source = "def bright():\n    return lambda images, prompts: images.mean((1, 2, 3))\n"
+    (folder / "my_scored.py").write_text(source)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        patch.setattr(sys, "dont_write_bytecode", True)
+        for name, command in commands(folder, folder).items():
+            if name != "benchmark":
+                run(command)
+    return folder
+
+
+def change(path):
+    """Other weights, another image, prompts in another order, another reward."""
+    if path.is_dir():
+        tiny.change_weights(path)
+    elif path.suffix == ".png":
+        shutil.copy(path.with_name("00001_0.png"), path)
+    elif path.suffix == ".py":
+        path.write_text(path.read_text().replace("mean", "std"))
+    else:
+        first, *others = path.read_text().splitlines()
+        path.write_text("\n".join([first, *reversed(others)]))
+
+
+CHANGES = """
+tiny                   |                     |
+tiny --sd3             |                     | tiny was filled with other settings: task was flux, is sd3
+embed                  |                     |
+embed                  | prompts.txt         | embedded was filled with other settings: prompts was content
+embed                  | flux/text_encoder_2 | embedded was filled with other settings: model was content
+sample                 |                     |
+sample --steps 3       |                     | images was filled with other settings: steps was 1, is 3
+sample                 | flux/transformer    | images was filled with other settings: transformer was content
+sample                 | flux/vae            | images was filled with other settings: model was content
+sample                 | flux/text_encoder   | images was filled with other settings: model was content
+sample                 | flux/text_encoder_2 | images was filled with other settings: model was content
+sample trained         | flux/transformer    |
+sample trained         | trained             | trained-images was filled with other settings: transformer was content
+score                  |                     |
+score                  | images/00000_0.png  | scores was filled with other settings: images was content
+score                  | flux/reward         | scores was filled with other settings: reward_weights was content
+score mine             |                     |
+score mine             | my_scored.py        | my-scores was filled with other settings: reward_weights was content
+train --resume         | prompts.txt         | error: prompts changed since
+train --resume         | flux/transformer    | error: model changed since
+train --resume         | flux/vae            | error: model changed since
+train --resume         | flux/text_encoder   | error: text_encoders changed since
+train --resume         | flux/reward         | error: reward_weights changed since
+train --resume --prompts {0}/my_scored.py | | error: evaluation_prompts, prompts changed since
+"""
+
+
+@pytest.mark.parametrize("row", CHANGES.strip().splitlines())
+def test_the_same_command_continues_only_from_the_same_content(filled, tmp_path, monkeypatch, capsys, row):
+    """A line is a command, what changes before it runs again in a moved folder, and its refusal, if any."""
+    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.delitem(sys.modules, "my_scored", raising=False)
+    command, changed, words = (part.strip() for part in row.format(tmp_path).split("|"))
+    name, *more = command.split(" --")
+    command = [*commands(tmp_path, tmp_path)[name], *(word for flag in more for word in f"--{flag}".split())]
+    if changed:
+        change(tmp_path / changed)
+    before = content_of(tmp_path)
+    if words:
+        line = refusal_of(command)
+        assert words in line and ("choose another folder" in line or "restore it, or choose another --out" in line)
+    else:
+        run(command)
+    if name == "score" and not words:
+        assert f"of 5 images: {tiny.read(tmp_path / 'scores' / LOG)['mean']:.4f}; already in" in capsys.readouterr().out
+    assert content_of(tmp_path) == before
+
+
+@pytest.fixture(params=["tiny", "embed", "sample", "score", "benchmark", "train"])
+def program(filled, tmp_path, monkeypatch, request):
+    """The name of a program, and its command line that fills a folder."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param == "benchmark")  # which measures nothing
+    monkeypatch.setattr(benchmark, "write_pipeline", lambda *_: None)
+    monkeypatch.setattr(benchmark, "measure", lambda flags: {"batch": flags.run.batch_size})
+    command = commands(filled, tmp_path)[request.param]
+    return "train_leap_align" if request.param == "train" else request.param, command
+
+
+def test_a_folder_that_another_tool_or_a_user_has_filled_is_left_alone(models, program):
+    name, command = program
+    out = Path(command[-1])
+    shutil.copytree(models / "sd3", out)
+    settings_file = out / ("config.json" if name == "train_leap_align" else "settings.json")
+    for settings in ('{"tool": "another"}', '{"model": "x"}', "[1]", "{", None):
+        settings_file.unlink(missing_ok=True)
+        if settings:
+            settings_file.write_text(settings)
+        before, line = content_of(out), refusal_of(command)
+        assert f"{out} is not empty, and {name} did not fill it: choose another" in line or settings_file.name in line
+        assert content_of(out) == before
+
+
+def test_a_second_process_in_the_same_folder_is_refused(program):
+    name, command = program
+    out = Path(command[-1])
+    with claimed_output_folder(out, name, {}):
+        if name == "train_leap_align":  # whose settings are in another file
+            (out / "settings.json").rename(out / "config.json")
+        assert f"{out} is in use by another process" in refusal_of(command)
 
 
 # What a tool says at its end
-
-
-def test_embed_and_sample_say_where_their_files_are(models, tmp_path, capsys):
-    files = ["--model", models / "flux", "--prompts", models / "prompts.txt"]
-    tool("embed", *files, "--out", tmp_path / "e")
-    assert (
-        capsys.readouterr().out
-        == f"the embeddings of 5 prompts are in {tmp_path}/e: train with --prompts {tmp_path}/e\n"
-    )
-    tool("sample", *files, *SAMPLING, "--out", tmp_path / "i")
-    command = f"python -m full_scale score --images {tmp_path}/i --out SCORES"
-    assert capsys.readouterr().out == f"15 images are in {tmp_path}/i: score them with {command}\n"
 
 
 def test_the_mark_that_some_editors_put_first_is_not_part_of_a_prompt(tmp_path):
@@ -290,12 +442,12 @@ def test_a_full_disk_names_the_file(models, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return write(path, content)
 
-    files = ["--model", models / "flux", "--prompts", models / "prompts.txt", "--out", tmp_path / "e"]
-    tool("embed", *files)
+    command = tiny.embedding(models, tmp_path / "e")
+    tool(*command)
     removed = next((tmp_path / "e").glob("*.safetensors"))
     removed.unlink()
     monkeypatch.setattr("pathlib.Path.write_bytes", write_bytes)
-    line = refusal(["embed", *files], tools.main)
+    line = refusal(command, tools.main)
     assert line == f"error: {removed}: No space left on device; then the same command continues from here"
 
 
@@ -320,17 +472,6 @@ def test_ctrl_c_during_the_imports_ends_without_a_traceback_unless_it_is_ignored
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == status and "Traceback" not in errors
-
-
-def test_too_little_main_memory_is_refused_without_a_gpu(models, monkeypatch):
-    task = TASKS["flux"](options_of(models, "flux"), 4)
-    needed = 20 * sum(p.numel() for p in task.model.parameters())
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=needed))
-    transformer.check_memory(task.model, task.frozen_modules(), torch.device("cpu"), 1)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(BadInput, match="for each process on the CPU"):
-        transformer.check_memory(task.model, task.frozen_modules(), torch.device("cpu"), 1)
-    transformer.check_memory(task.model, task.frozen_modules(), torch.device("cpu"), 2)
 
 
 def test_an_error_does_not_follow_a_progress_bar_on_its_line():

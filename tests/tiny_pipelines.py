@@ -2,7 +2,7 @@
 
 # ruff: noqa: E402 (optional libraries are checked before they are imported)
 
-import csv
+import json
 import os
 import pkgutil
 import socket
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 for library in ("diffusers", "transformers", "peft", "open_clip", "torchvision"):
     pytest.importorskip(library)
@@ -21,6 +21,7 @@ for library in ("diffusers", "transformers", "peft", "open_clip", "torchvision")
 import train_leap_align as trainer
 from full_scale import __main__ as tools
 from full_scale.models import FAMILIES
+from runtime.run_dir import read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["a red cube", "two dogs on a beach", "an old clock in the rain", "a photo of a bench", "a"]
@@ -47,7 +48,31 @@ def write_models(folder):
     return folder
 
 
-# Tasks and pipelines
+def files(models, name="flux"):
+    return ["--model", models / name, "--prompts", models / "prompts.txt"]
+
+
+def embedding(models, out, *more, name="flux"):
+    return ["embed", *files(models, name), "--precision", "float32", "--out", out, *more]
+
+
+def sampling(models, out, *more, name="flux"):
+    """One image per prompt, in one step."""
+    few = ["--images-per-prompt", 1, "--steps", 1]
+    return ["sample", *files(models, name), *SAMPLING, *few, "--out", out, *more]
+
+
+def scoring(models, images, out, *more):
+    weights = [] if "--reward" in more else ["--reward-weights", models / "flux" / "reward"]
+    return ["score", "--images", images, *weights, "--out", out, *more]
+
+
+def flags(models, name, *more):
+    """Training in three tiny iterations."""
+    sizes = "--height 32 --width 48 --precision float32 --T 5 --batch-size 4 --evaluation-images 2".split()
+    steps = "--iterations 3 --lr 1e-3 --ema-decay 0".split()
+    reward = ["--reward-weights", models / name / "reward"]
+    return list(map(str, ["--task", name, *files(models, name), *reward, *sizes, *steps, *more]))
 
 
 def options_of(models, name, **changes):
@@ -94,18 +119,6 @@ def assert_close(a, b, rtol=1e-4, atol=1e-6):
         torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=atol)
 
 
-# Runs
-
-
-def flags(models, name, *more):
-    """A command line of three tiny iterations."""
-    files = ["--model", models / name, "--prompts", models / "prompts.txt"]
-    files += ["--reward-weights", models / name / "reward"]
-    sizes = "--height 32 --width 48 --precision float32 --T 5 --batch-size 4 --evaluation-images 2".split()
-    steps = "--iterations 3 --lr 1e-3 --ema-decay 0".split()
-    return ["--task", name, *map(str, files), *sizes, *steps, *map(str, more)]
-
-
 def train(out, arguments):
     """Trains in this process; returns the rows of metrics.csv."""
     trainer.main([*map(str, arguments), "--out", str(out)])
@@ -113,14 +126,18 @@ def train(out, arguments):
 
 
 def read_metrics(out):
-    with (out / "metrics.csv").open(newline="") as file:
-        return [{k: float(v) for k, v in row.items() if v and k != "seconds"} for row in csv.DictReader(file)]
+    return [{k: float(v) for k, v in row.items() if v and k != "seconds"} for row in read_csv(out / "metrics.csv")]
+
+
+def assert_same_metrics(one, two):
+    """Rows of metrics.csv, up to rounding."""
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
 
 def assert_same_run(one, two):
     """The same metrics and the same exported weights, up to rounding."""
-    for a, b in zip(read_metrics(one), read_metrics(two), strict=True):
-        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    assert_same_metrics(read_metrics(one), read_metrics(two))
     (file,) = [*one.glob("transformer/*.safetensors"), *one.glob("lora/*.safetensors")]
     a, b = load_file(file), load_file(two / file.relative_to(one))
     # Adam's first steps are lr * sign(gradient): where a gradient is only rounding, two runs may differ by 2 lr a step.
@@ -137,7 +154,22 @@ def refusal(arguments, program=trainer.main):
     return line
 
 
-# Two processes
+def change_weights(folder):
+    """Another value in one of the weights files of a folder."""
+    file = next(folder.glob("*.safetensors"))
+    weights = load_file(file)
+    name = sorted(weights)[0]
+    save_file(weights | {name: weights[name] + 1}, file, metadata={"format": "pt"})
+
+
+def content_of(folder):
+    """Every file of a folder, apart from the lock."""
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def read(path):
+    """The value in a JSON file."""
+    return json.loads(path.read_text())
 
 
 def start_torchrun(*arguments, nodes=1, processes=2, environment=None):
@@ -145,18 +177,11 @@ def start_torchrun(*arguments, nodes=1, processes=2, environment=None):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}"]
-    command += [f"--nproc_per_node={processes // nodes}", "--master_addr=127.0.0.1", f"--master_port={port}"]
-    return [
-        subprocess.Popen(
-            [*command, f"--node_rank={node}", *map(str, arguments)],
-            cwd=ROOT,
-            env={**os.environ, **(environment or {})},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for node in range(nodes)
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", "--master_addr=127.0.0.1"]
+    command += [f"--nproc_per_node={processes // nodes}", f"--master_port={port}"]
+    options = {"cwd": ROOT, "env": {**os.environ, **(environment or {})}, "stderr": subprocess.PIPE, "text": True}
+    programs = [[*command, f"--node_rank={node}", *map(str, arguments)] for node in range(nodes)]
+    return [subprocess.Popen(program, **options) for program in programs]
 
 
 def torchrun(*arguments, **options):

@@ -1,54 +1,96 @@
-"""What a file of this folder says about its model."""
+"""What a file of this folder says about its model, and what several models are made of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
+import tokenizers
 import torch
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
+
+Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Family:
     """The pipelines of one diffusers class."""
 
-    title: str
-    """The model's name, for people."""
-    model: str
-    """The hub id of the published pipeline."""
-    pipeline_name: str
-    """The pipeline's class in diffusers."""
-    transformer_name: str
-    """The transformer's class in diffusers."""
+    title: str  # the model's name, for people
+    model: str  # the hub id of the published pipeline
+    pipeline_class: Any
+    transformer_class: Any
     encode_text: Callable[[Any, list[str], torch.device], dict[str, Tensor]]
     """(pipeline, prompts, device) to the transformer's text inputs by name, each (B, ...)."""
-    text_inputs: dict[str, tuple[int | str, ...]]
-    """The shapes of these inputs without B; a name stands for a number of the transformer's config."""
-    configs: dict[str, dict[str, Any]]
-    """The config of every network and of the scheduler, by subfolder, as its authors publish it."""
+    text_shapes: Callable[[Config], dict[str, tuple[int, ...]]]
+    """The transformer's config to the shapes of one prompt's text inputs by name."""
+    configs: dict[str, Config]  # of every network and of the scheduler, by subfolder, as its authors publish it
     tiny: Callable[..., Any]
-    """() to a tiny random pipeline; its arguments replace networks and the widths of its text encoders."""
-    widths: dict[str, Any] = field(default_factory=dict)
+    """() to a tiny random pipeline; its arguments replace transformer, VAE and the widths of its text encoders."""
+    widths: Config = field(default_factory=dict)
     """Arguments of `tiny` with which its text encoders have the published widths."""
-    guidance: float = 3.5
-    """The usual guidance scale."""
-    guidance_is_input: bool = False
-    """Whether the transformer reads the guidance scale; otherwise guidance is classifier-free."""
+    guidance: float = 3.5  # the usual guidance scale
+    guidance_is_input: bool = False  # whether the transformer reads the scale; otherwise guidance is classifier-free
 
-    @property
-    def pipeline_class(self) -> Any:
-        """The pipeline's class."""
-        return getattr(diffusers, self.pipeline_name)
 
-    @property
-    def transformer_class(self) -> Any:
-        """The transformer's class."""
-        return getattr(diffusers, self.transformer_name)
+# fmt: off
+CLIP_L = {
+    "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": 49408,
+    "max_position_embeddings": 77, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "projection_dim": 768, "hidden_act": "quick_gelu",
+}
+CLIP_G = CLIP_L | {
+    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+    "projection_dim": 1280, "hidden_act": "gelu",
+}
+T5_XXL = {
+    "architectures": ["T5EncoderModel"], "model_type": "t5", "vocab_size": 32128, "d_model": 4096, "d_kv": 64,
+    "d_ff": 10240, "num_layers": 24, "num_decoder_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu",
+    "is_encoder_decoder": True, "tie_word_embeddings": False, "use_cache": True,
+}
+VAE = {
+    "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 16, "layers_per_block": 2,
+    "block_out_channels": [128, 256, 512, 512], "norm_num_groups": 32, "act_fn": "silu", "sample_size": 1024,
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "mid_block_add_attention": True, "use_quant_conv": False, "use_post_quant_conv": False, "force_upcast": True,
+}
+SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+# fmt: on
 
-    def text_shapes(self, transformer_config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        """The shapes of one prompt's text inputs by name."""
-        return {
-            name: tuple(transformer_config[size] if isinstance(size, str) else size for size in shape)
-            for name, shape in self.text_inputs.items()
-        }
+
+def text_shapes(tokens: int) -> Callable[[Config], dict[str, tuple[int, ...]]]:
+    """The field `text_shapes` for a model that reads so many tokens, and a pooled text."""
+    return lambda config: {
+        "encoder_hidden_states": (tokens, config["joint_attention_dim"]),
+        "pooled_projections": (config["pooled_projection_dim"],),
+    }
+
+
+def tiny_text(t5_width: int, clip_widths: Sequence[int]) -> dict[str, Any]:
+    """A CLIP's config for each width, which reads bytes, and a T5 that reads characters, with their tokenizers."""
+    characters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words = [*characters, *(f"{c}</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
+    clip = transformers.CLIPTokenizer({word: i for i, word in enumerate(words)}, [], model_max_length=77)
+    letters = [(word, 0.0) for word in ("<pad>", "</s>", "<unk>", "▁")] + [(chr(i), -1.0) for i in range(33, 127)]
+    sizes = {
+        "vocab_size": len(words), "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1,
+    }  # fmt: skip
+    vocabulary = len(letters) + 100
+    t5 = transformers.T5Config(vocab_size=vocabulary, d_model=t5_width, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    return {
+        "clips": [transformers.CLIPTextConfig(hidden_size=w, projection_dim=w, **sizes) for w in clip_widths],
+        "clip_tokenizer": clip,
+        "t5": transformers.T5EncoderModel(t5),
+        "t5_tokenizer": transformers.T5Tokenizer(letters, extra_ids=100, model_max_length=512),
+    }
+
+
+def tiny_vae(scaling: float, shift: float) -> nn.Module:
+    """A VAE with the latents of the real one: 16 channels, an eighth of the size."""
+    return diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[8] * 4, layers_per_block=1, norm_num_groups=4, latent_channels=16,
+        use_quant_conv=False, use_post_quant_conv=False, scaling_factor=scaling, shift_factor=shift,
+    )  # fmt: skip

@@ -8,10 +8,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from full_scale.models.family import Family
-from full_scale.models.parts import CLIP_L, SCHEDULER, T5_XXL, VAE, tiny_text, tiny_vae
+from full_scale.models.family import CLIP_L, SCHEDULER, T5_XXL, VAE, Family, text_shapes, tiny_text, tiny_vae
 
-# fmt: off
 CONFIGS = {
     "scheduler": SCHEDULER | {
         "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
@@ -25,8 +23,7 @@ CONFIGS = {
     "vae": VAE | {"scaling_factor": 0.3611, "shift_factor": 0.1159},
     "text_encoder": CLIP_L,
     "text_encoder_2": T5_XXL,
-}
-# fmt: on
+}  # fmt: skip
 
 
 def encode_text(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
@@ -36,10 +33,7 @@ def encode_text(pipeline: Any, prompts: list[str], device: torch.device) -> dict
 
 
 def tiny(t5_width: int = 32, clip_widths: Sequence[int] = (32,), **networks: nn.Module) -> Any:
-    """FLUX.1-dev's pipeline with one double and two single blocks.
-
-    networks: replace the tiny transformer or VAE.
-    """
+    """FLUX.1-dev's pipeline with one double and two single blocks."""
     text = tiny_text(t5_width, clip_widths)
     transformer = diffusers.FluxTransformer2DModel(
         patch_size=1, in_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=16,
@@ -60,13 +54,10 @@ def tiny(t5_width: int = 32, clip_widths: Sequence[int] = (32,), **networks: nn.
 FAMILY = Family(
     title="FLUX.1-dev",
     model="black-forest-labs/FLUX.1-dev",
-    pipeline_name="FluxPipeline",
-    transformer_name="FluxTransformer2DModel",
+    pipeline_class=diffusers.FluxPipeline,
+    transformer_class=diffusers.FluxTransformer2DModel,
     encode_text=encode_text,
-    text_inputs={
-        "encoder_hidden_states": (512, "joint_attention_dim"),
-        "pooled_projections": ("pooled_projection_dim",),
-    },
+    text_shapes=text_shapes(512),
     configs=CONFIGS,
     tiny=tiny,
     widths={"t5_width": T5_XXL["d_model"], "clip_widths": (CLIP_L["hidden_size"],)},

@@ -8,8 +8,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from full_scale.models.family import Family
-from full_scale.models.parts import SCHEDULER
+from full_scale.models.family import SCHEDULER, Family
 
 CONFIGS = {
     # Its dynamic shift is that of FLUX.1-dev's config, of which the pipeline reads nothing: it computes its own mu.
@@ -67,10 +66,7 @@ def tiny_vae() -> nn.Module:
 
 
 def tiny(qwen3_width: int = 16, **networks: nn.Module) -> Any:
-    """FLUX.2-klein's pipeline with one double and two single blocks.
-
-    networks: replace the tiny transformer or VAE.
-    """
+    """FLUX.2-klein's pipeline with one double and two single blocks."""
     text = tiny_qwen3(qwen3_width)
     transformer = diffusers.Flux2Transformer2DModel(
         in_channels=128, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
@@ -84,10 +80,10 @@ def tiny(qwen3_width: int = 16, **networks: nn.Module) -> Any:
 FAMILY = Family(
     title="FLUX.2-klein",
     model="black-forest-labs/FLUX.2-klein-base-4B",
-    pipeline_name="Flux2KleinPipeline",
-    transformer_name="Flux2Transformer2DModel",
+    pipeline_class=diffusers.Flux2KleinPipeline,
+    transformer_class=diffusers.Flux2Transformer2DModel,
     encode_text=encode_text,
-    text_inputs={"encoder_hidden_states": (512, "joint_attention_dim")},
+    text_shapes=lambda config: {"encoder_hidden_states": (512, config["joint_attention_dim"])},
     configs=CONFIGS,
     tiny=tiny,
     widths={"qwen3_width": 2560},

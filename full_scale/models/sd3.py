@@ -8,10 +8,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from full_scale.models.family import Family
-from full_scale.models.parts import CLIP_G, CLIP_L, SCHEDULER, T5_XXL, VAE, tiny_text, tiny_vae
+from full_scale.models.family import CLIP_G, CLIP_L, SCHEDULER, T5_XXL, VAE, Family, text_shapes, tiny_text, tiny_vae
 
-# fmt: off
 CONFIGS = {
     "scheduler": SCHEDULER,
     "transformer": {
@@ -24,22 +22,18 @@ CONFIGS = {
     "text_encoder": CLIP_L | {"architectures": ["CLIPTextModelWithProjection"]},
     "text_encoder_2": CLIP_G | {"architectures": ["CLIPTextModelWithProjection"]},
     "text_encoder_3": T5_XXL,
-}
-# fmt: on
+}  # fmt: skip
 
 
 def encode_text(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
     """The tokens of all three encoders and the pooled text of the two CLIPs."""
-    encoded = pipeline.encode_prompt(prompts, prompts, prompts, device=device, do_classifier_free_guidance=False)
-    tokens, _, pooled, _ = encoded
+    options = {"device": device, "do_classifier_free_guidance": False}
+    tokens, _, pooled, _ = pipeline.encode_prompt(prompts, prompts, prompts, **options)
     return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
 
 
 def tiny(t5_width: int = 64, clip_widths: Sequence[int] = (32, 32), **networks: nn.Module) -> Any:
-    """SD3.5-M's pipeline with two blocks, the first with dual attention.
-
-    networks: replace the tiny transformer or VAE.
-    """
+    """SD3.5-M's pipeline with two blocks, the first with dual attention."""
     text = tiny_text(t5_width, clip_widths)
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=32, patch_size=2, in_channels=16, num_layers=2, attention_head_dim=8, num_attention_heads=4,
@@ -62,13 +56,10 @@ def tiny(t5_width: int = 64, clip_widths: Sequence[int] = (32, 32), **networks: 
 FAMILY = Family(
     title="SD3.5-M",
     model="stabilityai/stable-diffusion-3.5-medium",
-    pipeline_name="StableDiffusion3Pipeline",
-    transformer_name="SD3Transformer2DModel",
+    pipeline_class=diffusers.StableDiffusion3Pipeline,
+    transformer_class=diffusers.SD3Transformer2DModel,
     encode_text=encode_text,
-    text_inputs={
-        "encoder_hidden_states": (77 + 256, "joint_attention_dim"),
-        "pooled_projections": ("pooled_projection_dim",),
-    },
+    text_shapes=text_shapes(77 + 256),
     configs=CONFIGS,
     tiny=tiny,
     widths={"t5_width": T5_XXL["d_model"], "clip_widths": (CLIP_L["hidden_size"], CLIP_G["hidden_size"])},
