@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 import train_leap_align as trainer
@@ -75,7 +76,7 @@ def outcome(out: Path) -> tuple:
     with (out / "metrics.csv").open(newline="") as file:
         log = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
     result = json.loads((out / "result.json").read_text())
-    weights = torch.load(out / "model" / "velocity.pt", weights_only=True)
+    weights = load_file(out / "model" / "weights.safetensors")
     return log, result["before"], result["after"], {name: weight.tolist() for name, weight in weights.items()}
 
 
