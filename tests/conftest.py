@@ -54,3 +54,11 @@ def reference(tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "reference"
     run(out)
     return out
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Runs draw no figures, apart from the reference run, which is made before."""
+    from tests.toy_runs import without_figures
+
+    without_figures(monkeypatch)

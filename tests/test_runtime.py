@@ -7,26 +7,10 @@ import pytest
 import torch
 
 from leap_align import BadInput
+from runtime import run_dir
 from runtime.ema import EMA
 from runtime.processes import RaisedOnAllRanks, all_gather, one_line, run_on_all_ranks, run_on_rank0
 from runtime.report import reward_hacking_warnings
-from runtime.run_dir import (
-    CsvLog,
-    atomic_file,
-    atomic_folder,
-    check_contents,
-    check_new_file,
-    check_run_folder,
-    checkpoints,
-    claimed_output_folder,
-    digest,
-    digest_folder,
-    locked_folder,
-    read_csv,
-    read_json,
-    write_csv,
-    write_settings,
-)
 from tests.toy_runs import ROOT
 
 
@@ -39,15 +23,15 @@ def enter(context):
 # Files and folders
 
 
-@pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
+@pytest.mark.parametrize("atomic", [run_dir.atomic_file, run_dir.atomic_folder])
 def test_a_file_or_folder_is_replaced_whole_or_not_at_all(tmp_path, atomic):
     path = tmp_path / "new" / "name"
 
     def write(temporary, text):
-        (temporary if atomic is atomic_file else temporary / text).write_text(text)
+        (temporary if atomic is run_dir.atomic_file else temporary / text).write_text(text)
 
     def written():
-        return path.read_text() if atomic is atomic_file else [file.name for file in path.iterdir()]
+        return path.read_text() if atomic is run_dir.atomic_file else [file.name for file in path.iterdir()]
 
     for text in ("old", "new"):
         with atomic(path) as temporary:
@@ -63,21 +47,21 @@ def test_a_file_or_folder_is_replaced_whole_or_not_at_all(tmp_path, atomic):
 
 def test_digests_are_those_of_contents_and_names(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"content")
-    assert digest(tmp_path / "a.bin") == digest(b"content") != digest(b"contents")
-    found = [digest_folder(tmp_path, "*.bin")]
+    assert run_dir.digest(tmp_path / "a.bin") == run_dir.digest(b"content") != run_dir.digest(b"contents")
+    found = [run_dir.digest_folder(tmp_path, "*.bin")]
     (tmp_path / "notes.txt").write_bytes(b"2")
-    assert digest_folder(tmp_path, "*.bin") == found[0]
+    assert run_dir.digest_folder(tmp_path, "*.bin") == found[0]
     (tmp_path / "a.bin").write_bytes(b"another")
-    found.append(digest_folder(tmp_path, "*.bin"))
+    found.append(run_dir.digest_folder(tmp_path, "*.bin"))
     (tmp_path / "a.bin").rename(tmp_path / "b.bin")
-    found.append(digest_folder(tmp_path, "*.bin"))
+    found.append(run_dir.digest_folder(tmp_path, "*.bin"))
     assert len(set(found)) == 3
 
 
 def test_only_the_names_of_checkpoints_count(tmp_path):
     for name in ("000100", "000099", "1000000", "000100-mine", "9notes", "part", "99"):
         (tmp_path / "checkpoint" / name).mkdir(parents=True)
-    assert [path.name for path in checkpoints(tmp_path)] == ["000099", "000100", "1000000"]
+    assert [path.name for path in run_dir.checkpoints(tmp_path)] == ["000099", "000100", "1000000"]
 
 
 @pytest.mark.parametrize("name", ["model_index.json", "settings.json", "transformer/config.json", "thesis.part"])
@@ -86,7 +70,7 @@ def test_a_folder_that_somebody_else_filled_is_refused_and_left_alone(tmp_path, 
     file.parent.mkdir(parents=True)
     file.write_text("{}")
     with pytest.raises(BadInput, match=r"folder is not empty, and sample did not fill it"):
-        enter(claimed_output_folder(tmp_path / "folder", "sample", {}))
+        enter(run_dir.claimed_output_folder(tmp_path / "folder", "sample", {}))
     assert [path for path in (tmp_path / "folder").rglob("*") if path.is_file()] == [file]
 
 
@@ -101,65 +85,63 @@ with locked_folder(Path({str(tmp_path)!r}), "config.json", "train"):
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"locked\n"
     with pytest.raises(BadInput, match="in use by another process"):
-        enter(locked_folder(tmp_path, "config.json", "train"))
+        enter(run_dir.locked_folder(tmp_path, "config.json", "train"))
     other.kill()
     other.communicate()
-    enter(locked_folder(tmp_path, "config.json", "train"))
+    enter(run_dir.locked_folder(tmp_path, "config.json", "train"))
 
 
 # Refusals: what is called, in a folder with the settings below, and words of its one line
 
-LR_MAY_NOT_CHANGE = {"lr": 2.0, "iterations": 5}, True, frozenset({"iterations"})
+CHANGEABLE = frozenset({"iterations"})
 
 
 @pytest.mark.parametrize(("refused", "words"), [
-    (lambda folder: enter(claimed_output_folder(folder, "sample", {"lr": 2.0})), "lr was 1.0, is 2.0; choose another"),
-    (lambda folder: check_run_folder(folder, *LR_MAY_NOT_CHANGE), "settings: lr was 1.0, is 2.0; give those"),
-    (lambda folder: check_contents(folder, {"prompts": "a", "model": "c"}), "model changed since"),
-    (lambda folder: check_new_file(folder / "config.json"), "config.json exists: choose another --out"),
-    (lambda folder: enter(locked_folder(folder / "config.json", "config.json", "sample")), "config.json is a file"),
+    (lambda out: enter(run_dir.claimed_output_folder(out, "sample", {"lr": 2.0})), "lr was 1.0, is 2.0; choose"),
+    (lambda out: run_dir.check_run_folder(out, {"lr": 2.0, "iterations": 5}, True, CHANGEABLE), "is 2.0; give"),
+    (lambda out: run_dir.check_contents(out, {"prompts": "a", "model": "c"}), "model changed since"),
+    (lambda out: run_dir.check_new_file(out / "config.json"), "config.json exists: choose another --out"),
+    (lambda out: enter(run_dir.locked_folder(out / "config.json", "config.json", "sample")), "config.json is a file"),
 ])  # fmt: skip
 def test_other_settings_contents_or_files_are_refused(refused, words, tmp_path):
     settings = {"lr": 1.0, "iterations": 3}
     for _ in range(2):
-        enter(claimed_output_folder(tmp_path, "sample", {"lr": 1.0}))
-    write_settings(tmp_path / "config.json", settings | {"contents": {"prompts": "a", "model": "b"}})
-    check_run_folder(tmp_path, settings | {"iterations": 4}, True, frozenset({"iterations"}))
-    check_contents(tmp_path, {"prompts": "a", "model": "b"})
-    check_new_file(tmp_path / "new")
+        enter(run_dir.claimed_output_folder(tmp_path, "sample", {"lr": 1.0}))
+    run_dir.write_settings(tmp_path / "config.json", settings | {"contents": {"prompts": "a", "model": "b"}})
+    run_dir.check_run_folder(tmp_path, settings | {"iterations": 4}, True, CHANGEABLE)
+    run_dir.check_contents(tmp_path, {"prompts": "a", "model": "b"})
+    run_dir.check_new_file(tmp_path / "new")
     with pytest.raises(BadInput) as stop:
         refused(tmp_path)
     assert words in str(stop.value) and "\n" not in str(stop.value)
-    assert read_json(tmp_path / "settings.json")["lr"] == 1.0
+    assert run_dir.read_json(tmp_path / "settings.json")["lr"] == 1.0
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b"3"])
-def test_damaged_json_is_refused_by_name(tmp_path, content):
-    (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(BadInput, match=r"^\S*config\.json (is damaged|must hold a JSON object)[^\n]*$"):
-        read_json(tmp_path / "config.json")
+DAMAGED = [("config.json", content) for content in (b"{", b"[]", b"\xff\xfe", b"3")]
+DAMAGED += [("metrics.csv", content) for content in (b"a,b\n1,2\n", b"\xff\xfe\x00", b"", b"iteration,reward\nxx,1\n")]
 
 
-@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"\xff\xfe\x00", b"", b"iteration,reward\nxx,1\n"])
-def test_a_foreign_log_is_refused_by_name(tmp_path, content):
-    (tmp_path / "metrics.csv").write_bytes(content)
-    with pytest.raises(BadInput, match=r"metrics\.csv (has other columns|is not a CSV file|has a damaged row)"):
-        CsvLog(tmp_path / "metrics.csv", ("reward",), 0)
-    assert (tmp_path / "metrics.csv").read_bytes() == content
+@pytest.mark.parametrize(("name", "content"), DAMAGED)
+def test_a_damaged_or_foreign_file_is_refused_by_name(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    words = "is damaged|must hold a JSON object|has other columns|is not a CSV file|has a damaged row"
+    with pytest.raises(BadInput, match=rf"^\S*{name} ({words})[^\n]*$"):
+        run_dir.read_json(tmp_path / name) if name == "config.json" else run_dir.CsvLog(tmp_path / name, ("reward",), 0)
+    assert (tmp_path / name).read_bytes() == content
 
 
 def test_a_log_drops_the_rows_after_its_checkpoint(tmp_path):
     path = tmp_path / "metrics.csv"
-    log = CsvLog(path, ("reward", "d_j"), 0)
+    log = run_dir.CsvLog(path, ("reward", "d_j"), 0)
     for iteration in (1, 2, 3):
         log.add({"iteration": iteration, "reward": iteration / 2, "not_a_column": 1})
-    CsvLog(path, ("reward", "d_j"), 2).add({"iteration": 3, "d_j": 7})
-    rows = read_csv(path, ("iteration", "reward", "d_j"))
+    run_dir.CsvLog(path, ("reward", "d_j"), 2).add({"iteration": 3, "d_j": 7})
+    rows = run_dir.read_csv(path, ("iteration", "reward", "d_j"))
     assert [list(row.values()) for row in rows] == [["1", "0.5", ""], ["2", "1.0", ""], ["3", "", "7"]]
     path.unlink()
     with pytest.raises(BadInput, match="is gone"):
         log.add({"iteration": 4})
-    write_csv(path, [{"a": 1}, {"b": 2.5, "a": 3}])
+    run_dir.write_csv(path, [{"a": 1}, {"b": 2.5, "a": 3}])
     assert path.read_text().split() == ["a,b", "1,", "3,2.5"]  # a column for every key
 
 

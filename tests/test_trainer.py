@@ -20,29 +20,18 @@ from runtime import command_line, task
 from runtime.backward import rows_of_rank
 from runtime.checkpoint import training_tensors
 from runtime.report import next_command
-from tests.toy_runs import (
-    SMALL,
-    TOYS,
-    before_every_step,
-    error_line,
-    metrics,
-    result,
-    run,
-    run_on_two_processes,
-    without_figures,
-)
+from tests.toy_runs import SMALL, TOYS, before_every_step, error_line, metrics, result, run, run_two
 from toy.laboratory.__main__ import EXPERIMENTS
 from toy.modes import Modes
 from toy.task import ToyOptions
 
+pytestmark = pytest.mark.usefixtures("no_figures")
 LEASH = ["--beta", "3"]
 WEIGHTS = "model/weights.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def _no_figures(monkeypatch):
-    """The reference run, which is made before this, has them."""
-    without_figures(monkeypatch)
+def fail(*_):
+    raise BadInput("failed")
 
 
 # What a run leaves and says
@@ -85,6 +74,11 @@ def test_a_run_says_what_it_will_do_and_what_to_look_at(tmp_path, monkeypatch, c
     ]
     run(tmp_path, "--method", "refl", "--iterations", "5", "--resume")
     assert ": 5 iterations of 16 samples, 21 steps each, lr 0.0001, from iteration 4 of 5.\n" in capsys.readouterr().out
+    monkeypatch.setattr(trainer, "build_task", fail)
+    monkeypatch.setattr(Modes, "held_out", {})
+    error_line("--out", str(tmp_path / "new"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:] == [f"Training never sees these evaluators: none. The folder is {tmp_path / 'new'}."]
 
 
 @pytest.mark.parametrize(("flags", "loss"), [
@@ -100,15 +94,6 @@ def test_the_announced_loss_is_the_one_of_the_log(flags, loss, tmp_path, capsys)
     announced = capsys.readouterr().out.split(" is trained to lower ")[1].split(": 2 iterations")[0]
     assert announced == loss
     assert eval(announced, {"max": max}, row) == pytest.approx(row["loss"], rel=1e-5)
-
-
-def test_the_opening_comes_before_the_task_is_built_and_may_name_no_evaluator(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trainer, "build_task", lambda flags: trainer.require(False, "built"))
-    monkeypatch.setattr(Modes, "held_out", {})
-    error_line("--out", str(tmp_path))
-    assert capsys.readouterr().out.splitlines()[2:] == [
-        f"Training never sees these evaluators: none. The folder is {tmp_path}."
-    ]
 
 
 def test_the_next_commands_parse_and_never_suggest_the_same_run_again():
@@ -175,12 +160,9 @@ def test_a_methods_own_defaults_stand_between_the_tasks_and_the_flags(capsys):
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not(reference, tmp_path):
+    """One generator makes all draws: prompts, noise and timesteps of an iteration, then those of the next one."""
     assert run(tmp_path / "same") == metrics(reference)
     assert run(tmp_path / "other", "--seed", "1") != metrics(reference)
-
-
-def test_one_generator_of_this_seed_makes_all_draws_of_a_run(reference):
-    """Prompts, noise and timesteps of an iteration, then those of the next one, by torch's own functions."""
     generator = torch.Generator().manual_seed(0)
     for row in metrics(reference):
         torch.randint(8, (16,), generator=generator), torch.randn(16, 2, generator=generator)
@@ -216,7 +198,7 @@ def test_the_microbatches_of_all_ranks_are_the_batch():
 ], ids=" ".join)  # fmt: skip
 def test_two_processes_equal_one(flags, tmp_path):
     one = run(tmp_path / "one", *flags)
-    run_on_two_processes(tmp_path / "two", *flags)
+    run_two(tmp_path / "two", *flags)
     assert_same(one, metrics(tmp_path / "two"))
     assert result(tmp_path / "one")["after"] == pytest.approx(result(tmp_path / "two")["after"], rel=1e-3)
     a, b = (load_file(tmp_path / name / WEIGHTS) for name in ("one", "two"))
@@ -225,16 +207,13 @@ def test_two_processes_equal_one(flags, tmp_path):
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
 
 
-def test_one_process_resumes_a_run_of_two(reference, tmp_path):
-    run_on_two_processes(tmp_path, "--iterations", "2")
-    assert_same(run(tmp_path, "--resume"), metrics(reference))
-
-
-def test_a_refusal_of_rank_0_is_printed_once(reference):
-    errors = run_on_two_processes(reference, status=1)
+def test_one_process_resumes_a_run_of_two_and_a_refusal_of_rank_0_is_printed_once(reference, tmp_path):
+    run_two(tmp_path, "--iterations", "2")
+    errors = run_two(tmp_path, status=1)
     lines = [line for line in errors.splitlines() if "holds another run" in line]
     assert len(lines) == 2 and lines[0].startswith("error: ")  # ours, and the one in torchrun's table
     assert "[rank1]" not in errors
+    assert_same(run(tmp_path, "--resume"), metrics(reference))
 
 
 # Metrics, clipping, averaging
@@ -294,13 +273,18 @@ def test_metrics_against_a_hand_calculation(tmp_path, monkeypatch):
 # The leash
 
 
-def test_the_columns_of_the_leash_are_filled_only_with_a_leash(reference, tmp_path):
+def test_a_leash_fills_its_columns_and_is_the_same_after_resuming(reference, tmp_path):
+    """The reference is the pre-trained model, not that of the checkpoint; and beta may not change."""
     before = metrics(reference)
     assert not any({"leash", "v_norm"} & row.keys() for row in before)
-    first, *others = run(tmp_path, *LEASH, "--lr", "0.01")
+    flags = [*LEASH, "--lr", "0.01"]
+    first, *others = run(tmp_path / "whole", *flags)
     assert (first["leash"], first["v_norm"]) == (0, 1)  # the first step starts from the reference
     assert first["grad_norm"] == before[0]["grad_norm"] and first["loss"] == before[0]["loss"]
     assert all(row["leash"] > 0 and row["v_norm"] != 1 for row in others)
+    run(tmp_path / "resumed", *flags, "--iterations", "2")
+    assert "beta was 3.0, is 2.0" in error_line("--out", str(tmp_path / "resumed"), "--resume", "--beta", "2")
+    assert run(tmp_path / "resumed", *flags, "--resume") == [first, *others]
 
 
 def test_the_loss_with_a_leash_against_a_hand_calculation(tmp_path, monkeypatch):
@@ -314,14 +298,6 @@ def test_a_leash_keeps_the_model_near_the_reference(tmp_path):
     runs = [run(tmp_path / beta, "--beta", beta, "--lr", "0.01", "--iterations", "30") for beta in ("1e-9", "100")]
     far, near = (sum(row["leash"] for row in rows[10:]) for rows in runs)
     assert 0 < near < far / 3
-
-
-def test_a_resumed_run_has_the_same_leash(tmp_path):
-    """Its reference is the pre-trained model, not that of the checkpoint; and beta may not change."""
-    uninterrupted = run(tmp_path / "whole", *LEASH)
-    run(tmp_path / "resumed", *LEASH, "--iterations", "2")
-    assert "beta was 3.0, is 2.0" in error_line("--out", str(tmp_path / "resumed"), "--resume", "--beta", "2")
-    assert run(tmp_path / "resumed", *LEASH, "--resume") == uninterrupted
 
 
 # Rewards that cannot train, steps that are not finite
@@ -463,10 +439,6 @@ def test_a_folder_with_a_live_run_is_refused_and_the_run_undisturbed(reference, 
     before_every_step(monkeypatch, start_twice_more)
     assert run(tmp_path, "--checkpoint-every", "1") == metrics(reference)
     assert len(refusals) == 2 and all("is in use by another process" in line for line in refusals)
-
-
-def fail(*_):
-    raise BadInput("failed")
 
 
 @pytest.mark.parametrize(("owner", "name", "value", "words"), [

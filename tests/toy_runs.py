@@ -22,7 +22,7 @@ def run(out, *flags):
     return metrics(out)
 
 
-def run_on_two_processes(out, *flags, status=0):
+def run_two(out, *flags, status=0):
     """The same on two processes; returns what it wrote to stderr."""
     command = [*TORCHRUN, *SMALL, "--out", str(out), *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
