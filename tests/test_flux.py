@@ -2,6 +2,7 @@
 
 import math
 import re
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -77,11 +78,15 @@ def test_the_grid_of_sd3_is_the_schedulers_and_no_shift_of_an_even_grid(models):
 
 
 @every_task
-def test_weights_loaded_through_the_meta_device_are_those_on_disk(models, name):
+def test_weights_loaded_through_the_meta_device_are_those_on_disk_and_every_block_is_sharded(models, name):
     task = task_of(models, name)
-    loaded = {name: full_value(value) for name, value in task.model.state_dict().items()}
+    loaded = {key: full_value(value) for key, value in task.model.state_dict().items()}
     assert_close(loaded, load_file(models / name / "transformer" / "diffusion_pytorch_model.safetensors"), 0, 0)
-    assert {name for name, _ in task.model.named_buffers()} <= loaded.keys()  # the file fills every buffer
+    assert {key for key, _ in task.model.named_buffers()} <= loaded.keys()  # the file fills every buffer
+    # Were a block not sharded by itself, a forward would gather the whole transformer at once.
+    blocks = [block for kind, blocks in task.model.named_children() if kind.endswith("blocks") for block in blocks]
+    assert len(blocks) == {"flux": 3, "sd3": 2, "klein": 3}[name]
+    assert all(isinstance(block, FSDPModule) for block in blocks)
 
 
 @a_flux
@@ -152,12 +157,9 @@ def test_sd3_sees_times_that_no_precision_has_rounded(models):
 
 
 @pytest.mark.parametrize("name, width", [("flux", 32), ("klein", 3 * 16)])
-def test_a_flux_reads_512_tokens_with_padding(models, name, width):
-    assert task_of(models, name).encode(["a"])["encoder_hidden_states"].shape == (1, 512, width)
-
-
-def test_prompts_are_drawn_from_the_whole_list(models):
-    task = task_of(models)
+def test_a_flux_draws_prompts_from_the_whole_list_and_reads_512_tokens_with_padding(models, name, width):
+    task = task_of(models, name)
+    assert task.encode(["a"])["encoder_hidden_states"].shape == (1, 512, width)
     assert set(task.sample_conditions(200, seeded())) == set(PROMPTS)
     draws = [task.sample_conditions(5, seeded(seed)) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
@@ -230,15 +232,6 @@ def test_the_sharded_gradient_is_the_plain_models(models):
     sharded = gradients(task)
     task.model = pipeline_of(models, "flux").transformer
     assert_close(sharded, gradients(task), 1e-5, 1e-9)
-
-
-@every_task
-def test_every_block_is_sharded_by_itself(models, name):
-    """Otherwise a forward would gather the whole transformer at once."""
-    model = task_of(models, name).model
-    blocks = [block for kind, blocks in model.named_children() if kind.endswith("blocks") for block in blocks]
-    assert len(blocks) == {"flux": 3, "sd3": 2, "klein": 3}[name]
-    assert all(isinstance(block, FSDPModule) for block in blocks)
 
 
 @pytest.mark.slow
@@ -314,7 +307,9 @@ def test_the_reference_is_the_pretrained_model_whatever_the_trained_one_becomes(
     with torch.no_grad():
         expected = pretrained.velocity(PROMPTS[:2])(x, t)
         task = task_with_reference(models, name, precision=precision, **kind)
-        v, v_ref = task.velocity_and_reference(PROMPTS[:2])
+        with patch.object(task, "encode", wraps=task.encode) as encode:
+            v, v_ref = task.velocity_and_reference(PROMPTS[:2])
+        assert [call for call in encode.call_args_list if call.args[0] != [""]] == [((PROMPTS[:2],),)]  # once for both
         assert torch.equal(v_ref(x, t), expected)
         assert not torch.equal(v(x, t), expected)
         assert torch.equal(v(x, t), task.velocity(PROMPTS[:2])(x, t))  # the reference left the trained model alone
@@ -337,14 +332,6 @@ def test_an_evaluation_of_the_reference_does_not_change_the_gradient(models, kin
     task.velocity = lambda condition: both
     found = gradients(task)
     assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
-
-
-def test_the_prompts_are_encoded_once_for_both_velocities(models, monkeypatch):
-    task, seen = task_with_reference(models, "flux"), []
-    encode = task.encode
-    monkeypatch.setattr(task, "encode", lambda prompts: seen.append(prompts) or encode(prompts))
-    task.velocity_and_reference(PROMPTS[:2])
-    assert seen == [PROMPTS[:2]]
 
 
 @pytest.mark.parametrize("name", ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd3", "klein"))])
