@@ -26,9 +26,6 @@ pytestmark = pytest.mark.usefixtures("one_process")
 a_flux = pytest.mark.parametrize("name", ["flux", "klein"])
 
 
-# The forward pass
-
-
 @pytest.mark.parametrize("T", [4, 25])
 @pytest.mark.parametrize("name, tolerance", [("flux", 0.0), ("sd3", 1e-5), ("klein", 0.0)])
 def test_the_rollout_is_the_pipelines(models, name, tolerance, T):
@@ -163,9 +160,6 @@ def test_a_flux_draws_prompts_from_the_whole_list_and_reads_512_tokens_with_padd
     assert set(task.sample_conditions(200, seeded())) == set(PROMPTS)
     draws = [task.sample_conditions(5, seeded(seed)) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
-
-
-# The gradient
 
 
 @every_task

@@ -20,9 +20,6 @@ def enter(context):
         return value
 
 
-# Files and folders
-
-
 @pytest.mark.parametrize("atomic", [run_dir.atomic_file, run_dir.atomic_folder])
 def test_a_file_or_folder_is_replaced_whole_or_not_at_all(tmp_path, atomic):
     path = tmp_path / "new" / "name"
@@ -91,8 +88,6 @@ with locked_folder(Path({str(tmp_path)!r}), "config.json", "train"):
     enter(run_dir.locked_folder(tmp_path, "config.json", "train"))
 
 
-# Refusals: what is called, in a folder with the settings below, and words of its one line
-
 CHANGEABLE = frozenset({"iterations"})
 
 
@@ -145,9 +140,6 @@ def test_a_log_drops_the_rows_after_its_checkpoint(tmp_path):
     assert path.read_text().split() == ["a,b", "1,", "3,2.5"]  # a column for every key
 
 
-# Processes
-
-
 @pytest.mark.parametrize("run", [run_on_all_ranks, run_on_rank0])
 @pytest.mark.parametrize("error", [BadInput("lr=0"), FileNotFoundError(2, "No such file", "a/b")])
 def test_a_refusal_becomes_one_of_all_ranks(run, error):
@@ -163,9 +155,6 @@ def test_an_error_fits_on_one_line():
     assert one_line(ValueError("two\n  lines")) == "two lines"
     assert one_line(OSError(28, "No space left on device", "x")) == "No space left on device"
     assert len(one_line(ValueError("x" * 1000))) == 200
-
-
-# Averages and reports
 
 
 def test_ema_against_a_hand_calculation_and_swapped_back():

@@ -48,9 +48,6 @@ def code_of_parts(letters):
     return found
 
 
-# The notebook
-
-
 def test_the_notebook_is_committed_whole_as_a_run_from_top_to_bottom():
     assert NOTEBOOK.stat().st_size <= 2 * 2**20
     assert [cell["execution_count"] for cell in CODE] == list(range(1, len(CODE) + 1))
@@ -128,9 +125,6 @@ def test_the_text_on_reward_hacking_is_what_was_measured():
     check_what_the_text_says_of_reward_hacking(text_of(CODE[-2]))
 
 
-# What it measures
-
-
 def test_jacobian_of_a_linear_map():
     layer, x = nn.Linear(2, 2), torch.tensor([[3.0, 5.0]])
     # Weights first, row by row, then biases: dy_1/dw_11 = x_1, dy_1/dw_12 = x_2, dy_1/db_1 = 1.
@@ -153,9 +147,6 @@ def test_arrows_are_as_long_as_their_vectors():
     assert (quiver.U.item(), quiver.V.item(), quiver.scale) == (0.5, -0.25, 1)
     assert (quiver.angles, quiver.scale_units, quiver.get_offsets().tolist()) == ("xy", "xy", [[1, 2]])
     plt.close()
-
-
-# The animation
 
 
 def test_the_committed_animation_is_small_and_stops_four_times():

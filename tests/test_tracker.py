@@ -46,9 +46,6 @@ def forget(out):
     (out / "result.json").unlink()
 
 
-# TensorBoard
-
-
 def assert_tensorboard_shows(out):
     """Its own reader finds every value of metrics.csv and evaluations.csv once, in float32, and each figure once."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -96,9 +93,6 @@ def test_two_processes_write_one_event_file(tmp_path, tensorboard):
     run_two(tmp_path, *TENSORBOARD)
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
     assert_tensorboard_shows(tmp_path)
-
-
-# wandb, a stub that records its calls
 
 
 class WandbRun:
@@ -203,9 +197,6 @@ def test_the_sheet_of_an_evaluation_is_shown(tmp_path, wandb):
     sheet = wandb.runs[0].logs[20].pop("samples")
     assert sheet.path == str(tmp_path / "samples" / "000020.png")
     assert wandb.runs[0].logs == {10: {"evaluation/reward": 1.0}, 20: {"train/reward": 2.0, "evaluation/reward": 3.0}}
-
-
-# Without a library, without a tracker
 
 
 def test_wandb_that_does_not_start_is_one_line(tmp_path, wandb):

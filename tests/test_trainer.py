@@ -34,9 +34,6 @@ def fail(*_):
     raise BadInput("failed")
 
 
-# What a run leaves and says
-
-
 def test_a_run_leaves_what_the_readme_promises(reference):
     names = {p.name for p in reference.iterdir()}
     assert {"config.json", "metrics.csv", "evaluations.csv", "result.json", "checkpoint", "model"} <= names
@@ -120,9 +117,6 @@ def test_the_next_command_of_a_full_size_task_shows_its_help(name, capsys):
     assert not stop.value.code and "--prompts" in capsys.readouterr().out
 
 
-# Methods, defaults, draws
-
-
 @pytest.mark.parametrize("task", TOYS)
 @pytest.mark.parametrize("method", trainer.METHODS)
 def test_every_method_runs_on_every_task(task, method, tmp_path):
@@ -164,9 +158,6 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(reference, tmp_pa
     for row in metrics(reference):
         torch.randint(8, (16,), generator=generator), torch.randn(16, 2, generator=generator)
         assert (row["i_k"], row["i_j"]) == sample_pair(21, generator)
-
-
-# One process, microbatches, several processes
 
 
 def assert_same(a, b):
@@ -211,9 +202,6 @@ def test_one_process_resumes_a_run_of_two_and_a_refusal_of_rank_0_is_printed_onc
     assert len(lines) == 2 and lines[0].startswith("error: ")  # ours, and the one in torchrun's table
     assert "[rank1]" not in errors
     assert_same(run(tmp_path, "--resume"), metrics(reference))
-
-
-# Metrics, clipping, averaging
 
 
 def test_evaluation_and_model_are_of_the_averaged_weights(tmp_path, monkeypatch):
@@ -267,9 +255,6 @@ def test_metrics_against_a_hand_calculation(tmp_path, monkeypatch):
     assert row["d_j"] >= 0 and row["d_0"] > 0
 
 
-# The leash
-
-
 def test_a_leash_fills_its_columns_and_is_the_same_after_resuming(reference, tmp_path):
     """The reference is the pre-trained model, not that of the checkpoint; and beta may not change."""
     before = metrics(reference)
@@ -292,9 +277,6 @@ def test_a_leash_keeps_the_model_near_the_reference_and_adds_beta_times_its_colu
     monkeypatch.setattr(Modes, "reward", lambda self, sample, _: 1e-3 * sample.sum(1).tanh() - 1)
     row = run(tmp_path / "refl", "--beta", "7", "--lam", "None", "--lr", "0.01", "--method", "refl")[-1]
     assert row["loss"] == pytest.approx(-row["reward"] + 7 * row["leash"]) and row["leash"] > 0
-
-
-# Steps that are not finite
 
 
 BROKEN = {
@@ -347,8 +329,6 @@ def test_a_gradient_of_exactly_zero_is_reported_once(tmp_path, monkeypatch, caps
     printed = capsys.readouterr().out
     assert "iteration 1: the gradient is exactly zero" in printed and printed.count("exactly zero") == 1
 
-
-# Refusals
 
 REFUSALS = r"""
 --task video ~ ^error: unknown task 'video': choose from toy, digits
