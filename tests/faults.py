@@ -107,10 +107,6 @@ def stop_after(out: Path, iterations: int) -> Path:
     return saved(out)[-1]
 
 
-def contents(out: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-
-
 # Faults of a run in the folder `out`: each returns True if nothing was lost
 
 
@@ -149,10 +145,11 @@ def damaged(out: Path, expected: tuple, flipped: bool) -> bool:
 
 
 def signalled(out: Path, expected: tuple, number: int) -> bool:
-    """A signal from outside: the run saves, exits with the signal's status, and resumes."""
+    """A signal from outside: the run saves, exits with the signal's status, and resumes; SIGKILL leaves no lock."""
     pid = start_and_wait(out, DRAW.randrange(45))
     os.kill(pid, number)
-    return exit_status(pid) == 128 + number and recovers(out, expected)
+    ended = -number if number == signal.SIGKILL else 128 + number
+    return exit_status(pid) == ended and (out / ".lock").exists() and recovers(out, expected)
 
 
 def second_start(out: Path, expected: tuple, *flags: str) -> bool:
@@ -162,14 +159,6 @@ def second_start(out: Path, expected: tuple, *flags: str) -> bool:
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     refused = second.returncode == 1 and "is in use by another process" in second.stderr
     return exit_status(pid) == 0 and refused and outcome(out) == expected
-
-
-def lock_of_a_killed_run(out: Path, expected: tuple) -> bool:
-    """SIGKILL leaves no lock: the run resumes at once."""
-    pid = start_and_wait(out, DRAW.randrange(1, 40))
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return (out / ".lock").exists() and recovers(out, expected)
 
 
 def stray_files(out: Path, expected: tuple) -> bool:
@@ -187,8 +176,9 @@ def foreign_folder(out: Path, expected: tuple) -> bool:
     for name in DRAW.sample(names, 3):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("{}")
-    before = contents(out)
-    return exit_status(start(out)) == 1 and before == contents(out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    refused = exit_status(start(out)) == 1
+    return refused and before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 def filled(out: Path, expected: tuple) -> bool | None:
@@ -252,7 +242,7 @@ FAULTS = {
     "SIGUSR1 (Slurm)": (partial(signalled, number=signal.SIGUSR1), 5),
     "second start beside a live run": (second_start, 3),
     "--resume beside a live run": (lambda out, expected: second_start(out, expected, "--resume"), 3),
-    "lock of a killed run": (lock_of_a_killed_run, 5),
+    "lock of a killed run": (partial(signalled, number=signal.SIGKILL), 5),
     "stray folders in checkpoint/": (stray_files, 5),
     "foreign folder as --out": (foreign_folder, 5),
     "checkpoint cut off": (partial(damaged, flipped=False), 10),

@@ -44,7 +44,8 @@ def test_the_newest_checkpoint_is_on_the_disk_before_its_rename_and_that_before_
     run(tmp_path, "--iterations", "2", *EACH, "--checkpoints-total-limit", "1")
     assert checkpoints(tmp_path) == ["000002"]
     newest = tmp_path / "checkpoint" / "000002"
-    renamed, removed = events.index(f"rename to {newest}"), events.index(f"remove {newest.with_name('000001')}")
+    renamed = events.index(f"rename to {newest}")
+    removed = events.index(f"remove {newest.with_name('000001')}", renamed)
     assert {path.stat().st_ino for path in (newest, *newest.iterdir())} <= set(events[:renamed])
     assert newest.parent.stat().st_ino in events[renamed:removed]
 

@@ -47,12 +47,15 @@ def test_a_run_leaves_what_the_readme_promises(reference):
     assert config["T"] == 21 and config["lam"] == 0.0 and config["method"] == "leap_align"
 
 
-def test_the_progress_bar_prints_at_most_one_line_a_second(tmp_path, capsys):
+def test_a_run_prints_at_most_a_line_a_second_and_once_that_its_gradient_is_zero(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Modes, "reward", lambda self, sample, condition: 0 * sample.sum(1) - 1)
     start = time.perf_counter()
     run(tmp_path, "--iterations", "100")
-    lines = [line for line in capsys.readouterr().err.split("\r") if line.startswith("leap_align:")]
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.split("\r") if line.startswith("leap_align:")]
     # One at the start, one at the end, and one more after each message.
     assert 2 <= len(lines) <= time.perf_counter() - start + 5
+    assert "iteration 1: the gradient is exactly zero" in printed.out and printed.out.count("exactly zero") == 1
 
 
 def test_a_run_says_what_it_will_do_and_what_to_look_at(tmp_path, monkeypatch, capsys):
@@ -93,7 +96,7 @@ def test_the_announced_loss_is_the_one_of_the_log(flags, loss, tmp_path, capsys)
     assert eval(announced, {"max": max}, row) == pytest.approx(row["loss"], rel=1e-5)
 
 
-def test_the_next_commands_parse_and_never_suggest_the_same_run_again():
+def test_the_next_commands_parse_and_never_suggest_the_same_run_again(capsys):
     found, command = [], "python train_leap_align.py"
     while "train_leap_align.py" in command:
         assert command not in found
@@ -105,16 +108,13 @@ def test_the_next_commands_parse_and_never_suggest_the_same_run_again():
     assert command.split()[:3] == ["python", "-m", "toy.laboratory"] and command.split()[3] in EXPERIMENTS
     assert all("toy/tour.ipynb" in suggestion for suggestion in (found[1], command))
     assert next_command(task.Task, None, 3.0) == "python train_leap_align.py --help"
-
-
-@pytest.mark.parametrize("name", ["flux", "sd3", "klein"])
-def test_the_next_command_of_a_full_size_task_shows_its_help(name, capsys):
     pytest.importorskip("diffusers")
-    command = shlex.split(next_command(trainer.task_class(name), None, 0), comments=True)
-    assert command[:3] == ["python", "-m", "full_scale"]
-    with pytest.raises(SystemExit) as stop:
-        full_scale.__main__.main(command[3:])
-    assert not stop.value.code and "--prompts" in capsys.readouterr().out
+    for name in ("flux", "sd3", "klein"):
+        command = shlex.split(next_command(trainer.task_class(name), None, 0), comments=True)
+        assert command[:3] == ["python", "-m", "full_scale"]
+        with pytest.raises(SystemExit) as stop:
+            full_scale.__main__.main(command[3:])
+        assert not stop.value.code and "--prompts" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("task", TOYS)
@@ -321,13 +321,6 @@ def test_too_many_skipped_steps_stop_the_run_and_keep_the_checkpoint(reference, 
         patch.setattr(Modes, "evaluate", lambda self, folder, iteration: {"reward": 0.0, **self.held_out})
         assert "3 steps in a row skipped" in error_line("--out", str(tmp_path / "new"), "--max-skipped-steps", "3")
     assert run(tmp_path / "resumed", "--resume") == metrics(reference)
-
-
-def test_a_gradient_of_exactly_zero_is_reported_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Modes, "reward", lambda self, sample, condition: 0 * sample.sum(1) - 1)
-    run(tmp_path, "--iterations", "3")
-    printed = capsys.readouterr().out
-    assert "iteration 1: the gradient is exactly zero" in printed and printed.count("exactly zero") == 1
 
 
 REFUSALS = r"""
