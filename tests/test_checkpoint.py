@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -36,10 +37,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(reference, tmp_path):
 
 
 def test_the_newest_checkpoint_is_on_the_disk_before_its_rename_and_that_before_the_oldest_goes(tmp_path, monkeypatch):
-    """By inodes, which a rename keeps."""
-    events, replace, rmtree = [], os.replace, shutil.rmtree
-    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(os.fstat(descriptor).st_ino))
-    monkeypatch.setattr(os, "replace", lambda a, b: events.append(f"rename to {b}") or replace(a, b))
+    """By inodes, which a rename keeps, and by this module's own calls: torch syncs the shards as well, today."""
+    events, rmtree = [], shutil.rmtree
+
+    def replace(source, target):
+        events.append(f"rename to {target}")
+        os.replace(source, target)
+
+    own = {"fsync": lambda descriptor: events.append(os.fstat(descriptor).st_ino), "replace": replace}
+    monkeypatch.setattr(checkpoint, "os", SimpleNamespace(**vars(os) | own))
     monkeypatch.setattr(shutil, "rmtree", lambda path, **how: events.append(f"remove {path}") or rmtree(path, **how))
     run(tmp_path, "--iterations", "2", *EACH, "--checkpoints-total-limit", "1")
     assert checkpoints(tmp_path) == ["000002"]
