@@ -45,7 +45,7 @@ def copy(whole, tmp_path):
 def commands(whole, copy):
     """Programs, and arguments with which they read the copy; `score again` goes on with scores of the whole images."""
     new = copy / "new"
-    training, drawing = [*flags(copy, "flux"), "--out", new], sampling(copy, new)
+    training, drawing = [*flags(copy, "flux"), "--out", copy / "trained anew"], sampling(copy, new)
     return {
         "train": (trainer.main, training),
         "train on e": (trainer.main, [*training, "--prompts", copy / "e"]),
