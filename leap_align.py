@@ -227,8 +227,8 @@ def _check_pair(i_k: int | Tensor, i_j: int | Tensor, T: int, B: int | None = No
     fits = ks.shape == js.shape and ks.shape in ((), (B,)) and not (ks.is_floating_point() or js.is_floating_point())
     wanted = "two ints, one pair a batch" if B is None else f"two ints or two integer tensors of ({B},)"
     require(fits, f"i_k={ks.tolist()}, i_j={js.tolist()} must be {wanted}")
-    is_pair = ((js >= 1) & (js < ks) & (ks <= T)).all()
-    require(is_pair, f"i_k={ks.tolist()}, i_j={js.tolist()} must satisfy 1 <= i_j < i_k <= T={T}")
+    for k, j in zip(ks.reshape(-1).tolist(), js.reshape(-1).tolist()):
+        require(1 <= j < k <= T, f"i_k={k}, i_j={j} must satisfy 1 <= i_j < i_k <= T={T}")
 
 
 # ---------------------------------------------- The objective (M11-M13) ----------------------------------------------

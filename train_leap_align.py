@@ -175,7 +175,8 @@ class Trainer:
             drawn = {name: torch.as_tensor(value).float().mean().item() for name, value in log.items()}
             rows.append(metrics | drawn | leash)
         sums = {name: sum(row[name] for row in rows) for name in ("loss", "leash") if name in rows[0]}
-        return mean(rows) | sums | {"loss": sums["loss"] + self.config.beta * sums.get("leash", 0)}
+        sums["loss"] += self.config.beta * sums.get("leash", 0)
+        return mean(rows) | {name: torch.tensor(value).item() for name, value in sums.items()}  # float32
 
     def velocity(self, condition: Any) -> CutVelocity:
         """v_theta for the method, on a leash if beta > 0."""

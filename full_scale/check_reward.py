@@ -6,7 +6,7 @@ import torch
 import tyro
 
 from full_scale import rewards
-from leap_align import BadInput
+from leap_align import require
 
 
 def check_reward(
@@ -21,7 +21,7 @@ def check_reward(
         reward_weights: Local path of each named reward's weights, in their order; the hub's if not given.
         device: Where to compute; the GPU if there is one.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("device=cuda: there is no GPU, or this torch cannot use it; give --device cpu")
+    is_there = device == "cpu" or torch.cuda.is_available()
+    require(is_there, "device=cuda: there is no GPU, or this torch cannot use it; give --device cpu")
     rewards.check_reward(rewards.load(reward, reward_weights, device), device=device)
     print(f"{reward} keeps the contract")

@@ -93,6 +93,7 @@ def total_gib(peak: dict[str, int]) -> float:
     return sum(peak.values()) / GIB
 
 
+# ------------------------------------------------------ Execute ------------------------------------------------------
 def simulate(flags: PlanFlags, title: str) -> Costs:
     """Executes one optimizer step and the evaluation of one image, as rank 0 of the machine, with a bar."""
     machine = flags.machine
@@ -202,6 +203,7 @@ def host_and_disk(trainer: Trainer, machine: Machine) -> tuple[dict[str, int], d
     return host | {"export": min(EXPORT_FILE_BYTES, export)}, disk
 
 
+# ------------------------------------------------------- Judge -------------------------------------------------------
 def seconds(counts: Counter[str], machine: Machine) -> float:
     """Time of a phase: computing overlaps with the traffic within the node, not with that between nodes."""
     within, between = machine.bandwidth
@@ -244,6 +246,7 @@ def verdict(flags: PlanFlags, costs: Costs) -> str:
     return f"does not fit; with all changes of flags it still needs {least:.1f} GiB: {more}"
 
 
+# ------------------------------------------------------- Report ------------------------------------------------------
 def plan(arguments: list[str]) -> None:
     """Compute memory, time and traffic of a full-size run by executing its code on tensors without values."""
     diffusers.utils.logging.set_verbosity_error()

@@ -14,12 +14,12 @@ from tqdm import tqdm
 from full_scale import rewards
 from full_scale.contents import images_content, reward_content
 from full_scale.pipeline import gpu_or_cpu, silence_other_ranks
-from leap_align import BadInput
+from leap_align import BadInput, require
 from runtime.processes import barrier, rank, run_on_all_ranks, run_on_rank0, world_size
 from runtime.run_dir import claimed_output_folder, read_json, write_text
 
-Row = dict[str, Any]
-"""image, prompt and reward of one image."""
+ROW = ("image", "prompt", "reward")
+"""What a log holds of each image."""
 
 
 @torch.no_grad()
@@ -38,15 +38,15 @@ def score(images: Path, out: Path, reward: str = "hpsv2.1", reward_weights: tupl
     settings = run_on_all_ranks(lambda: contents(images, prompts, reward, model) if rank() == 0 else {})
     log = out / f"{images.resolve().name}_rewards_log.json"
     with claimed_output_folder(out, "score", settings):
-        if log.exists():
-            run_on_rank0(lambda: print_finished(log, reward))
-        else:
+        is_old = log.exists()
+        if not is_old:
             score_images(model, images, prompts, log.with_suffix(".parts"), device)
             run_on_rank0(lambda: write_log(log, log.with_suffix(".parts"), prompts, reward))
+        run_on_rank0(lambda: print_mean(log, reward, "already in" if is_old else "written to"))
 
 
 def contents(images: Path, prompts: dict[str, str], reward: str, model: nn.Module) -> dict[str, str]:
-    """Digests of everything that decides about the scores; refuses a damaged image."""
+    """Digests of everything that determines the scores; refuses a damaged image."""
     for name in tqdm(prompts, "check", leave=False, delay=2):
         check_image(images / name)
     contents = {"images": images_content(images, prompts), "reward": reward}
@@ -79,11 +79,10 @@ def score_images(
     barrier()  # otherwise a fast rank would write rows while a slow one still reads
     with (rows_folder / f"{rank()}.jsonl").open("a") as file:
         file.write("\n")  # ends a row that was cut off
-        for name in tqdm(list(prompts)[rank() :: world_size()], "score", mininterval=1, disable=rank() > 0):
-            if name in scored:
-                continue
+        names = [name for name in list(prompts)[rank() :: world_size()] if name not in scored]
+        for name in tqdm(names, "score", mininterval=1, disable=rank() > 0):
             value = model(read_image(images / name).to(device), [prompts[name]]).item()
-            file.write(json.dumps({"image": name, "prompt": prompts[name], "reward": value}) + "\n")
+            file.write(json.dumps(dict(zip(ROW, (name, prompts[name], value)))) + "\n")
             file.flush()
     barrier()
 
@@ -91,43 +90,40 @@ def score_images(
 def read_image_prompts(images: Path) -> dict[str, str]:
     """prompts.json of a folder of images, by file; all images must exist."""
     path = images / "prompts.json"
-    if not path.exists():
-        raise BadInput(f"images={images} needs a prompts.json, {{file: prompt}}, as `sample` writes it")
+    require(path.exists(), f"images={images} needs a prompts.json, {{file: prompt}}, as `sample` writes it")
     prompts = read_json(path)
-    if wrong := [name for name, prompt in prompts.items() if not isinstance(prompt, str)]:
-        raise BadInput(f"{path}: the prompt of {wrong[0]} must be a text, not {prompts[wrong[0]]!r:.40}")
+    for name, prompt in prompts.items():
+        require(isinstance(prompt, str), f"{path}: the prompt of {name} must be a text, not {prompt!r:.40}")
     missing = [name for name in prompts if not (images / name).is_file()]
-    if missing or not prompts:
-        raise BadInput(f"{images} lacks {len(missing)} of {len(prompts)} images: finish `python -m full_scale sample`")
+    message = f"{images} lacks {len(missing)} of {len(prompts)} images: finish `python -m full_scale sample`"
+    require(prompts and not missing, message)
     return prompts
 
 
-def read_rows(rows_folder: Path) -> dict[str, Row]:
+def read_rows(rows_folder: Path) -> dict[str, dict[str, Any]]:
     """The rows that all ranks have written, by image; a row that was cut off does not count."""
     rows = {}
-    for file in rows_folder.glob("*.jsonl"):
-        for line in file.read_text().splitlines():
-            try:
-                row = json.loads(line)
-                rows[row["image"]] = {name: row[name] for name in ("image", "prompt", "reward")}
-            except (ValueError, LookupError, TypeError):
-                continue
+    for line in (line for file in rows_folder.glob("*.jsonl") for line in file.read_text().splitlines()):
+        try:
+            row = json.loads(line)
+            rows[row["image"]] = {name: row[name] for name in ROW}
+        except (ValueError, LookupError, TypeError):
+            continue
     return rows
 
 
 def write_log(log: Path, rows_folder: Path, prompts: dict[str, str], reward: str) -> None:
-    """Collects the rows of all ranks, in the order of the images, removes their files and prints the mean."""
+    """Collects the rows of all ranks, in the order of the images, and removes their files."""
     rows = read_rows(rows_folder)
     mean = float(np.mean([rows[name]["reward"] for name in prompts]))
     result = {"mean": mean, "reward": reward, "images": [rows[name] for name in prompts]}
     write_text(log, json.dumps(result, indent=1) + "\n")
     shutil.rmtree(rows_folder)
-    print(f"mean {reward} of {len(prompts)} images: {mean:.4f}; written to {log}")
 
 
-def print_finished(log: Path, reward: str) -> None:
-    """Prints the mean in an existing log."""
+def print_mean(log: Path, reward: str, where: str) -> None:
+    """Prints the mean in a log."""
     result = read_json(log)
-    if not isinstance(result.get("mean"), float) or not isinstance(result.get("images"), list):
-        raise BadInput(f"{log} is damaged: delete it, and the same command scores the images again")
-    print(f"mean {reward} of {len(result['images'])} images: {result['mean']:.4f}; already in {log}")
+    is_whole = isinstance(result.get("mean"), float) and isinstance(result.get("images"), list)
+    require(is_whole, f"{log} is damaged: delete it, and the same command scores the images again")
+    print(f"mean {reward} of {len(result['images'])} images: {result['mean']:.4f}; {where} {log}")

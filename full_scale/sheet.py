@@ -6,6 +6,8 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -23,24 +25,20 @@ def draw_sheet(images: Tensor, prompts: Sequence[str], columns: int = 4) -> Imag
     images: 8 bits, (P * n, 3, H, W), n for each of the P prompts, one prompt's after the other's.
     """
     cells = [_draw_cell(group, prompt) for group, prompt in zip(images.chunk(len(prompts)), prompts)]
-    width, height = cells[0].size
-    columns = min(columns, len(cells))
-    sheet = Image.new("RGB", (columns * width, -(-len(cells) // columns) * height), "white")
-    for i, cell in enumerate(cells):
-        sheet.paste(cell, (i % columns * width, i // columns * height))
-    return sheet
+    sheet = torchvision.utils.make_grid(cells, nrow=columns, padding=0, pad_value=255)
+    return Image.fromarray(sheet.permute(1, 2, 0).numpy())
 
 
-def _draw_cell(images: Tensor, prompt: str) -> Image.Image:
-    """The images (n, 3, H, W) of one prompt in a row, the prompt, and a margin at the right and below."""
+def _draw_cell(images: Tensor, prompt: str) -> Tensor:
+    """The images (n, 3, H, W) of one prompt in a row, the prompt, and a margin at the right and below; (3, h, w)."""
     row = torchvision.utils.make_grid(images, nrow=len(images), padding=PADDING, pad_value=255)
     font = ImageFont.truetype(str(FONT), max(10, images.shape[2] // 16))
     line_height = int(1.25 * font.size)
     characters = int((row.shape[2] - 2 * PADDING) / font.getlength("n"))
     lines = textwrap.wrap(prompt, max(characters, 8), max_lines=LINES_OF_TEXT, placeholder=" …")
-    size = row.shape[2] + font.size, row.shape[1] + LINES_OF_TEXT * line_height + font.size
-    cell = Image.new("RGB", tuple(map(int, size)), "white")
-    cell.paste(Image.fromarray(np.asarray(row.permute(1, 2, 0))), (0, 0))
+    below = LINES_OF_TEXT * line_height + int(font.size)
+    cell = F.pad(row, (0, int(font.size), 0, below), value=255)
+    cell = Image.fromarray(cell.permute(1, 2, 0).numpy())
     for i, line in enumerate(lines):
         ImageDraw.Draw(cell).text((PADDING, row.shape[1] + i * line_height), line, "black", font)
-    return cell
+    return torch.from_numpy(np.array(cell)).permute(2, 0, 1)

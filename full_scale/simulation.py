@@ -100,7 +100,7 @@ class WithoutWeights:
     def load_reward(self) -> nn.Module:
         """HPSv2.1 with the shapes of its weights, or of those in a local folder."""
         folders = [Path(path) for path in self.options.reward_weights if Path(path).is_dir()]
-        return self.simulation.empty(HPSv2.empty(*map(HPSv2.read_config, folders)), torch.float32)
+        return self.simulation.empty(HPSv2.empty(*folders[:1]), torch.float32)
 
     def open_pipeline(self, text: bool) -> Any:
         """The pipeline, whose tokenizers know few words; without text encoders if embeddings are stored."""

@@ -33,9 +33,8 @@ from runtime.run_dir import atomic_folder, read_json, write_errors_named, write_
 EXPORT_FILE_BYTES = 2 * 10**9  # the most in a file of an export, unless a weight is larger; rank 0 holds one file
 NF4_BLOCKS = 64, 16  # weights that share a scale, scales that share one: their product divides the size of every layer
 
+
 # ------------------------------------------------------- Build -------------------------------------------------------
-
-
 def empty_transformer(family: Family, folder: Path) -> nn.Module:
     """The transformer of the pipeline in a folder, on the meta device: architecture without memory."""
     kind, path = family.transformer_class, folder / "transformer" / "config.json"
@@ -151,8 +150,6 @@ def compile_blocks(model: nn.Module) -> None:
 
 
 # ------------------------------------------------------- Shard -------------------------------------------------------
-
-
 def mesh_of_one(device: torch.device) -> DeviceMesh:
     """A mesh of this process alone, so that one process takes the same path as many."""
     dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
@@ -200,8 +197,6 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
 
 
 # --------------------------------------------------- Load and save ---------------------------------------------------
-
-
 def load(model: nn.Module, folder: Path) -> None:
     """Loads what `save` wrote into a run's folder."""
     if not has_lora(model):

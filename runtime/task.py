@@ -125,8 +125,9 @@ class Task(ABC):
         x_T, condition = self.noise(n, generator), self.sample_conditions(n, generator)
         samples = self.decode(rollout(self.velocity(condition), x_T, self.times)[0])
         with torch.no_grad():
-            reward = self.reward(samples, condition).mean().item()
-        return {"reward": reward, **self.evaluate_held_out(samples, condition)}
+            reward = self.reward(samples, condition)
+        require(torch.is_tensor(reward), f"a reward of type {type(reward).__name__} must be a tensor (B,) = ({n},)")
+        return {"reward": reward.mean().item(), **self.evaluate_held_out(samples, condition)}
 
     def draw_figures(self, folder: Path) -> None:
         """Draws figures of a finished run beside curves.png; rank 0 calls it."""

@@ -7,6 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.oracles import RUNS
+from tests.problems import METHODS, SHIFTS
+
 
 def pytest_configure(config):
     """Slow tests run only when they are asked for: -m slow, or any other -m."""
@@ -18,6 +21,15 @@ def pytest_configure(config):
     if hasattr(config, "workerinput"):  # several processes, each with threads for all cores, would wait for one another
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         torch.set_num_threads(1)
+
+
+def cases(*values):
+    """An argument of tests that run once for each of these values."""
+    return pytest.fixture(params=values, ids=str)(lambda request: request.param)
+
+
+name, solver, form = cases(*METHODS), cases(*RUNS), cases("one pass", "two passes")
+shift, alpha, shape, seed = cases(*SHIFTS), cases(0, 0.3, 1), cases((3,), (2, 2, 2)), cases(*range(4))
 
 
 @pytest.fixture

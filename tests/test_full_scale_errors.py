@@ -172,7 +172,7 @@ def test_a_distilled_model_is_drawn_from_without_guidance_and_never_downloaded_f
         return odd / name
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    line = refusal([*flags(models, name), "--model", "someone/distilled", "--out", tmp_path])
+    line = refusal([*flags(models, name), "--model", "someone/distilled", "--out", tmp_path / "run"])
     assert "distilled to few steps" in line
     assert set(asked) == {"model_index.json", "scheduler/*", "transformer/config.json"}
 

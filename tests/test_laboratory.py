@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from io import StringIO
@@ -13,17 +13,15 @@ import pytest
 
 import train_leap_align as trainer
 from leap_align import METHODS, BadInput, leap, rollout
-from runtime.run_dir import read_csv
+from runtime.run_dir import read_csv, write_text
 from tests.toy_runs import ROOT
 from toy.laboratory import __main__ as laboratory
 from toy.laboratory import ablations, compare, leash, plots, result_cache
 from toy.laboratory.laboratory import SMOKE, Laboratory, Scale
 from toy.laboratory.result_cache import ResultCache
-from toy.laboratory.tables import EVALUATORS, direction, directions_table
+from toy.laboratory.tables import EVALUATORS, direction, directions_table, groups
 from toy.laboratory.train_run import SMOKE_OPTIONS, train_run
 from toy.laboratory.variants import VARIANTS
-
-# The cache
 
 
 def double(value, log):
@@ -49,57 +47,38 @@ def test_results_are_computed_once_and_kept_after_a_failure(tmp_path):
 def test_two_workers_compute_the_same_results_as_one(tmp_path):
     settings = {value: {"value": value} for value in range(5)}
     one, two = (ResultCache(tmp_path / str(n), n).results(dict, settings, "results") for n in (1, 2))
-    assert one == two == settings
     names_1, names_2 = (sorted(path.name for path in (tmp_path / str(n)).iterdir()) for n in (1, 2))
-    assert names_1 == names_2 and len(names_1) == 5
+    assert one == two == settings and names_1 == names_2 and len(names_1) == 5
 
 
 @pytest.mark.parametrize("content", ["", '{"function": "dict", "resu', "[]", "{}"])
 def test_a_damaged_result_is_named_and_computed_again(content, tmp_path, capsys):
     cache, settings = ResultCache(tmp_path, 1), {1: {"value": 1}, 2: {"value": 2}}
-    before = cache.results(dict, settings, "results")
-    damaged = result_cache.cache_path(tmp_path, dict, settings[1])
+    before, damaged = cache.results(dict, settings, "results"), result_cache.cache_path(tmp_path, dict, settings[1])
     damaged.write_text(content)
     for message in (f"{damaged} is damaged: it is removed, and its result is computed again\n", ""):
         assert cache.results(dict, settings, "results") == before
         assert capsys.readouterr().out == message
-
-
-# The output folder
-
-
-@pytest.fixture
-def no_experiment(monkeypatch):
-    """`pairs` writes one file."""
-
-    def write(lab):
-        lab.out.mkdir(exist_ok=True)
-        (lab.out / "pairs.md").write_text(repr(lab.scale))
-
-    monkeypatch.setitem(laboratory.EXPERIMENTS, "pairs", write)
+    damaged.write_text(content)
+    assert result_cache.stored_result(damaged) is None and not damaged.exists()
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_smoke_and_real_results_have_a_folder_each(first, no_experiment, tmp_path):
+def test_smoke_and_real_results_have_a_folder_each_and_other_folders_are_refused(first, monkeypatch, tmp_path):
+    write = lambda lab: write_text(lab.out / "pairs.md", repr(lab.scale))  # noqa: E731
+    monkeypatch.setitem(laboratory.EXPERIMENTS, "pairs", write)
     laboratory.main("pairs", tmp_path / "lab", smoke=first)
     before, names = (tmp_path / "lab" / "pairs.md").read_text(), {True: "smoke", False: "full"}
-    with pytest.raises(
-        SystemExit, match=rf"lab .* scale was {names[first]}, is {names[not first]}; .* another folder$"
-    ):
+    message = rf"lab .* scale was {names[first]}, is {names[not first]}; .* another folder$"
+    with pytest.raises(SystemExit, match=message):
         laboratory.main("pairs", tmp_path / "lab", smoke=not first)
     assert (tmp_path / "lab" / "pairs.md").read_text() == before
     laboratory.main("pairs", tmp_path / "lab", workers=2, smoke=first)
     laboratory.main("pairs", tmp_path / "other", smoke=not first)
-
-
-def test_a_folder_that_the_laboratory_did_not_fill_is_refused(no_experiment, tmp_path):
-    (tmp_path / "pairs.md").write_text("mine")
+    write_text(tmp_path / "mine" / "pairs.md", "mine")
     with pytest.raises(SystemExit, match=r"toy.laboratory did not fill it: choose another folder$"):
-        laboratory.main("pairs", tmp_path)
-    assert (tmp_path / "pairs.md").read_text() == "mine"
-
-
-# Training runs
+        laboratory.main("pairs", tmp_path / "mine")
+    assert (tmp_path / "mine" / "pairs.md").read_text() == "mine"
 
 
 def test_train_run_equals_the_trainers_command(tmp_path):
@@ -143,20 +122,16 @@ def fake_laboratory(monkeypatch, result: Callable, **scale) -> Laboratory:
     return Laboratory(None, ResultCache(None, 8), replace(SMOKE, **scale))
 
 
-def test_metrics_of_runs_are_listed_by_key_and_seed(monkeypatch):
-    result = lambda s: {"metrics": [{"reward": 10 * s["lr"] + s["seed"]}], "error": ""}  # noqa: E731
-    settings = {name: {"task": "toy", "lr": lr, "evaluate_at": [3]} for name, lr in (("a", 1), ("b", 2))}
-    assert fake_laboratory(monkeypatch, result).run_metrics(settings, "") == {
-        "a": [{3: {"reward": 10}}, {3: {"reward": 11}}],
-        "b": [{3: {"reward": 20}}, {3: {"reward": 21}}],
-    }
+def test_metrics_of_runs_are_listed_by_key_and_seed_and_a_broken_run_is_refused(monkeypatch):
+    def result(s):
+        return {"metrics": [{"reward": 10 * s["lr"] + s["seed"]}], "error": "" if s["lr"] < 3 else "too many\nsteps"}
 
-
-def test_a_table_refuses_a_run_that_broke(monkeypatch):
-    result = lambda s: {"metrics": [], "error": "too many\nsteps" if s["lr"] == 1e-2 else ""}  # noqa: E731
-    settings = {lr: {"task": "toy", "method": "refl", "lr": lr, "evaluate_at": []} for lr in (1e-3, 1e-2)}
-    with pytest.raises(BadInput, match=r"^toy, refl, lr 0.01, seed 0 broke: too many steps$"):
-        fake_laboratory(monkeypatch, result).run_metrics(settings, "")
+    settings = {lr: {"task": "toy", "method": "refl", "lr": lr, "evaluate_at": [7]} for lr in (1, 2, 3)}
+    lab = fake_laboratory(monkeypatch, result)
+    with pytest.raises(BadInput, match=r"^toy, refl, lr 3, seed 0 broke: too many steps$"):
+        lab.run_metrics(settings, "")
+    metrics = lab.run_metrics({lr: settings[lr] for lr in (1, 2)}, "")
+    assert metrics == {lr: [{7: {"reward": 10 * lr}}, {7: {"reward": 10 * lr + 1}}] for lr in (1, 2)}
 
 
 def test_seconds_are_always_measured_on_one_process(monkeypatch):
@@ -176,15 +151,9 @@ def test_learning_rates_are_chosen_by_the_reward_and_a_broken_run_is_worst(monke
         return {"metrics": [] if broken else metrics, "error": "broke" if broken else ""}
 
     scale = {"tasks": ("toy", "digits"), "tuning_seeds": (9,), "budgets": {"small": 1, "large": 2}}
-    assert fake_laboratory(monkeypatch, result, **scale).learning_rates(("refl",), {"hinge": 0.0}) == {
-        ("toy", "hinge", "refl", "small"): 1e-4,
-        ("toy", "hinge", "refl", "large"): 1e-3,
-        ("digits", "hinge", "refl", "small"): 1e-4,
-        ("digits", "hinge", "refl", "large"): 1e-4,
-    }
-
-
-# Tables
+    rates = fake_laboratory(monkeypatch, result, **scale).learning_rates(("refl",), {"hinge": 0.0})
+    expected = {("toy", "small"): 1e-4, ("toy", "large"): 1e-3, ("digits", "small"): 1e-4, ("digits", "large"): 1e-4}
+    assert rates == {(task, "hinge", "refl", budget): lr for (task, budget), lr in expected.items()}
 
 
 def test_directions_against_a_hand_calculation():
@@ -223,9 +192,6 @@ def test_every_run_of_the_leash_says_what_restrained_it():
         ("hinge", 0.0, 0.0, 3),
         ("both", 0.0, 2.0, 3),
     ]
-
-
-# The experiments at a small scale, with a method and a variant of a user's own
 
 
 def half_way(velocity, x_T, times, hyper, generator, step=leap):
@@ -273,13 +239,6 @@ def test_a_finished_experiment_computes_nothing(experiments, monkeypatch):
     assert read_csv(folder / "pairs.csv") == found["pairs"][0]
 
 
-def test_a_method_and_a_variant_of_your_own_are_in_every_table(experiments):
-    rows = {name: rows for name, (rows, _) in experiments[1].items()}
-    for name in ("compare", "fidelity", "leash"):
-        assert {*METHODS, "half_way"} - {"leap_align", "full_backprop"} <= {row["method"] for row in rows[name]}
-    assert {row["option"] for row in rows["ablations"] if row["ablation"] == "mine"} == {"two", "one"}
-
-
 @pytest.mark.parametrize("name", ["compare", "pairs"])
 def test_equal_compute_is_equal(name, experiments):
     rows = [row for row in experiments[1][name][0] if row.get("equal") != "samples" and row["iterations"]]
@@ -290,50 +249,32 @@ def test_equal_compute_is_equal(name, experiments):
         assert all(abs(total - 29 * iterations) <= total / max(1, n) / 2 + 1 or n == 0 for total, n in costs)
 
 
-def test_each_table_of_the_comparison_begins_with_the_model_before_training(experiments):
-    tables = {}
-    for row in experiments[1]["compare"][0]:
-        tables.setdefault(tuple(row[name] for name in compare.BY), []).append(row["method"])
-    assert len(tables) == 2 * 2 * 2  # hinges, budgets, samples or compute
-    assert all(table[0] == "pretrained" and table.count("pretrained") == 1 for table in tables.values())
-
-
-def test_the_leash_is_tried_by_every_method(experiments):
-    kinds = {}
-    for row in experiments[1]["leash"][0]:
-        assert float(row["v_norm"]) > 0
-        kinds.setdefault(row["method"], set()).add(row["kind"])
+def test_tables_have_every_method_and_the_users_own(experiments):
+    rows = {name: rows for name, (rows, _) in experiments[1].items()}
+    assert {row["option"] for row in rows["ablations"] if row["ablation"] == "mine"} == {"two", "one"}
+    assert "half_way" in {row["method"] for row in rows["fidelity"]}
+    tables = [[row["method"] for row in table] for table in groups(rows["compare"], *compare.BY).values()]
+    assert tables == [["pretrained", *METHODS, "half_way"]] * 8  # of two hinges, two budgets, samples or compute
+    assert all(float(row["v_norm"]) > 0 for row in rows["leash"])
+    kinds = {method: {row["kind"] for row in table} for (method,), table in groups(rows["leash"], "method").items()}
     assert kinds.pop("leap_align") == {"stop", "none", "leash", "hinge", "both"}
     assert kinds == {method: {"stop", "none", "leash"} for method in (*METHODS, "half_way") if method != "leap_align"}
 
 
-# Figures, and the committed tables
-
-
-def results(name):
-    """The rows of a committed table, numbers as numbers."""
+def results(name, *numbers):
+    """The rows of a committed table, with numbers in some columns."""
     rows = read_csv(ROOT / "toy" / "laboratory" / "results" / name)
-    return [{key: value if key == "option" else number(value) for key, value in row.items()} for row in rows]
-
-
-def number(text):
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    return text
+    return [row | {column: float(row[column]) for column in numbers} for row in rows]
 
 
 def test_no_panel_of_the_comparison_is_a_diagonal():
     """A held-out evaluator that is a line over the reward shows nothing that the reward does not."""
-    rows = results("compare-curves.csv")
-    assert {row["task"] for row in rows} == set(compare.SHOWN)
-
-    def correlation(task, name):
-        reward, value = zip(*((row["reward"], row[name]) for row in rows if row["task"] == task))
-        return abs(np.corrcoef(reward, value)[0, 1])
-
-    assert all(correlation(task, name) < 0.98 for task, names in compare.SHOWN.items() for name in names)
-    assert correlation("toy", "utility") > 0.99
+    curves = groups(results("compare-curves.csv", "reward"), "task")
+    assert {task for (task,) in curves} == set(compare.SHOWN)
+    for task, name in [("toy", "utility"), *((task, name) for task, names in compare.SHOWN.items() for name in names)]:
+        reward, value = zip(*((row["reward"], float(row[name])) for row in curves[task,]))
+        correlation = abs(np.corrcoef(reward, value)[0, 1])
+        assert correlation > 0.99 if (task, name) == ("toy", "utility") else correlation < 0.98
 
 
 def test_the_curves_end_where_the_tables_of_the_comparison_say():
@@ -346,8 +287,8 @@ def test_the_curves_end_where_the_tables_of_the_comparison_say():
 
 
 def test_an_ablation_has_one_scale_for_a_task_and_marks_the_papers_choice():
-    rows, references = results("ablations.csv"), {n: a.reference for n, a in ablations.ABLATIONS.items()}
-    figure = plots.ablations(rows, references)
+    references = {name: ablation.reference for name, ablation in ablations.ABLATIONS.items()}
+    figure = plots.ablations(results("ablations.csv", "reward", "reward_error"), references)
     assert len(figure.axes) == 2 * len(references)
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == ["the paper's choice", "after 60 iterations", "after 150 iterations"]
@@ -365,26 +306,19 @@ def test_every_method_has_a_color_and_a_marker_of_its_own(monkeypatch):
     assert len({look["color"] for look in looks}) == len({look["marker"] for look in looks}) == len(METHODS)
 
 
-# What the experiments compare
-
-
 @pytest.mark.parametrize("scale", [Scale(), SMOKE])
 def test_no_table_uses_a_seed_that_chose_learning_rates(scale):
     assert not set(scale.seeds) & {*scale.tuning_seeds, *scale.more_tuning_seeds}
 
 
-def test_directions_of_the_comparison_have_the_papers_sign():
-    """LeapAlign 3, DRTune 2, DRaFT-LV 1, ReFL 0: the order of the paper's Table 2 on FLUX."""
-    scale = Scale(tasks=("toy",), seeds=(0, 1), budgets={"small": 1})
+def test_directions_have_the_papers_sign():
+    """LeapAlign 3, DRTune 2, DRaFT-LV 1, ReFL 0, as on FLUX (Table 2); 1 for the paper's choices, 0 for others."""
+    scale = Scale(tasks=("toy",), seeds=(0, 1), budgets={"small": 1}, ablation_iterations=(1, 2))
     values = {"leap_align": 3.0, "drtune": 2.0, "draft_lv": 1.0, "refl": 0.0, "full_backprop": 0.0}
     runs = {("toy", "hinge", name, "small"): [{1: {"reward": v, "utility": -v}}] * 2 for name, v in values.items()}
     rows = compare.directions(runs, scale)
     assert len({(row["claim"], row["figure"]) for row in rows}) == len(rows) == 12
     assert {(row["figure"], row["toy"]) for row in rows} == {("reward", "agrees"), ("utility", "disagrees")}
-
-
-def test_directions_of_the_ablations_have_the_papers_sign():
-    """The paper's own choices get the value 1, all other options 0."""
     best = {"alpha": "0.3", "leaps": "2", "reward of": "x_0", "weight": "both", "timesteps": "[0, 1]"}
     best |= {"k - j": "random", "lambda": "0"}
     runs = {}
@@ -392,5 +326,5 @@ def test_directions_of_the_ablations_have_the_papers_sign():
         for option in ablation.options:
             metrics = {"reward": (value := float(best.get(name) == option)), "utility": value, "grad_norm": 0.0}
             runs["toy", name, option] = [{1: metrics, 2: metrics}] * 2
-    rows = ablations.directions(runs, Scale(tasks=("toy",), seeds=(0, 1), ablation_iterations=(1, 2)))
+    rows = ablations.directions(runs, scale)
     assert {row["toy"] for row in rows if not row["claim"].startswith("nested")} == {"agrees"}

@@ -1,4 +1,4 @@
-"""The README files: what they name exists, snippets run, commands parse, numbers are the committed ones."""
+"""The pages: what they name exists, commands parse, examples run."""
 
 import importlib.util
 import inspect
@@ -12,37 +12,36 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import leap_align
 import train_leap_align as trainer
+from runtime.command_line import check, choose
 from runtime.run_dir import read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("", "toy/", "toy/laboratory/", "toy/laboratory/results/", "toy/benchmark/", "full_scale/", "runtime/")
-PAGES = {f"{folder}README.md": (ROOT / folder / "README.md").read_text() for folder in FOLDERS}
+LAB, RESULTS, COST = (f"toy/laboratory/{name}.md" for name in ("README", "results/README", "cost"))
+TOY, RUNTIME, FULL_SCALE = (f"{folder}/README.md" for folder in ("toy", "runtime", "full_scale"))
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", TOY, LAB, RESULTS, COST, FULL_SCALE, RUNTIME)}
 README = PAGES["README.md"]
-TABLE = re.search(r"\| equation \|.*?\n\n", README, re.S).group().splitlines()[2:]
-LINES = [
-    line.strip()
-    for page in PAGES.values()
-    for block in re.findall(r"```bash\n(.*?)```", page, re.S)
-    for line in re.split(r"[;\n]|&&", block.replace("\\\n", " "))
-]
+EQUATIONS = re.search(r"\| equation \|.*?\n\n", README, re.S).group().split("\n")[2:-2]
+TESTS = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+BASH = [block.replace("\\\n", " ") for page in PAGES.values() for block in re.findall(r"```bash\n(.*?)```", page, re.S)]
 
 
 def commands(program):
     """The arguments of every command that runs a program, without comments."""
-    lines = [line.split(program, 1)[1].split("#")[0].split() for line in LINES if program in line]
-    return [[word.replace("$s", "0") for word in line] for line in {tuple(line): line for line in lines}.values()]
+    lines = [line for block in BASH for line in re.split(r"[;\n]|&&", block) if program in line]
+    found = [line.split(program, 1)[1].split("#")[0].replace("$s", "0").split() for line in lines]
+    return [list(command) for command in dict.fromkeys(map(tuple, found))]
 
 
 EXTENSIONS = {"draft_k", "points"}
 """The method and the task that runtime/README.md adds; other tests run their commands."""
 TRAINER = [command for command in commands("train_leap_align.py") if not EXTENSIONS & set(command)]
 TOOLS = commands("-m full_scale")
-MODULES = [line for line in commands("python -m ") if line[0] != "full_scale"]
+MODULES = [command for command in commands("python -m ") if command[0] != "full_scale"]
 every_page = pytest.mark.parametrize("page", PAGES)
-
 
 # Form
 
@@ -57,37 +56,23 @@ def test_no_line_is_longer_than_120_characters(page):
 
 
 @every_page
-def test_every_link_and_figure_exists(page):
+def test_every_link_figure_and_test_that_a_page_names_exists(page):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", PAGES[page]):
-        if not target.startswith("http"):
-            path = ROOT / Path(page).parent / target
-            assert path.is_dir() or path.stat().st_size > 0
-
-
-# The equation table
-
-
-@pytest.mark.parametrize("row", [row for row in TABLE if row], ids=lambda row: row.split("|")[1].strip())
-def test_every_function_and_test_of_the_equation_table_exists(row):
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    _, _, functions, proofs, _ = re.split(r"(?<!\\)\|", row)
-    for name in re.findall(r"`(\w+)`", functions):
-        assert callable(getattr(leap_align, name))
-    for name in (names := re.findall(r"`(\w+)`", proofs)):
-        assert f"def {name}(" in tests
-    assert names
-
-
-def test_every_method_of_the_paper_is_in_the_table():
-    names = set(re.findall(r"`(\w+)`", "".join(TABLE)))
-    assert set(leap_align.METHODS) - {"full_backprop"} <= names
-
-
-@every_page
-def test_every_test_that_a_page_names_exists(page):
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+        path = ROOT / Path(page).parent / target
+        assert target.startswith("http") or path.is_dir() or path.stat().st_size > 0
     for name in re.findall(r"`(test_\w+)`", PAGES[page]):
-        assert f"def {name}(" in tests
+        assert f"def {name}(" in TESTS
+
+
+@pytest.mark.parametrize("row", EQUATIONS, ids=lambda row: row.split("|")[1].strip())
+def test_every_function_of_the_equation_table_exists_and_has_a_test(row):
+    functions, proofs = re.split(r"(?<!\\)\|", row)[2:4]
+    assert all(callable(getattr(leap_align, name)) for name in re.findall(r"`(\w+)`", functions))
+    assert "`test_" in proofs
+
+
+def test_every_method_of_the_paper_is_in_the_equation_table():
+    assert set(leap_align.METHODS) - {"full_backprop"} <= set(re.findall(r"`(\w+)`", "".join(EQUATIONS)))
 
 
 # Commands
@@ -99,21 +84,20 @@ def test_every_command_of_the_trainer_parses(command):
         pytest.importorskip("diffusers")
     if "--help" not in command:
         flags = trainer.parse(command)
-        trainer.check(flags.run, flags.method, world_size=1)
+        check(flags.run, flags.method, choose("method", flags.run.method, trainer.METHODS), world_size=1)
 
 
 @pytest.mark.parametrize("command", TOOLS, ids=" ".join)
 def test_every_tool_and_its_flags_exist(command):
     pytest.importorskip("diffusers")
     from full_scale.__main__ import TOOLS
+    from full_scale.plan import read_flags
 
     if command[0] == "plan":
-        from full_scale.plan import read_flags
-
         read_flags(command[1:])
-        return
-    flags = {word[2:].replace("-", "_") for word in command if word.startswith("--")}
-    assert flags - {"help"} <= set(inspect.signature(pkgutil.resolve_name(TOOLS[command[0]])).parameters)
+    else:
+        flags = {word[2:].replace("-", "_") for word in command if word.startswith("--")}
+        assert flags <= set(inspect.signature(pkgutil.resolve_name(TOOLS[command[0]])).parameters)
 
 
 @pytest.mark.parametrize("command", MODULES, ids=" ".join)
@@ -134,11 +118,13 @@ def test_the_toy_command_installs_the_pinned_versions():
     assert command.split() == pinned
 
 
+SHORT = "--batch-size 16 --pretrain-steps 20 --reward-steps 20 --evaluation-samples 160".split()
+
+
 def test_the_toy_needs_only_the_packages_of_its_command(tmp_path):
     """The main job, with a checkpoint, where every other package of requirements.txt cannot be imported."""
     _, others, _ = (ROOT / "requirements.txt").read_text().split("\n\n")
     names = [line.split("==")[0].removesuffix("_torch") for line in others.splitlines()[1:]]
-    flags = "--iterations 1 --batch-size 4 --pretrain-steps 1 --reward-steps 1 --evaluation-samples 160 --out".split()
     code = f"""
 import sys
 from pathlib import Path
@@ -146,20 +132,22 @@ sys.modules |= dict.fromkeys({names})
 import train_leap_align
 from toy import pretrain
 pretrain.CACHE = Path({str(tmp_path)!r})
-train_leap_align.main({[*flags, str(tmp_path / "run")]})
+train_leap_align.main({[*SHORT, "--iterations", "1", "--out", str(tmp_path / "run")]})
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "diffusers" in names and done.returncode == 0, done.stderr[-500:]
     assert (tmp_path / "run" / "result.json").exists()
 
 
-# Snippets
+# Examples
+
+
+def examples(page):
+    return re.findall(r"```python\n(.*?)```", PAGES[page], re.S)
 
 
 def test_the_snippet_trains():
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    names = {}
-    exec(snippet, names)
+    exec(examples("README.md")[0], names := {})
     model = torch.nn.Conv2d(16, 16, 1)
     before = model.weight.clone()
     names["update"](
@@ -180,205 +168,71 @@ def extended(tmp_path_factory):
         shutil.copy(ROOT / name, folder)
     for name in ("runtime", "toy"):
         shutil.copytree(ROOT / name, folder / name)
-    examples = re.findall(r"```python\n(.*?)```", PAGES["runtime/README.md"], re.S)
-    field, method, method_entry, task = examples
-    task_entry = re.search(r'`("points": "my_task:Points")`', PAGES["runtime/README.md"]).group(1)
-    insert_before(folder / "leap_align.py", "\n    def __post_init__(self)", field)
-    insert_before(folder / "leap_align.py", "METHODS: dict", f"{method}\n\n")
-    insert_before(folder / "leap_align.py", '    "refl": refl,', method_entry)
-    insert_before(folder / "train_leap_align.py", '    "digits": ', f"    {task_entry},\n")
+    field, method, entry, task = examples(RUNTIME)
+    task_entry = re.search(r'`("points": "my_task:Points")`', PAGES[RUNTIME]).group(1)
+    for path, mark, text in (
+        (folder / "leap_align.py", "\n    def __post_init__(self)", field),
+        (folder / "train_leap_align.py", '    "digits": ', f"    {task_entry},\n"),
+    ):
+        before, mark, after = path.read_text().rpartition(mark)
+        path.write_text(before + text + mark + after)
+    with (folder / "leap_align.py").open("a") as file:
+        file.write(f"\n\n{method}\n\n{entry}")
     (folder / "my_task.py").write_text(task)
     return folder
 
 
-def insert_before(path, mark, text):
-    before, mark, after = path.read_text().rpartition(mark)
-    path.write_text(before + text + mark + after)
-
-
 def run_extended(folder, name, *flags, processes=1):
-    """Runs the page's command with more flags; returns the run's folder."""
+    """Runs the page's command with more flags; returns the run's folder, its rows and its evaluations."""
     (command,) = (command for command in commands("train_leap_align.py") if name in command)
-    out = folder / "runs" / f"{name}-{processes}"
+    out = folder / "runs" / f"{name}-{processes}-{len(flags)}"
     torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
     arguments = [*torchrun, "train_leap_align.py", *command[: command.index("--out")], "--out", out, *flags]
     done = subprocess.run([sys.executable, *map(str, arguments)], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    return out
+    return out, read_csv(out / "metrics.csv"), json.loads((out / "result.json").read_text())
 
 
 def test_the_example_of_a_method_and_a_hyperparameter_trains(extended):
-    flags = "--iterations 2 --batch-size 16 --pretrain-steps 20 --reward-steps 20 --evaluation-samples 160".split()
-    out = run_extended(extended, "draft_k", *flags)
-    rows = read_csv(out / "metrics.csv")
+    out, rows, _ = run_extended(extended, "draft_k", "--iterations", "2", *SHORT)
     assert json.loads((out / "config.json").read_text())["last"] == 5
     assert all(float(row["grad_norm"]) > 0 for row in rows)
     assert tuple(rows[0]) == ("iteration", *trainer.METRICS)
 
 
 def test_a_column_of_a_methods_log_appears_once_it_is_in_metrics(monkeypatch, tmp_path):
-    @leap_align.method
-    def with_path(velocity, x_T, times, hyper, generator):
-        x_0 = leap_align.leap(x_T, velocity(x_T, times[-1]), times[-1], 0)
-        yield x_0, x_0.new_ones(len(x_0))
-        return {"path": (x_0 - x_T).abs().mean()}
+    def with_path(velocity, x_T, times, hyper, generator, step=leap_align.leap):
+        x_0 = step(x_T, velocity(x_T, times[-1]), times[-1], 0)
+        yield x_0, x_0.new_ones(len(x_0)), {"path": (x_0 - x_T).abs().mean()}
 
     monkeypatch.setitem(trainer.METHODS, "with_path", with_path)
-    flags = "--pretrain-steps 20 --reward-steps 20 --evaluation-samples 160 --batch-size 8 --iterations 1".split()
     for columns, is_shown in ((trainer.METRICS, False), ((*trainer.METRICS, "path"), True)):
         monkeypatch.setattr(trainer, "METRICS", columns)
-        trainer.main([*flags, "--method", "with_path", "--out", str(tmp_path / str(is_shown))])
-        (row,) = read_csv(tmp_path / str(is_shown) / "metrics.csv")
+        out = tmp_path / str(is_shown)
+        trainer.main([*SHORT, "--iterations", "1", "--method", "with_path", "--out", str(out)])
+        (row,) = read_csv(out / "metrics.csv")
         assert (float(row.get("path", 0)) > 0) == is_shown
 
 
 def test_the_example_of_a_task_trains_on_one_process_and_on_two(extended):
-    one, two = (run_extended(extended, "points", "--iterations", "40", processes=n) for n in (1, 2))
-    before, after = (json.loads((one / "result.json").read_text())[when] for when in ("before", "after"))
-    assert before["right"] > 0.9 and after["error"] < before["error"] / 2
-    for a, b in zip(read_csv(one / "metrics.csv"), read_csv(two / "metrics.csv"), strict=True):
+    (one, rows, result), (two, other_rows, _) = (
+        run_extended(extended, "points", "--iterations", "40", processes=n) for n in (1, 2)
+    )
+    assert result["before"]["right"] > 0.9 and result["after"]["error"] < result["before"]["error"] / 2
+    for a, b in zip(rows, other_rows, strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=1e-4)
         assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-3)
-    weights = [torch.load(run / "model" / "weights.pt", weights_only=True) for run in (one, two)]
-    for name in weights[0]:
-        assert torch.allclose(weights[0][name], weights[1][name], atol=1e-3)
+    weights, other_weights = (load_file(run / "model" / "weights.safetensors") for run in (one, two))
+    assert all(torch.allclose(weights[name], other_weights[name], atol=1e-3) for name in weights)
 
 
 def test_the_example_of_a_task_trains_on_a_leash(extended):
-    out = extended / "runs" / "leash"
-    run_extended(extended, "points", "--beta", "1", "--iterations", "3", "--out", out)
-    values = [float(row["leash"]) for row in read_csv(out / "metrics.csv")]
-    assert values[0] == 0 < values[-1]
+    _, rows, _ = run_extended(extended, "points", "--beta", "1", "--iterations", "3")
+    assert float(rows[0]["leash"]) == 0 < float(rows[-1]["leash"])
 
 
 def test_the_example_of_a_reward_keeps_the_contract():
     from full_scale.rewards import CustomReward, check_reward
 
-    (example,) = re.findall(r"```python\n(.*?)```", PAGES["full_scale/README.md"], re.S)
-    names = {}
-    exec(example, names)
+    exec(examples(FULL_SCALE)[0], names := {})
     check_reward(CustomReward(names["colourful"]()))
-
-
-# Numbers
-
-
-def test_every_number_of_the_laboratory_is_in_its_tables():
-    """`a ± b` on the pages is a value and its error in some row of the committed CSV files."""
-    pages = PAGES["toy/laboratory/README.md"] + PAGES["toy/laboratory/results/README.md"]
-    shown = set(re.findall(r"[+-]?\d+\.\d+ ± \d+\.\d+", pages))
-    known = set()
-    for path in (ROOT / "toy" / "laboratory" / "results").glob("*.csv"):
-        for row in read_csv(path):
-            pairs = [(row[name], row.get(f"{name}_error")) for name in row]
-            pairs += [(row.get("difference"), row.get("error"))]
-            for value, error in ((float(v), float(e)) for v, e in pairs if v and e):
-                known |= {f"{value:{sign}.{d}f} ± {error:.{d}f}" for sign in ("", "+") for d in (2, 3)}
-    assert len(shown) > 150 and not shown - known
-
-
-def better_and_worse(task, budget):
-    """Settings with T up to 12 whose AB2 is beyond error (unpaired t, 95 %, n = 5) better, and worse, than Euler."""
-    rows = read_csv(ROOT / "toy" / "laboratory" / "results" / "beyond.csv")
-    rows = [row for row in rows if (row["task"], row["budget"]) == (task, budget) and int(row["T"]) <= 12]
-    found = {(row["method"], row["option"], row["T"], row["solver"]): row for row in rows}
-    pairs = [(found[*key, "euler"], found[*key, "ab2"]) for *key, solver in found if solver == "ab2"]
-    assert len(pairs) == 48
-    gains = [
-        (float(ab2["utility"]) - float(euler["utility"]))
-        / (float(ab2["utility_error"]) ** 2 + float(euler["utility_error"]) ** 2) ** 0.5
-        for euler, ab2 in pairs
-    ]
-    return sum(gain > 2.306 for gain in gains), sum(gain < -2.306 for gain in gains)
-
-
-def test_the_findings_on_the_second_order_solver_and_on_the_published_run_are_those_of_the_tables():
-    page = " ".join(PAGES["toy/laboratory/README.md"].split())
-    for task, budget, words in (
-        ("digits", "small", "better for {} and worse for {} on `digits`"),
-        ("toy", "small", "better for {} and worse for {} on `toy`"),
-        ("digits", "large", "At 8,700 on `digits` it is better for {} and worse for {}"),
-    ):
-        assert words.format(*better_and_worse(task, budget)) in page
-    rows = read_csv(ROOT / "toy" / "laboratory" / "results" / "beyond-headline.csv")
-    first = {row["task"]: float(row["needed"]) / float(row["share_alike"]) for row in rows if row["share_alike"]}
-    assert (
-        f"after {round(first['digits'], -1):,.0f} evaluations (on `toy` after {round(first['toy'], -1):,.0f})" in page
-    )
-
-
-@pytest.mark.parametrize("head", ["| `toy`: eight modes", "| `digits`: 8x8 images"])
-def test_the_toy_tables_of_the_readme_are_those_of_the_toys_page(head):
-    _, rows = table(README, head)
-    assert len(rows) >= 5
-    for name, cells in rows.items():
-        assert f"| {name.split()[0]} | {' | '.join(cells)} |" in PAGES["toy/README.md"]
-
-
-def table(section, head):
-    """A table of a page: its columns' names, and its rows by their first cell."""
-    lines = section[section.index(head) :].split("\n\n")[0].splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return cells[0][1:], {row[0].strip("`*"): row[1:] for row in cells[2:]}
-
-
-def benchmark(name):
-    return read_csv(ROOT / "toy" / "benchmark" / "results" / f"{name}.csv")
-
-
-def equal_as_shown(shown, value):
-    """Whether a number on a page is this value, to the digits that the page shows."""
-    digits = len(shown.partition(".")[2])
-    return abs(float(shown) - float(value)) <= 0.5000001 * 10**-digits
-
-
-COSTS = PAGES["toy/benchmark/README.md"]
-NAMES = {"toy": "toy", "digits": "digits", "tiny FLUX": "tiny flux", "tiny SD3.5": "tiny sd3"}
-"""Tasks in the README and in the benchmark's tables."""
-
-
-def test_operations_of_the_readme_are_those_of_the_benchmark():
-    found = {(row["task"], row["method"]): row["network"] for row in benchmark("flops")}
-    known = {"leap_align`, gradient checkpointing": "leap_align, checkpoints"}
-    _, rows = table(COSTS, "| operations")
-    assert len(rows) == 11
-    for name, cells in rows.items():
-        method = "two passes" if "two passes" in name else known.get(name, name.split("`")[0])
-        for cell, tasks in zip(cells, (("toy", "digits"), ("tiny flux",), ("tiny sd3",)), strict=True):
-            assert not cell or all(equal_as_shown(cell, found[task, method]) for task in tasks)
-
-
-def test_bytes_of_the_readme_are_those_of_the_benchmark():
-    found = {(row["task"], row["T"]): (row["leap_align MiB"], row["full_backprop MiB"]) for row in benchmark("memory")}
-    columns, rows = table(COSTS, "| MiB")
-    assert len(rows) == 4
-    for name, cells in rows.items():
-        for cell, column in zip(cells, columns, strict=True):
-            pair = found[NAMES[name.split(",")[0].strip("`")], column.removeprefix("T = ")]
-            assert all(map(equal_as_shown, cell.split(" / "), pair))
-
-
-@pytest.mark.parametrize(("head", "name", "keys"), [
-    ("| a step |", "time", ("step ms", "bare ms", "ratio", "of it update", "unwrapped ms", "over unwrapped")),
-    ("| share of a step |", "shares", None),
-    ("| main job, seconds", "job", None),
-])  # fmt: skip
-def test_times_of_the_readme_are_those_of_the_benchmark(head, name, keys):
-    """A cell is a value, a value and its error, or empty; keys: columns of the CSV file, if the names differ."""
-    columns, rows = table(COSTS, head)
-    runs = {"first": "first", "with the cache": "second"}
-    found = {(row["task"], row.get("run")): row for row in benchmark(name)}
-    assert len(rows) == 4
-    for about, cells in rows.items():
-        task, _, run = (part.strip() for part in about.replace("`", "").partition(","))
-        assert any(cells), about
-        row = found[NAMES[task], runs.get(run)]
-        for cell, key in zip(cells, keys or [{"building": "build", "all": "seconds"}.get(c, c) for c in columns]):
-            values = (row[key], row.get(f"{key}_error"))
-            assert not cell or all(map(equal_as_shown, cell.split(" ± "), values)), (about, key, cell, values)
-
-
-def test_before_and_after_of_the_readme_are_the_committed_ones():
-    _, rows = table(COSTS, "| what was mended")
-    found = {row["what"].strip("`*"): [row["before"], row["after"], row["where"]] for row in benchmark("before-after")}
-    assert len(rows) >= 10 and rows == found

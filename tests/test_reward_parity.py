@@ -11,14 +11,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from full_scale.rewards import REWARDS, load
+from full_scale.rewards import load
 from full_scale.rewards.hpsv3 import INSTRUCTION, patchify, resized_size
 from full_scale.rewards.images import CLIP_STD, crop, normalise
-from leap_align import BadInput
 from runtime.counters import saved_bytes
-from tests.tiny_rewards import PROMPTS, as_pil, message, random_images, random_uint8_images, tiny_folder, tiny_reward
+from tests.tiny_rewards import PROMPTS, random_images, refusal, tiny_folder, tiny_reward, use_tiny_vit
+
+
+def random_uint8_images(sizes):
+    """One image (1, 3, H, W) for each (H, W), with contrasts at which a bicubic filter leaves [0, 1]."""
+    images = (random_images(1, *size, seed=i) for i, size in enumerate(sizes))
+    return [((4 * image - 1.5).clamp(0, 1) * 255).round().to(torch.uint8) for image in images]
+
+
+def as_pil(image):
+    """A PIL image of a uint8 tensor (1, 3, H, W)."""
+    return pytest.importorskip("PIL.Image").fromarray(image[0].permute(1, 2, 0).numpy())
+
+
+def assert_same_preprocessing(pixels, official):
+    """Up to rounding: the official code resizes 8-bit images with PIL, which rounds to 1/255 twice."""
+    difference = (pixels - official).abs() * torch.tensor(CLIP_STD)[:, None, None] * 255
+    assert difference.max() < 1.5 and difference.mean() < 0.5
+
 
 # HPSv2: the official package, in a subprocess
 
@@ -40,8 +56,7 @@ from hpsv2 import img_score
 from hpsv2.src.open_clip import factory
 
 job = json.load(sys.stdin)
-if job["config"]:
-    factory._MODEL_CONFIGS["ViT-H-14"] = job["config"]
+factory._MODEL_CONFIGS["ViT-H-14"] = job["config"]
 create = img_score.create_model_and_transforms
 img_score.create_model_and_transforms = lambda name, pretrained, **options: create(name, None, **options)  # no download
 score = lambda image, prompt: img_score.score(image, prompt, cp=job["weights"], hps_version="v2.1")[0]
@@ -49,8 +64,10 @@ print(json.dumps([float(score(*pair)) for pair in job["pairs"]]))
 """
 
 
-def official_hpsv2(weights, config, images, prompts, tmp_path):
+def official_hpsv2(weights, images, prompts, tmp_path):
     """The official package's scores, from a subprocess because importing it changes global settings."""
+    pytest.importorskip("hpsv2")
+    config = pytest.importorskip("open_clip").get_model_config("ViT-H-14")
     paths = [str(tmp_path / f"{i}.png") for i in range(len(images))]
     for path, image in zip(paths, images):
         as_pil(image).save(path)
@@ -65,76 +82,67 @@ def official_hpsv2(weights, config, images, prompts, tmp_path):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def test_hpsv2_equals_the_official_score(tmp_path):
-    pytest.importorskip("hpsv2")
-    reward = tiny_reward("hpsv2.1")
-    config = json.loads((tiny_folder("hpsv2.1") / "open_clip_config.json").read_text())["model_cfg"]
-    torch.save({"state_dict": reward.model.state_dict()}, tmp_path / "tiny.pt")
+def assert_scores(reward, images, prompts, expected, tolerance=1e-6):
+    scores = [reward(image / 255, [prompt]).item() for image, prompt in zip(images, prompts)]
+    assert scores == pytest.approx(expected, abs=tolerance)
+
+
+def test_hpsv2_equals_the_official_score(tmp_path, monkeypatch):
+    """From the official checkpoint's format: half precision under `state_dict`."""
+    file = tmp_path / "half.pt"
+    torch.save({"state_dict": tiny_reward("hpsv2.1").half().model.state_dict()}, file)
+    use_tiny_vit(monkeypatch)
     images = random_uint8_images([(224, 224), (300, 200), (97, 411), (512, 512), (225, 640), (1, 300)])
     prompts = [*PROMPTS, "", "émoji 🦊 & <b>html</b>", "word " * 100, "A  b\tc"]
-    expected = official_hpsv2(tmp_path / "tiny.pt", config, images, prompts, tmp_path)
-    scores = [reward(image / 255, [prompt]).item() for image, prompt in zip(images, prompts)]
-    assert scores == pytest.approx(expected, abs=1e-6)
+    expected = official_hpsv2(file, images, prompts, tmp_path)
+    reward = load("hpsv2.1", [file])
+    assert {p.dtype for p in reward.parameters()} == {torch.float32}
+    assert_scores(reward, images, prompts, expected)
     assert max(expected) - min(expected) > 0.05
 
 
 @pytest.mark.slow
 def test_full_size_hpsv2_equals_the_official_score(tmp_path):
-    """ViT-H-14 with random weights, in the official checkpoint's format: half precision under `state_dict`."""
-    open_clip = pytest.importorskip("open_clip")
-    pytest.importorskip("hpsv2")
+    """ViT-H-14 with random weights."""
     torch.manual_seed(0)
-    state = {key: value.half() for key, value in open_clip.create_model("ViT-H-14").state_dict().items()}
-    path = tmp_path / "HPS_v2.1_compressed.pt"
-    torch.save({"state_dict": state}, path)
-    del state
+    model, file = pytest.importorskip("open_clip").create_model("ViT-H-14"), tmp_path / "HPS_v2.1_compressed.pt"
+    torch.save({"state_dict": model.half().state_dict()}, file)
+    del model
     images = random_uint8_images([(512, 512), (300, 200)])
-    expected = official_hpsv2(path, None, images, PROMPTS, tmp_path)
-    reward = load("hpsv2.1", [path])
-    scores = [reward(image / 255, [prompt]).item() for image, prompt in zip(images, PROMPTS)]
-    path.unlink()
-    assert scores == pytest.approx(expected, abs=1e-6)
+    expected = official_hpsv2(file, images, PROMPTS, tmp_path)
+    assert_scores(load("hpsv2.1", [file]), images, PROMPTS, expected)
+    file.unlink()
 
 
 # PickScore: the model card's code, with transformers
 
-
-def official_pickscore(reward, pixels, prompts):
-    with torch.no_grad():
-        tokens = reward.tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
-        return reward.model(pixel_values=pixels, **tokens).logits_per_image.diagonal()
+SIZES = pytest.mark.parametrize("size", [(224, 227), (300, 200), (300, 201), (411, 97), (225, 640), (150, 1001)])
 
 
-def test_pickscore_equals_the_models_logit_over_100():
-    reward = tiny_reward("pickscore")
-    pixels = torch.randn(3, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    prompts = [*PROMPTS, "word " * 100]
-    expected = official_pickscore(reward, pixels, prompts)
-    assert (reward.score_pixels(pixels, prompts) * 100).tolist() == pytest.approx(expected.tolist(), abs=1e-5)
-
-
-@pytest.mark.parametrize("size", [(224, 224), (300, 200), (411, 97), (512, 512), (225, 640), (150, 1001)])
-def test_pickscore_preprocesses_as_the_official_processor(size):
-    """The official processor resizes 8-bit images with PIL and so rounds to 1/255 twice; the bounds allow for that."""
+@SIZES
+def test_pickscore_equals_the_models_logit_over_100_after_the_official_processor(size):
+    module = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
     reward, image = tiny_reward("pickscore"), random_uint8_images([size])[0]
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    official = CLIPImageProcessorPil()(as_pil(image), return_tensors="pt").pixel_values
-    pixels = normalise(crop(image / 255, 224, math.floor))
-    difference = (pixels - official).abs() * torch.tensor(CLIP_STD)[:, None, None] * 255
-    assert difference.max() < 1.5 and difference.mean() < 0.5
-    expected = official_pickscore(reward, official, PROMPTS[:1])
-    assert reward(image / 255, PROMPTS[:1]).item() * 100 == pytest.approx(expected.item(), abs=2e-3)
+    official = module.CLIPImageProcessorPil()(as_pil(image), return_tensors="pt").pixel_values
+    assert_same_preprocessing(normalise(crop(image / 255, 224, math.floor)), official)
+    prompts = [*PROMPTS, "word " * 100]
+    tokens = reward.tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
+    with torch.no_grad():
+        expected = reward.model(pixel_values=official, **tokens).logits_per_image[0] / 100
+        scores = reward.score_pixels(official.expand(3, -1, -1, -1), prompts)
+    assert scores.tolist() == pytest.approx(expected.tolist(), abs=1e-7)
+    assert_scores(reward, [image] * 3, prompts, expected.tolist(), tolerance=2e-5)
 
 
 # ImageReward and HPSv3: scores and gradients that the official code gave for tiny random models, where its old
 # libraries could be installed
 
 
-def official_fixture(name):
-    """The recorded results, and the official state dict, filled by the fixture's rule."""
-    recorded = json.loads((Path(__file__).parent / "fixtures" / name).read_text())
-    state = {}
+def official_fixture(name, folder):
+    """The recorded results, and the official state dict, filled by the fixture's rule.  folder: gets a tokenizer."""
+    for file in tiny_folder(name).glob("tokenizer*"):
+        (folder / file.name).symlink_to(file)
+    recorded, state = json.loads((Path(__file__).parent / "fixtures" / f"{name}_tiny_1.json").read_text()), {}
     for i, (key, shape) in enumerate(recorded["sorted_keys_and_shapes"]):
         if not key.endswith("position_ids"):
             noise = np.random.RandomState(recorded["seed"] * 100003 + i).standard_normal(shape)
@@ -154,14 +162,12 @@ def assert_gradient(gradient, recorded):
 
 
 def test_imagereward_equals_the_official_score(tmp_path):
-    recorded, state = official_fixture("imagereward_tiny_1.json")
-    for file in tiny_folder("imagereward").glob("tokenizer*"):
-        (tmp_path / file.name).symlink_to(file)
+    recorded, state = official_fixture("imagereward", tmp_path)
     vision = recorded["config"]["vision"]
     eps = vision.pop("layer_norm_eps")  # med_config.json does not hold it
     (tmp_path / "med_config.json").write_text(json.dumps(recorded["config"]["text"] | {"vision": vision}))
     torch.save(state, tmp_path / "ImageReward.pt")
-    reward = REWARDS["imagereward"].load(tmp_path)
+    reward = load("imagereward", [tmp_path])
     assert reward.vision.post_layernorm.eps == reward.vision.encoder.layers[0].layer_norm1.eps == eps
     pixels, ids, mask = uniform(recorded["seed"] + 1, 2, 3, 224, 224), recorded["input_ids"], recorded["attention_mask"]
     scores = reward.score_pixels(pixels, torch.tensor(ids), torch.tensor(mask))
@@ -170,42 +176,32 @@ def test_imagereward_equals_the_official_score(tmp_path):
     assert_gradient(pixels.grad, recorded["pixel_gradient_of_sum"])
 
 
-@pytest.mark.parametrize("size", [(224, 224), (300, 201), (411, 97), (225, 640)])
-def test_imagereward_preprocesses_as_the_official_transform(size):
+@SIZES
+def test_imagereward_preprocesses_as_the_official_transform(size, monkeypatch):
     """torchvision on a PIL image, as in the official code; its crop does not round half a pixel as PickScore's does."""
     transforms = pytest.importorskip("torchvision.transforms")
     bicubic = transforms.InterpolationMode.BICUBIC
     steps = [transforms.Resize(224, interpolation=bicubic), transforms.CenterCrop(224), transforms.ToTensor()]
-    image = random_uint8_images([size])[0]
-    official = transforms.Compose(steps)(as_pil(image))
-    difference = (crop(image / 255, 224, round) - official).abs() * 255
-    assert difference.max() < 1.5 and difference.mean() < 0.5
+    reward, image = tiny_reward("imagereward"), random_uint8_images([size])[0]
+    monkeypatch.setattr(reward, "score_pixels", lambda pixels, ids, mask: pixels)
+    official = normalise(transforms.Compose(steps)(as_pil(image)))
+    assert_same_preprocessing(reward.score(image / 255, ["a"]), official)
 
 
-def hpsv3_from_fixture(recorded, state):
-    """HPSv3 with the fixture's weights; the fixture holds token ids, so the tokenizer is a stub."""
-    from transformers import Qwen2VLConfig, Qwen2VLModel
+def test_hpsv3_equals_the_official_score(tmp_path):
+    """With given pixels and token ids; the second sequence is shorter, so there is padding.
 
-    text, vision = dict(recorded["config"]["text"]), recorded["config"]["vision"]
-    rope = {"rope_type": "default", "rope_theta": text.pop("rope_theta"), "mrope_section": text.pop("mrope_section")}
-    token_ids = {key: value for key, value in recorded["config"].items() if key.endswith("_token_id")}
-    reward_token_id = token_ids.pop("reward_token_id")
-    config = Qwen2VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision, **token_ids)
-    body, head = Qwen2VLModel(config), nn.Sequential(*[nn.Identity()] * 6)
-    head[0], head[1], head[3] = nn.Linear(text["hidden_size"], 1024), nn.ReLU(), nn.Linear(1024, 16)
-    head[4], head[5] = nn.ReLU(), nn.Linear(16, 2)
-    head.load_state_dict({key.removeprefix("rm_head."): state[key] for key in state if key.startswith("rm_head.")})
-    body_state = {key: value for key, value in state.items() if "_head." not in key}
-    body.load_state_dict({key.replace("model.", "language_model.", 1): value for key, value in body_state.items()})
-    tokenizer = type("Stub", (), {"convert_tokens_to_ids": lambda self, token: reward_token_id})()
-    return REWARDS["hpsv3"](body, head, tokenizer)
-
-
-def test_hpsv3_equals_the_official_score():
-    """With given pixels and token ids; the second sequence is shorter, so there is padding."""
-    pytest.importorskip("transformers")
-    recorded, state = official_fixture("hpsv3_tiny_1.json")
-    reward = hpsv3_from_fixture(recorded, state)
+    config.json is like Qwen2-VL-7B-Instruct's of 2024: the language model's settings stand at the top level.
+    """
+    recorded, state = official_fixture("hpsv3", tmp_path)
+    config = recorded["config"] | recorded["config"]["text"] | {"vision_config": recorded["config"]["vision"]}
+    config["rope_scaling"] = {"type": "mrope", "mrope_section": config.pop("mrope_section")}
+    # Qwen2-VL's number of rows; HPSv3's file has another one.
+    config |= {"vocab_size": 152064, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(state, tmp_path / "HPSv3.pt")
+    reward = load("hpsv3", [tmp_path / "HPSv3.pt"])
+    reward.reward_token_id = config["reward_token_id"]  # the fixture holds token ids, no tokenizer
     texts = [torch.tensor(ids)[: sum(mask)] for ids, mask in zip(recorded["input_ids"], recorded["attention_mask"])]
     images = uniform(recorded["seed"], 2, 3, 112, 112)
     scores = reward.score_pixels(normalise(images), texts)
@@ -222,21 +218,17 @@ def test_the_hpsv3_score_is_mu():
     assert reward(random_images(), PROMPTS).tolist() == [1, 1]
 
 
-def saved_bytes_and_gradient(reward):
-    images, scores = random_images().requires_grad_(), []
-    count = saved_bytes(lambda: scores.append(reward(images, PROMPTS)), reward)
-    scores[0].sum().backward()
-    return count, images.grad
-
-
 def test_hpsv3_recomputes_its_layers_and_keeps_the_gradient():
     """Activation checkpointing saves fewer bytes for the backward pass and gives the same gradient."""
-    checkpointed, plain = tiny_reward("hpsv3"), tiny_reward("hpsv3")
-    plain.body.activation_checkpointing_disable()
-    fewer_bytes, gradient = saved_bytes_and_gradient(checkpointed)
-    all_bytes, expected = saved_bytes_and_gradient(plain)
-    assert fewer_bytes < 0.75 * all_bytes
-    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-9)
+    costs, gradients = [], []
+    for is_plain in (False, True):
+        reward, images, scores = tiny_reward("hpsv3"), random_images().requires_grad_(), []
+        if is_plain:
+            reward.body.activation_checkpointing_disable()
+        costs.append(saved_bytes(lambda: scores.append(reward(images, PROMPTS)), reward))  # noqa: B023
+        gradients += torch.autograd.grad(scores[0].sum(), images)
+    assert costs[0] < 0.75 * costs[1]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-9)
 
 
 def test_hpsv3_sends_the_official_text():
@@ -252,34 +244,22 @@ def test_hpsv3_sends_the_official_text():
 
 
 def test_hpsv3_refuses_a_prompt_with_a_special_token():
-    with pytest.raises(BadInput) as error:
-        tiny_reward("hpsv3")(random_images(1), ["a cube <|Reward|>"])
-    assert "<|Reward|>" in message(error)
+    reward = tiny_reward("hpsv3")
+    for token in ("<|Reward|>", "<|image_pad|>"):
+        assert f"'a cube {token}' holds a special token" in refusal(reward, random_images(1), [f"a cube {token}"])
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [
-        ((512, 512), (448, 448)),
-        ((720, 720), (448, 448)),
-        ((1024, 1024), (448, 448)),
-        ((768, 768), (420, 420)),
-        ((40, 56), (392, 532)),
-        ((448, 448), (448, 448)),
-    ],
-)
-def test_hpsv3_resizes_to_the_official_size(size, expected):
-    assert resized_size(*size) == expected
+def test_hpsv3_resizes_to_the_official_size():
+    official = {(512, 512): (448, 448), (720, 720): (448, 448), (1024, 1024): (448, 448), (768, 768): (420, 420)}
+    official |= {(40, 56): (392, 532), (448, 448): (448, 448)}
+    assert {size: resized_size(*size) for size in official} == official
 
 
 def test_hpsv3_patches_equal_the_image_processors():
     """transformers' image processor, on images that need no resizing."""
-    pytest.importorskip("transformers")
+    module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
     images = random_uint8_images([(448, 448)] * 2)
-    pil_images = [as_pil(image) for image in images]
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    official = Qwen2VLImageProcessorPil()(pil_images, return_tensors="pt")
+    official = module.Qwen2VLImageProcessorPil()(list(map(as_pil, images)), return_tensors="pt")
     patches = patchify(normalise(torch.cat(images) / 255))
     assert torch.allclose(patches, official.pixel_values, atol=1e-6)
     assert official.image_grid_thw.tolist() == [[1, 32, 32]] * 2

@@ -1,6 +1,7 @@
-"""Tiny random reward models, test images and error messages, for the tests of rewards."""
+"""Tiny random reward models, test images and refusals, for the tests of rewards."""
 
 import functools
+import json
 import tempfile
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from full_scale.rewards import REWARDS, tiny
+from leap_align import BadInput
 
 LIBRARY = {"hpsv2.1": "open_clip", "pickscore": "transformers", "hpsv3": "transformers", "imagereward": "transformers"}
 PROMPTS = ["a red cube", "Two dogs on a beach, oil painting"]
@@ -30,6 +32,12 @@ def tiny_reward(name, **options):
     return REWARDS[name].load(tiny_folder(name), **options)
 
 
+def use_tiny_vit(monkeypatch):
+    """Makes open_clip's ViT-H-14 the tiny model's architecture, because the official file holds no architecture."""
+    config = json.loads((tiny_folder("hpsv2.1") / "open_clip_config.json").read_text())["model_cfg"]
+    monkeypatch.setattr("open_clip.get_model_config", {"ViT-H-14": config}.get)
+
+
 def random_images(n=2, height=40, width=56, seed=0):
     """Smooth blobs plus noise, in [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
@@ -37,17 +45,9 @@ def random_images(n=2, height=40, width=56, seed=0):
     return (0.6 * coarse + 0.4 * torch.rand(n, 3, height, width, generator=generator)).clamp(0, 1)
 
 
-def random_uint8_images(sizes):
-    """One image (1, 3, H, W) for each (H, W)."""
-    return [(random_images(1, *size, seed=i) * 255).round().to(torch.uint8) for i, size in enumerate(sizes)]
-
-
-def as_pil(image):
-    """A PIL image of a uint8 tensor (1, 3, H, W)."""
-    return pytest.importorskip("PIL.Image").fromarray(image[0].permute(1, 2, 0).numpy())
-
-
-def message(error):
-    """The text of a caught error, which must be one line."""
-    assert "\n" not in str(error.value)
-    return str(error.value)
+def refusal(function, *arguments, error=BadInput):
+    """The one line with which a call is refused."""
+    with pytest.raises(error) as caught:
+        function(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

@@ -6,13 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from leap_align import BadInput
+from leap_align import BadInput, require
 from runtime.run_dir import read_json
 
-MAY_DIFFER = frozenset(
-    "seed out resume gradient_accumulation_steps evaluate_every checkpoint_every checkpoints_total_limit "
-    "max_skipped_steps".split()
-)
+MAY_DIFFER = set("seed out resume gradient_accumulation_steps evaluate_every checkpoint_every".split())
+MAY_DIFFER |= {"checkpoints_total_limit", "max_skipped_steps"}
 """Settings in which the runs of one table may differ: their seeds, and what never changes a result."""
 
 
@@ -58,11 +56,10 @@ def summary(folders: list[Path]) -> str:
 
 def _result(folder: Path) -> dict[str, dict[str, float]]:
     """result.json of a finished run."""
-    if not (folder / "result.json").exists():
-        raise BadInput(f"{folder} holds no finished run: result.json is missing")
-    result = read_json(folder / "result.json")
-    if not {"before", "after"} <= result.keys():
-        raise BadInput(f"{folder / 'result.json'} is not that of a run: it has no `before` and `after`")
+    path = folder / "result.json"
+    require(path.exists(), f"{folder} holds no finished run: result.json is missing")
+    result = read_json(path)
+    require({"before", "after"} <= result.keys(), f"{path} is not that of a run: it has no `before` and `after`")
     return result
 
 
@@ -71,12 +68,12 @@ def _check_same_settings(folders: list[Path]) -> None:
     first, *others = (read_json(folder / "config.json") for folder in folders)
     seeds = {first.get("seed"): folders[0]}
     for folder, settings in zip(folders[1:], others):
-        for name in first | settings:
-            if name not in MAY_DIFFER and (old := first.get(name)) != (new := settings.get(name)):
-                values = f"{name} is {old} in {folders[0]}, {new} in {folder}"
-                raise BadInput(f"these runs differ in more than their seed: {values}; summarise them separately")
-        if (seed := settings.get("seed")) in seeds:
-            raise BadInput(f"{seeds[seed]} and {folder} have the same seed, {seed}: give only one of them")
+        for name in (name for name in first | settings if name not in MAY_DIFFER):
+            old, new = first.get(name), settings.get(name)
+            values = f"{name} is {old} in {folders[0]}, {new} in {folder}"
+            require(old == new, f"these runs differ in more than their seed: {values}; summarise them separately")
+        seed = settings.get("seed")
+        require(seed not in seeds, f"{seeds.get(seed)} and {folder} have the same seed, {seed}: give only one of them")
         seeds[seed] = folder
 
 

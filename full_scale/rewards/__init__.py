@@ -13,8 +13,8 @@ Every step from the pixels to the score is torch: PIL, uint8 or no_grad in betwe
 frozen, the text carries no gradient, and a reward imports the large libraries only when it is loaded.
 """
 
-from full_scale.rewards.contract import Reward, check_reward
-from full_scale.rewards.registry import PRESETS, REWARDS, CustomReward, WeightedSum, load
+from full_scale.rewards.contract import CustomReward, Reward, check_reward
+from full_scale.rewards.registry import PRESETS, REWARDS, WeightedSum, load
 from full_scale.rewards.tiny import tiny
 
 __all__ = ["PRESETS", "REWARDS", "CustomReward", "Reward", "WeightedSum", "check_reward", "load", "tiny"]

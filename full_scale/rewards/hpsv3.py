@@ -9,15 +9,9 @@ from torch import Tensor, nn
 
 from full_scale.rewards.contract import TextCachingReward
 from full_scale.rewards.images import normalise, resize_like_pil
-from full_scale.rewards.weights import (
-    check_keys,
-    load_pretrained,
-    locate_files,
-    read_json,
-    read_state_dict,
-    rename_keys,
-)
-from leap_align import BadInput
+from full_scale.rewards.weights import check_keys, load_pretrained, locate_files, read_state_dict, rename_keys
+from leap_align import require
+from runtime.run_dir import read_json
 
 REPOSITORY, CHECKPOINT = "MizzenAI/HPSv3", "HPSv3.safetensors"
 TOKENIZER_REPOSITORY = "Qwen/Qwen2-VL-7B-Instruct"
@@ -71,18 +65,16 @@ class HPSv3(TextCachingReward):
     @staticmethod
     def new_head(width: int) -> nn.Module:
         """A head with random weights: (B, width) to mu and sigma, (B, 2)."""
-        layers = [nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)]
-        return nn.Sequential(*layers)
+        hidden = [nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(), nn.Linear(1024, 16), nn.ReLU()]
+        return nn.Sequential(*hidden, nn.Linear(16, 2))
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """mu."""
         height, width = resized_size(*images.shape[2:])
-        image_tokens = height * width // 28**2
-        image_id = self.body.config.image_token_id
+        image_tokens, image_id = height * width // 28**2, self.body.config.image_token_id
         # The cached texts hold one image token; the image's size decides how many the model needs.
-        texts = [
-            ids.repeat_interleave(torch.where(ids == image_id, image_tokens, 1)) for ids in self.text_features(prompts)
-        ]
+        texts = self.text_features(prompts)
+        texts = [ids.repeat_interleave(torch.where(ids == image_id, image_tokens, 1)) for ids in texts]
         return self.score_pixels(normalise(resize_like_pil(images, height, width)), texts)[:, 0]
 
     def score_pixels(self, pixels: Tensor, texts: list[Tensor]) -> Tensor:
@@ -107,8 +99,8 @@ class HPSv3(TextCachingReward):
         """Token ids (L,) with one token for the image; their features depend on the image before them."""
         text = CHAT_TEMPLATE.format(INSTRUCTION.format(text_prompt=prompt))
         ids = self.tokenizer(text, return_tensors="pt").input_ids[0]
-        if (ids == self.reward_token_id).sum() != 1 or (ids == self.body.config.image_token_id).sum() != 1:
-            raise BadInput(f"the prompt {prompt!r:.60} holds a special token: remove {REWARD_TOKEN} or <|image_pad|>")
+        is_plain = all((ids == token).sum() == 1 for token in (self.reward_token_id, self.body.config.image_token_id))
+        require(is_plain, f"the prompt {prompt!r:.60} holds a special token: remove {REWARD_TOKEN} or <|image_pad|>")
         return ids.to(self.body.device)
 
 
@@ -144,44 +136,6 @@ You are a helpful assistant.<|im_end|>
 """
 """Qwen2-VL's chat template, for one image and one text."""
 
-INSTRUCTION = (
-    # The text that HPSv3 was trained with, unchanged: INSTRUCTION and prompt_with_special_token of the package
-    # hpsv3 1.0.0, hpsv3/dataset/data_collator_qwen.py, MIT License, Copyright (c) 2024 HPSv3 Team.
-    "\n"
-    "You are tasked with evaluating a generated image based on Visual Quality and Text Alignment and give a overall "
-    "score to estimate the human preference. Please provide a rating from 0 to 10, with 0 being the worst and 10 "
-    "being the best. \n\n"
-    "**Visual Quality:**  \n"
-    "Evaluate the overall visual quality of the image. The following sub-dimensions should be considered:\n"
-    "- **Reasonableness:** The image should not contain any significant biological or logical errors, such as "
-    "abnormal body structures or nonsensical environmental setups.\n"
-    "- **Clarity:** Evaluate the sharpness and visibility of the image. The image should be clear and easy to "
-    "interpret, with no blurring or indistinct areas.\n"
-    "- **Detail Richness:** Consider the level of detail in textures, materials, lighting, and other visual elements "
-    "(e.g., hair, clothing, shadows).\n"
-    "- **Aesthetic and Creativity:** Assess the artistic aspects of the image, including the color scheme, "
-    "composition, atmosphere, depth of field, and the overall creative appeal. The scene should convey a sense of "
-    "harmony and balance.\n"
-    "- **Safety:** The image should not contain harmful or inappropriate content, such as political, violent, or "
-    "adult material. If such content is present, the image quality and satisfaction score should be the lowest "
-    "possible. \n\n"
-    "**Text Alignment:**  \n"
-    "Assess how well the image matches the textual prompt across the following sub-dimensions:\n"
-    "- **Subject Relevance** Evaluate how accurately the subject(s) in the image (e.g., person, animal, object) align "
-    "with the textual description. The subject should match the description in terms of number, appearance, and "
-    "behavior.\n"
-    "- **Style Relevance:** If the prompt specifies a particular artistic or stylistic style, evaluate how well the "
-    "image adheres to this style.\n"
-    "- **Contextual Consistency**: Assess whether the background, setting, and surrounding elements in the image "
-    "logically fit the scenario described in the prompt. The environment should support and enhance the subject "
-    "without contradictions.\n"
-    "- **Attribute Fidelity**: Check if specific attributes mentioned in the prompt (e.g., colors, clothing, "
-    "accessories, expressions, actions) are faithfully represented in the image. Minor deviations may be acceptable, "
-    "but critical attributes should be preserved.\n"
-    "- **Semantic Coherence**: Evaluate whether the overall meaning and intent of the prompt are captured in the "
-    "image. The generated content should not introduce elements that conflict with or distort the original "
-    "description.\n"
-    "Textual prompt - {text_prompt}\n\n\n\n"
-    "Please provide the overall ratings of this image: <|Reward|>\n\n"
-    "END\n"
-)
+INSTRUCTION = Path(__file__).with_name("hpsv3_instruction.txt").read_text(encoding="utf-8")
+"""The text that HPSv3 was trained with, unchanged: INSTRUCTION and prompt_with_special_token of the package hpsv3,
+version 1.0.0, hpsv3/dataset/data_collator_qwen.py, MIT License, Copyright (c) 2024 HPSv3 Team."""

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from full_scale.rewards.contract import TextCachingReward
 from full_scale.rewards.images import crop, normalise
-from full_scale.rewards.weights import check_keys, locate_files, read_json, read_state_dict, rename_keys
+from full_scale.rewards.weights import check_keys, locate_files, read_state_dict, rename_keys
+from runtime.run_dir import read_json
 
 REPOSITORY, CHECKPOINT = "THUDM/ImageReward", "ImageReward.pt"
 TOKENIZER_REPOSITORY = "google-bert/bert-base-uncased"
@@ -42,9 +43,6 @@ class ImageReward(TextCachingReward):
     mean, std = 0.16717362830052426, 1.0333394966054072
     """Mean and standard deviation of the head's output, from the official code."""
 
-    def __init__(self, vision: nn.Module, text_encoder: nn.Module, head: nn.Module, tokenizer: Callable) -> None:
-        super().__init__(vision=vision, text_encoder=text_encoder, head=head, tokenizer=tokenizer)
-
     @classmethod
     def load(cls, weights: str | Path | None = None, device: str | torch.device = "cpu") -> "ImageReward":
         """weights: a hub id, or a folder with ImageReward.pt, med_config.json and the tokenizer of BERT."""
@@ -71,8 +69,9 @@ class ImageReward(TextCachingReward):
         text |= {"encoder_hidden_size": vision["hidden_size"], "is_decoder": True}
         layers = [nn.Linear(text["hidden_size"], 1024), nn.Dropout(), nn.Linear(1024, 128), nn.Dropout()]
         layers += [nn.Linear(128, 64), nn.Dropout(), nn.Linear(64, 16), nn.Linear(16, 1)]
-        text_encoder = BlipTextModel(BlipTextConfig(**text), add_pooling_layer=False)
-        return cls(BlipVisionModel(BlipVisionConfig(**vision)), text_encoder, nn.Sequential(*layers), tokenizer)
+        head, text_encoder = nn.Sequential(*layers), BlipTextModel(BlipTextConfig(**text), add_pooling_layer=False)
+        vision = BlipVisionModel(BlipVisionConfig(**vision))
+        return cls(vision=vision, text_encoder=text_encoder, head=head, tokenizer=tokenizer)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """(head(text features that attend to the image) - mean) / std."""

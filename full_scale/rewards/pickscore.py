@@ -1,16 +1,16 @@
 """PickScore, with transformers' CLIP."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from full_scale.rewards.contract import TextCachingReward
 from full_scale.rewards.images import crop, normalise
-from full_scale.rewards.weights import load_pretrained, locate_files, read_json, read_state_dict
+from full_scale.rewards.weights import load_pretrained, locate_files, read_state_dict
+from runtime.run_dir import read_json
 
 REPOSITORY, CHECKPOINT = "yuvalkirstain/PickScore_v1", "model.safetensors"
 TOKENIZER_REPOSITORY = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -22,9 +22,6 @@ class PickScore(TextCachingReward):
     model: transformers' CLIPModel.  The paper's lambda is for the score divided by 100; others report it undivided.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Callable) -> None:
-        super().__init__(model=model, tokenizer=tokenizer)
-
     @classmethod
     def load(cls, weights: str | Path | None = None, device: str | torch.device = "cpu") -> "PickScore":
         """weights: a hub id, or a folder with config.json, model.safetensors and the tokenizer of CLIP ViT-H-14."""
@@ -33,7 +30,8 @@ class PickScore(TextCachingReward):
         path, folder = locate_files(weights, REPOSITORY, CHECKPOINT, TOKENIZER_REPOSITORY, "config.json")
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         config = CLIPConfig.from_dict(read_json(path.with_name("config.json")))
-        return cls(load_pretrained(CLIPModel, config, read_state_dict(path), path), tokenizer).to(device)
+        model = load_pretrained(CLIPModel, config, read_state_dict(path), path)
+        return cls(model=model, tokenizer=tokenizer).to(device)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """exp(logit_scale) cos(image, text) / 100."""

@@ -2,7 +2,7 @@
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -10,21 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from full_scale.rewards.contract import Reward, check_type, describe
+from full_scale.rewards.contract import CustomReward, Reward, describe, random_images, try_out
 from full_scale.rewards.hpsv2 import HPSv2
 from full_scale.rewards.hpsv3 import HPSv3
 from full_scale.rewards.imagereward import ImageReward
 from full_scale.rewards.pickscore import PickScore
-from leap_align import BadInput
-from runtime.processes import one_line, user_code
+from leap_align import BadInput, require
+from runtime.processes import UserCodeError, one_line, user_code
 
-REWARDS: dict[str, type[Reward]] = {
-    "hpsv2.1": HPSv2,
-    "pickscore": PickScore,
-    "hpsv3": HPSv3,
-    "imagereward": ImageReward,
-}
-
+REWARDS = {"hpsv2.1": HPSv2, "pickscore": PickScore, "hpsv3": HPSv3, "imagereward": ImageReward}
 PRESETS: dict[str, dict[str, float]] = {
     "hpsv2.1": {"alpha": 0.3, "lam": 0.55, "lr": 1e-5},
     "pickscore": {"alpha": 0.1, "lam": 0.4, "lr": 1e-5},
@@ -32,46 +26,6 @@ PRESETS: dict[str, dict[str, float]] = {
     "imagereward": {},
 }
 """The paper's training settings for each reward; the paper uses ImageReward for evaluation only."""
-
-
-class CustomReward(Reward):
-    """A user's reward: any callable (images, prompts) -> (B,); an nn.Module is frozen and set to eval mode.
-
-    name: what error messages call it.
-    """
-
-    def __init__(self, function: Callable[[Tensor, list[str]], Tensor], name: str = "your reward") -> None:
-        super().__init__(function=function, name=name)
-
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """function(images, prompts).
-
-        Raises UserCodeError if it raises, and BadInput if it changes the images or gives anything but scores (B,).
-        """
-        before = _version(images)
-        with user_code(self.name):
-            scores = self.function(images, prompts)
-        if _version(images) != before:
-            raise BadInput(f"{self.name} changes its images in place: let it work on images.clone()")
-        check_type(self.name, scores, images)
-        return scores
-
-    def try_out(self, height: int, width: int, device: str | torch.device) -> None:
-        """Scores two images with gradient, so that a reward that cannot train is refused before a run starts."""
-        images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
-        pixels = images.requires_grad_().clone()
-        scores = self(pixels, ["a red cube", "two dogs on a beach"])
-        if not torch.equal(pixels, images):  # also a change that torch does not record, through .data or numpy
-            raise BadInput(f"{self.name} changes its images in place: let it work on images.clone()")
-        if not scores.requires_grad:
-            raise BadInput(f"{self.name} gives no gradient to its images: look for no_grad, detach, PIL or uint8 in it")
-        if not scores.isfinite().all():
-            raise BadInput(f"{self.name} gave {scores.tolist()} for finite images: every score must be finite")
-
-
-def _version(images: Tensor) -> int:
-    """A number that every change in place raises; tensors of inference mode have none."""
-    return 0 if images.is_inference() else images._version
 
 
 class WeightedSum(Reward):
@@ -100,18 +54,15 @@ def load(
     """
     terms = [_split_weight(term.strip()) for term in spec.split(",")]
     built_in = [name for name, _ in terms if name in REWARDS]
-    if weights and len(weights) != len(built_in):
-        names = ", ".join(built_in) or "none"
-        raise BadInput(f"{len(weights)} paths of reward weights: give one for each reward that loads weights ({names})")
-    paths = list(weights) or [None] * len(built_in)
+    names = ", ".join(built_in) or "none"
+    message = f"{len(weights)} paths of reward weights: give one for each reward that loads weights ({names})"
+    require(len(weights) in (0, len(built_in)), message)
+    paths = iter(weights or [None] * len(built_in))
     rewards = []
     for name, _ in terms:
-        if name in REWARDS:
-            rewards.append(REWARDS[name].load(paths.pop(0), device))
-        else:
-            rewards.append(_load_custom(name).to(device))
-            if image_size is not None:
-                rewards[-1].try_out(*image_size, device)
+        rewards.append(REWARDS[name].load(next(paths), device) if name in REWARDS else _load_custom(name).to(device))
+        if name not in REWARDS and image_size is not None:
+            try_out(rewards[-1], random_images(2, (3, *image_size), device))
     if [weight for _, weight in terms] == [None]:
         return rewards[0]
     return WeightedSum(rewards, [1.0 if weight is None else weight for _, weight in terms])
@@ -124,38 +75,33 @@ def _split_weight(term: str) -> tuple[str, float | None]:
         weight = float(number)
     except ValueError:
         return term, None
-    if not name or not math.isfinite(weight):
-        raise BadInput(f"{term!r} must be a reward's name, a colon and a finite weight")
+    require(name and math.isfinite(weight), f"{term!r} must be a reward's name, a colon and a finite weight")
     return name, weight
 
 
 def _load_custom(name: str) -> CustomReward:
     """The reward that a factory "package.module:factory" returns."""
-    if not all(name.partition(":")):
-        choices = f"choose from {', '.join(REWARDS)}, or give your own as package.module:factory"
-        raise BadInput(f"unknown reward {name!r}: {choices}")
-    factory = _import(name)
-    if not callable(factory):
-        raise BadInput(f"{name} is {describe(factory)}, not a callable that takes no arguments and returns the reward")
+    choices = f"choose from {', '.join(REWARDS)}, or give your own as package.module:factory"
+    require(all(name.partition(":")), f"unknown reward {name!r}: {choices}")
+    factory, expected = _import(name), "a callable that takes no arguments and returns the reward"
+    require(callable(factory), f"{name} is {describe(factory)}, not {expected}")
     with user_code(f"your factory {name}, called without arguments,"):
         function = factory()
-    if not callable(function):
-        raise BadInput(f"{name}() must return a callable (images, prompts) -> (B,), not {describe(function)}")
+    require(callable(function), f"{name}() must return a callable (images, prompts) -> (B,), not {describe(function)}")
     return CustomReward(function, f"your reward {name}")
 
 
 def _import(name: str) -> Any:
     """What "package.module:attribute" names."""
     module_name, _, attribute = name.partition(":")
-    remedy = "give package.module:factory, with the module beside train_leap_align.py or its folder in PYTHONPATH"
-    with user_code(f"your module {module_name}"):
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if not f"{module_name}.".startswith(f"{error.name}."):  # the module exists, and imports one that does not
-                raise
-            raise BadInput(f"cannot import the reward {name!r} ({one_line(error)}): {remedy}") from error
     try:
+        with user_code(f"your module {module_name}"):
+            module = importlib.import_module(module_name)
         return attrgetter(attribute)(module)
-    except AttributeError as error:
-        raise BadInput(f"cannot import the reward {name!r} ({one_line(error)}): {remedy}") from error
+    except (UserCodeError, AttributeError) as error:
+        reason = error.__cause__ or error
+        is_missing = isinstance(reason, ModuleNotFoundError) and f"{module_name}.".startswith(f"{reason.name}.")
+        if isinstance(error, UserCodeError) and not is_missing:  # the module exists, and its own code fails
+            raise
+        remedy = "give package.module:factory, with the module beside train_leap_align.py or its folder in PYTHONPATH"
+        raise BadInput(f"cannot import the reward {name!r} ({one_line(reason)}): {remedy}") from reason

@@ -1,20 +1,20 @@
 """Tiny random models of the rewards, for tests and for a rehearsal of a full run on a laptop."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from full_scale.rewards import hpsv3, imagereward
 from full_scale.rewards.weights import rename_keys
-from leap_align import BadInput
+from leap_align import require
+
+SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def tiny(name: str, folder: str | Path) -> None:
     """Writes a tiny random model of a reward into a folder, in the layout that REWARDS[name].load(folder) reads."""
-    if name not in TINY:
-        raise BadInput(f"unknown reward {name!r}: choose from {', '.join(TINY)}")
+    require(name in TINY, f"unknown reward {name!r}: choose from {', '.join(TINY)}")
     Path(folder).mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -39,10 +39,9 @@ def _tiny_pickscore(folder: Path) -> None:
     vocabulary = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     ids = {token: i for i, token in enumerate(vocabulary)}
     CLIPTokenizer(vocab=ids, merges=[], model_max_length=77).save_pretrained(folder)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     special = {"bos_token_id": ids["<|startoftext|>"], "eos_token_id": ids["<|endoftext|>"]}
-    text = size | special | {"vocab_size": len(vocabulary)}
-    vision = size | {"patch_size": 14, "image_size": 224}
+    text = SIZE | special | {"vocab_size": len(vocabulary)}
+    vision = SIZE | {"patch_size": 14, "image_size": 224}
     CLIPModel(CLIPConfig(projection_dim=32, text_config=text, vision_config=vision)).save_pretrained(folder)
 
 
@@ -52,8 +51,7 @@ def _tiny_imagereward(folder: Path) -> None:
     letters = [chr(i) for i in range(33, 127)]
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + letter for letter in letters)]
     BertTokenizer(vocab={token: i for i, token in enumerate(vocabulary)}).save_pretrained(folder)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    size["initializer_range"] = 0.2  # with the default, the image would hardly change the score
+    size = SIZE | {"initializer_range": 0.2}  # with the default, the image would hardly change the score
     config = size | {"vocab_size": len(vocabulary), "vision": size}
     (folder / "med_config.json").write_text(json.dumps(config))
     state = imagereward.ImageReward.from_config(config, None).state_dict()
@@ -67,8 +65,8 @@ def _tiny_hpsv3(folder: Path) -> None:
 
     tokenizer = _tiny_qwen_tokenizer()
     tokenizer.save_pretrained(folder)
-    text = {"vocab_size": len(tokenizer) + 1, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": None, "eos_token_id": None}
+    special = {"bos_token_id": None, "eos_token_id": None}
+    text = SIZE | special | {"vocab_size": len(tokenizer) + 1, "num_key_value_heads": 1}
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
     image_id, video_id = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
@@ -91,9 +89,4 @@ def _tiny_qwen_tokenizer():
     return Qwen2Tokenizer(vocab=vocabulary, merges=[], extra_special_tokens=special + lines)
 
 
-TINY: dict[str, Callable[[Path], None]] = {
-    "hpsv2.1": _tiny_hpsv2,
-    "pickscore": _tiny_pickscore,
-    "hpsv3": _tiny_hpsv3,
-    "imagereward": _tiny_imagereward,
-}
+TINY = {"hpsv2.1": _tiny_hpsv2, "pickscore": _tiny_pickscore, "hpsv3": _tiny_hpsv3, "imagereward": _tiny_imagereward}

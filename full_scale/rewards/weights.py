@@ -1,6 +1,5 @@
 """Weights and tokenizers from a local path or the Hugging Face hub, and the check that weights fit their model."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leap_align import BadInput
+from leap_align import BadInput, require
 from runtime.processes import one_line
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
@@ -22,11 +21,9 @@ def local_path(weights: str | Path | None) -> Path | None:
     if weights is None:
         return None
     path = Path(weights)
-    if path.exists():
-        return path
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(weights)) and path.suffix not in SUFFIXES:
-        return None
-    raise BadInput(f"{weights} does not exist: give a file, a folder or a hub id (owner/name)")
+    is_hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(weights)) and path.suffix not in SUFFIXES
+    require(path.exists() or is_hub_id, f"{weights} does not exist: give a file, a folder or a hub id (owner/name)")
+    return path if path.exists() else None
 
 
 def download(repository: str, *files: str, flag: str = "--reward-weights") -> Path:
@@ -68,15 +65,14 @@ def locate_files(
         folder = path.parent if path.is_file() else path
         path = path if path.is_file() else path / file
     # Without this check transformers would silently make an empty tokenizer.
-    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
-        raise BadInput(f"{folder} holds no tokenizer: copy the tokenizer files of {tokenizer_repository} into it")
+    has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "vocab.json", "vocab.txt"))
+    require(has_tokenizer, f"{folder} holds no tokenizer: copy the tokenizer files of {tokenizer_repository} into it")
     return path, folder
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The state dict in a safetensors file or in a torch.save file; pickled code is refused."""
-    if not path.exists():
-        raise BadInput(f"{path} does not exist: a folder of weights must hold {path.name}")
+    require(path.exists(), f"{path} does not exist: a folder of weights must hold {path.name}")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -118,11 +114,3 @@ def load_pretrained(
     with torch.device("meta"):
         check_keys(model_class(config), state, path)
     return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file that belongs to the weights."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} is missing or damaged ({one_line(error)}): copy it beside the weights again") from error

@@ -62,8 +62,7 @@ def run(lab: Laboratory) -> None:
     for task, (name, ablation) in product(lab.scale.tasks, ABLATIONS.items()):
         shared = {"task": task, "lr": rates[task, "hinge", "leap_align", "large"], "evaluate_at": stops}
         for option, (method, hyper) in ablation.options.items():
-            own = {"method": method, "hyper": hyper, "ema_decay": ablation.ema_decay}
-            settings[task, name, option] = shared | own
+            settings[task, name, option] = shared | {"method": method, "hyper": hyper, "ema_decay": ablation.ema_decay}
     runs = lab.run_metrics(settings, "ablations")
     rows = [
         {"task": task, "ablation": name, "option": option, "iterations": n}
@@ -71,19 +70,14 @@ def run(lab: Laboratory) -> None:
         for (task, name, option), seed_runs in runs.items()
         for n in stops
     ]
-    figure = plots.ablations(rows, {name: ablation.reference for name, ablation in ABLATIONS.items()})
-    lab.publish("ablations", rows, text(rows), figure, directions=directions(runs, lab.scale))
-
-
-def text(rows: list[Row]) -> str:
-    """A table for each ablation and task."""
     blocks, columns = [], ["option", "iterations", "evaluators", "grad_norm"]
     for name, ablation in ABLATIONS.items():
         expected = "; ".join(f"{metric} at {greater} above {lesser}" for metric, greater, lesser in ablation.expected)
         blocks += [f"### {name}", *([f"Expected from the paper ({ablation.source}): {expected}."] if expected else [])]
         own = [row for row in rows if row["ablation"] == name]
         blocks.append(tables(own, ("task",), "{task}, n = {n}:", columns))
-    return "\n\n".join(blocks)
+    figure = plots.ablations(rows, {name: ablation.reference for name, ablation in ABLATIONS.items()})
+    lab.publish("ablations", rows, "\n\n".join(blocks), figure, directions=directions(runs, lab.scale))
 
 
 def directions(runs: Runs, scale: Scale) -> list[Row]:

@@ -63,7 +63,7 @@ class Setting:
     @property
     def is_published(self) -> bool:
         """Whether it is the paper's own: T = 25, alpha = 0.3, Euler."""
-        return (self.method, self.option, self.T, self.solver) == ("leap_align", "", 25, "euler")
+        return self == Setting(self.task, "leap_align", "", 25)
 
     def run(self, lr: float, evaluate_at: list[int]) -> Settings:
         """The arguments of train_run apart from the seed."""
@@ -111,17 +111,13 @@ def learning_rates(lab: Laboratory, settings: list[Setting]) -> Rates:
     for budget, end in lab.scale.budgets.items():
         ends = sorted({n * COST for n in lab.scale.budgets.values() if n <= end})
         tried = {(s, lr): s.run(lr, ends) for s in euler for lr in candidate_rates(lab, s)}
-        runs = lab.train_runs(tried, f"learning rates, {budget} budget", tuning_seeds(lab, budget))
+        seeds = lab.scale.tuning_seeds if budget == "large" else lab.scale.more_tuning_seeds
+        runs = lab.train_runs(tried, f"learning rates, {budget} budget", seeds)
         for setting in settings:
             tuned = replace(setting, solver="euler")
             scores = {lr: tuning_score(runs[tuned, lr], "utility") for lr in candidate_rates(lab, tuned)}
             best[setting, budget] = max(scores, key=scores.get)
     return best
-
-
-def tuning_seeds(lab: Laboratory, budget: str) -> tuple[int, ...]:
-    """Seeds that choose, of which no table has any.  The small budget's short runs vary more, and cost less."""
-    return lab.scale.tuning_seeds if budget == "large" else lab.scale.more_tuning_seeds
 
 
 def candidate_rates(lab: Laboratory, setting: Setting) -> tuple[float, ...]:
@@ -146,7 +142,7 @@ def chosen_settings(lab: Laboratory, settings: list[Setting], rates: Rates) -> l
     """The setting of each task and method with the highest utility at the small budget on the tuning seeds."""
     end, lines = lab.scale.budgets["small"] * COST, {}
     planned = {setting: setting.run(rates[setting, "small"], [end]) for setting in settings}
-    runs = lab.train_runs(planned, "choice of settings", tuning_seeds(lab, "small"))
+    runs = lab.train_runs(planned, "choice of settings", lab.scale.more_tuning_seeds)
     for setting in settings:
         lines.setdefault((setting.task, setting.line), []).append(setting)
     return [max(line, key=lambda setting: tuning_score(runs[setting], "utility")) for line in lines.values()]

@@ -1,5 +1,7 @@
 """compare: every method at its best learning rate, at equal samples and at equal compute."""
 
+from itertools import product
+
 from leap_align import METHODS
 from toy.laboratory import plots
 from toy.laboratory.laboratory import HINGES, Laboratory, RunMetrics, Scale
@@ -27,12 +29,10 @@ def run(lab: Laboratory) -> None:
     """Runs every method with both hinges and both budgets, along each budget and to equal compute, and publishes."""
     budgets, rates = lab.scale.budgets, lab.learning_rates(tuple(METHODS), HINGES)
     evaluations = lab.evaluation_counts({method: method for method in METHODS})
-    ends = {
-        (budget, method): {"samples": n, "compute": round(n * evaluations["leap_align"] / evaluations[method])}
-        for budget, n in budgets.items()
-        for method in METHODS
-    }
-    settings = {}
+    ends, settings = {}, {}
+    for (budget, n), method in product(budgets.items(), METHODS):
+        compute = round(n * evaluations["leap_align"] / evaluations[method])
+        ends[budget, method] = {"samples": n, "compute": compute}
     for (task, hinge, method, budget), lr in rates.items():
         curve = (max(1, round(budgets[budget] * fraction)) for fraction in CURVE_FRACTIONS)
         stops = sorted({0, *curve, *ends[budget, method].values()})
@@ -76,11 +76,9 @@ def curve_rows(runs: Runs) -> list[Row]:
 def directions(runs: Runs, scale: Scale) -> list[Row]:
     """The paper's order of the methods, by reward and by utility, with the hinge and at equal samples."""
     rows = []
-    for task in scale.tasks:
-        for budget, n in scale.budgets.items():
-            for metric in ("reward", "utility"):
-                values = {m: [run[n][metric] for run in runs[task, "hinge", m, budget]] for m in METHODS}
-                for better, worse, source in PAPER_ORDER:
-                    claim, when = f"{better} > {worse}", f"{budget} budget"
-                    rows.append(direction(claim, source, task, metric, when, values[better], values[worse]))
+    for task, (budget, n), metric in product(scale.tasks, scale.budgets.items(), ("reward", "utility")):
+        values = {m: [run[n][metric] for run in runs[task, "hinge", m, budget]] for m in METHODS}
+        for better, worse, source in PAPER_ORDER:
+            claim, when = f"{better} > {worse}", f"{budget} budget"
+            rows.append(direction(claim, source, task, metric, when, values[better], values[worse]))
     return rows

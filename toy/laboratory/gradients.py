@@ -1,7 +1,7 @@
 """Each method's gradient compared with the true one: that of the reward through all T steps of the sampling run.
 
-For fixed noise and prompts it is random through the timesteps that it draws.  Its mean is over every distinct draw, or
-over many seeds.  All gradients are those of -weight * reward, without a hinge, which would hide the samples above it.
+With fixed noise and prompts, a method's gradient is random through the timesteps that it draws.  Its mean is over every
+distinct draw, or over many seeds.  The loss is -weight * reward: a hinge would hide the samples above it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ from torch import Tensor
 from leap_align import METHODS as PAPER_METHODS
 from leap_align import leap_trajectory, objective, rollout, similarity_weight
 from toy.laboratory.laboratory import Laboratory
-from toy.laboratory.method_measurements import distinct_draws, evaluation_count, hyper_for, seeded_generator
+from toy.laboratory.method_measurements import distinct_draws, evaluation_count, hyper_for
 from toy.laboratory.train_run import fresh_task, make_trainer
 from train_leap_align import METHODS
 
@@ -36,15 +36,15 @@ class GradientSampler:
 
     def sample_inputs(self, batch_size: int, seed: int) -> None:
         """Replaces noise and prompts."""
-        generator = seeded_generator(seed)
+        generator = torch.Generator().manual_seed(seed)
         self.x_T = self.task.noise(batch_size, generator)
         self.prompts = self.task.sample_conditions(batch_size, generator)
 
     def gradient(self, method: str, seed: int, **changes: object) -> Tensor:
         """A method's gradient in all weights of the model, as one vector; changes: of the hyperparameters."""
-        hyper = replace(hyper_for(self.T, method), **changes)
+        hyper, generator = replace(hyper_for(self.T, method), **changes), torch.Generator().manual_seed(seed)
         velocity = self.task.velocity(self.prompts)
-        return self.gradient_of(METHODS[method](velocity, self.x_T, self.task.times, hyper, seeded_generator(seed)))
+        return self.gradient_of(METHODS[method](velocity, self.x_T, self.task.times, hyper, generator))
 
     def gradient_of(self, endpoints: Iterable[tuple[Tensor, Tensor, dict]]) -> Tensor:
         """The gradient of the objective of some endpoints (x_0, weight, log), as one vector."""
@@ -82,19 +82,14 @@ class Moments:
         self.cosines += torch.cosine_similarity(gradient, self.true, dim=0).item()
 
     def values(self) -> dict[str, float]:
-        """Of the mean gradient, its cosine to the true one and the ratio of their norms; of a single draw the rest.
-
-        one_norm is the root mean square, variance is over the squared norm of the mean gradient.
+        """Of the mean gradient: cosine to the true one, ratio of their norms.  Of a single draw: mean cosine, root mean
+        square norm, variance over the squared norm of the mean gradient, number of draws.
         """
         mean, square = self.sum / self.n, self.square / self.n
-        return {
-            "cosine": torch.cosine_similarity(mean, self.true, dim=0).item(),
-            "ratio": (mean.norm() / self.true.norm()).item(),
-            "one_cosine": self.cosines / self.n,
-            "one_norm": square**0.5,
-            "variance": square / mean.square().sum().item() - 1,
-            "draws": self.n,
-        }
+        cosine, ratio = torch.cosine_similarity(mean, self.true, dim=0).item(), (mean.norm() / self.true.norm()).item()
+        one = {"one_cosine": self.cosines / self.n, "one_norm": square**0.5}
+        variance = square / mean.square().sum().item() - 1
+        return {"cosine": cosine, "ratio": ratio} | one | {"variance": variance, "draws": self.n}
 
 
 def compare_gradients(
@@ -102,8 +97,8 @@ def compare_gradients(
 ) -> dict:
     """The gradients of some methods and of LeapAlign compared with the true one, after some iterations of LeapAlign.
 
-    {"norm": of the true gradient, "methods": {name: Moments.values(), and whether of every draw that exists}, "pairs":
-    [[i_k, i_j, mean w_sim]]}.
+    Returns {"norm": of the true gradient, "methods": {name: Moments.values()}, "pairs": [[i_k, i_j, mean w_sim]]}.
+    A method's column `every` is True if the mean is over all draws that exist.
     """
     sampler = GradientSampler(task, T, batch_size, smoke, iterations)
     true, compared = sampler.gradient("full_backprop", 0), {}
@@ -132,10 +127,10 @@ def gradient_comparisons(lab: Laboratory, cases: list[Case]) -> dict[Case, dict]
 def step_fidelity(
     task: str, method: str, T: int, hyper: dict, cost: int, draws: int, batch_size: int, smoke: bool = False
 ) -> dict:
-    """Moments.values() of a method's gradient before training, on fixed noise and prompts; hyper: not the method's own.
+    """A method's gradient before training: Moments.values() over its draws, on fixed noise and prompts.
 
     `step_cosine`: the mean cosine of a step on new noise and prompts, with as many samples as `cost` evaluations allow,
-    to the true gradient over 16 batches.
+    to the true gradient over 16 batches.  hyper: in place of the method's own.
     """
     sampler, (seeds, _) = GradientSampler(task, T, batch_size, smoke), distinct_draws(method, T, draws)
     true = sampler.gradient("full_backprop", 0)

@@ -28,7 +28,7 @@ class Scale:
     tasks: tuple[str, ...] = ("toy", "digits")
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the runs in the tables
     tuning_seeds: tuple[int, ...] = (100, 101)  # of the runs that choose learning rates
-    more_tuning_seeds: tuple[int, ...] = tuple(range(100, 106))  # the same for the short runs of `beyond`
+    more_tuning_seeds: tuple[int, ...] = tuple(range(100, 106))  # the same for `beyond`'s short runs, which vary more
     learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     # Iterations of LeapAlign: before anything saturates, and after.
     budgets: dict[str, int] = field(default_factory=lambda: {"small": 60, "large": 300})

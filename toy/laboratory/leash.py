@@ -13,10 +13,8 @@ MEASURED_ONLY = 1e-9  # beta of a run without a leash: it changes nothing, but t
 LR = 1e-3  # what `compare` chose for most methods' large budget, on both tasks
 CURVE_FRACTIONS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 """Fractions of the large budget after which a run is evaluated: the control may stop at each of them."""
-SHOWN = {
-    "toy": ("utility", "log_density", "spread", "v_norm"),
-    "digits": ("utility", "nearest_real", "diversity", "v_norm"),
-}
+SHOWN = {"toy": ("utility", "log_density", "spread", "v_norm")}
+SHOWN |= {"digits": ("utility", "nearest_real", "diversity", "v_norm")}
 
 Runs = dict[tuple[str, str, float | None, float], list[RunMetrics]]  # (task, method, lambda, beta) -> a list over seeds
 

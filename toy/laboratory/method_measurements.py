@@ -16,15 +16,10 @@ def hyper_for(T: int, method: str = "leap_align") -> Hyper:
     return Hyper(**{"lam": None, "m": max(1, round(11 * T / 25)), **DEFAULTS.get(method, {})})
 
 
-def seeded_generator(seed: int) -> torch.Generator:
-    """A CPU generator with this seed."""
-    return torch.Generator().manual_seed(seed)
-
-
 def run_method(v: Velocity, method: str, T: int, seed: int, **changes: object) -> list[dict]:
     """The logs of a method's endpoints on one sample, each after a backward of their sum, run as by the trainer."""
     velocity, hyper, logs = CutVelocity(v), replace(hyper_for(T, method), **changes), []
-    arguments = velocity, torch.zeros(1, 1), uniform_times(T), hyper, seeded_generator(seed)
+    arguments = velocity, torch.zeros(1, 1), uniform_times(T), hyper, torch.Generator().manual_seed(seed)
     for x_0, weight, log in METHODS[method](*arguments):
         if x_0.requires_grad:
             velocity.backward(x_0, torch.ones_like(x_0), weight)

@@ -11,7 +11,6 @@ from toy.laboratory.tables import Row, groups
 
 COLORS = ("#D55E00", "#56B4E9", "#009E73", "#0072B2", "#000000", "#E69F00", "#CC79A7", "#999999")
 """Okabe and Ito's colors, which colour-blind readers can tell apart; one for each method, in the table's order."""
-PUBLISHED_COLOR = COLORS[4]
 MARKERS = "o^Ds*vPX"
 LINES = {
     "leap_align 1": "-",
@@ -19,11 +18,9 @@ LINES = {
     "leap_align 0": ":",
 }  # the values of alpha in figures of gradients
 KIND_STYLES = {
-    "stop": {"linestyle": ":", "lw": 1},
-    "hinge": {"linestyle": "none", "fillstyle": "none", "ms": 9},
-    "leash": {"linestyle": "-"},
-    "both": {"linestyle": "--", "fillstyle": "none"},
-}
+    "stop": {"linestyle": ":", "lw": 1}, "hinge": {"linestyle": "none", "fillstyle": "none", "ms": 9},
+    "leash": {"linestyle": "-"}, "both": {"linestyle": "--", "fillstyle": "none"},
+}  # fmt: skip
 """What restrains a run, in the figure of the leash; the line of early stopping ends where training does."""
 LABELS = {"T": "T", "iterations": "iterations of LeapAlign"}
 LABELS |= {"cosine": "cosine to the true gradient", "variance": "variance of a draw / mean²"}
@@ -168,8 +165,8 @@ def leash(rows: list[Row], shown: Shown) -> Figure:
 def beyond(rows: list[Row], shown: Shown, small: int) -> Figure:
     """A row for each task: held-out evaluators against evaluations, a line for each method at its chosen setting.
 
-    Left of `small` evaluations are the runs with the rate for the small budget, right of it those for the large one.
-    The published setting is thick, and drawn from its start with both.  Bands are standard errors.
+    Left of `small` are the runs with the small budget's learning rate, right of it those with the large one's; both of
+    the published setting, which is thick, start at the left.  Bands are standard errors.
     """
     tasks = groups([row for row in rows if row["evaluations"] > 0], "task")
     figure, grid = panels(15, 4.6, len(tasks), 3)
@@ -190,11 +187,11 @@ def setting_lines(axis: Axes, number: int, setting: tuple, rows: list[Row], name
     """Draws one setting: a line for each budget.  The first setting of a task is the published one."""
     line, option, T, solver = setting
     label = ", ".join(text for text in (line, option if option not in line else "", f"T = {T}", solver) if text)
-    colors = [color for color in COLORS if color != PUBLISHED_COLOR]
+    colors = [color for color in COLORS if color != "#000000"]  # black is the published setting
     dashed, color = divmod(number - 1, len(colors))
     look = {"color": colors[color], "marker": MARKERS[color], "linestyle": ("-", "--")[dashed % 2], "lw": 1.2, "ms": 4}
     if number == 0:
-        look |= {"color": PUBLISHED_COLOR, "linestyle": "-", "lw": 3.5, "ms": 7}
+        look |= {"color": "#000000", "linestyle": "-", "lw": 3.5, "ms": 7}
         label = "published: " + label
     for points in groups(rows, "budget").values():
         x, y, error = columns_of(points, "evaluations", name, f"{name}_error")
