@@ -19,15 +19,14 @@ from toy.modes import CENTRES, Modes
 from toy.task import ToyOptions
 
 LEAP = "black"
-CAPTIONS = (
+CAPTIONS = (  # at x_T, x_k, x_j and x_0
     "noise: each point has a prompt that names a mode",
     "time $k$: a leap predicts $x_j$, the state at time $j$, in one step",
     "time $j$: a connector (dotted) leads to the real $x_j$; a second leap predicts $x_0$",
     "image: the reward scores the real $x_0$; its gradient passes through the two leaps alone",
 )
-"""What the animation says at x_T, x_k, x_j and x_0."""
+# The same margins in every frame, or the axes would tremble.
 MARGINS = {"left": 0.01, "right": 0.99, "bottom": 0.07, "top": 0.86, "wspace": 0.02}
-"""The same in every frame, or the axes would tremble."""
 
 
 def animate(folder: Path, path: Path, real: np.ndarray, fps: int = 10) -> None:
