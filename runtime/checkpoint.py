@@ -85,8 +85,9 @@ def save_checkpoint(folder: Path, state: TrainingState, progress: Progress, limi
         writer = HuggingFaceStorageWriter(str(part), _file_numbers(tensors, FILE_BYTES), save_distributed=True)
         dcp.save(tensors, storage_writer=writer)
         files = sorted(part.glob("*.safetensors"))[rank() :: world_size()]
-        digests = dict(ChainMap(*all_gather(run_on_all_ranks(lambda: _sync_and_digest(files)))))
-        content = asdict(progress) | {"generator": state.generator.get_state().tolist(), "digests": digests}
+        run_on_all_ranks(lambda: fsync(*files))
+        digests = ChainMap(*all_gather(run_on_all_ranks(lambda: {file.name: digest(file) for file in files})))
+        content = asdict(progress) | {"generator": state.generator.get_state().tolist(), "digests": dict(digests)}
         run_on_rank0(lambda: _publish(folder, part, progress.iteration, content, limit))
     except (OSError, dcp.CheckpointException, RaisedOnAllRanks) as error:
         shutil.rmtree(part, ignore_errors=True)
@@ -95,10 +96,7 @@ def save_checkpoint(folder: Path, state: TrainingState, progress: Progress, limi
 
 
 def _file_numbers(tensors: dict[str, Tensor], limit: int) -> dict[str, int]:
-    """The number of each tensor's file, from 1 and equal on every rank: no rank's part of a file exceeds `limit` bytes.
-
-    A tensor with a larger shard gets a file of its own.
-    """
+    """The number of each tensor's file, from 1, so that no rank's part of a file with several exceeds `limit` bytes."""
     numbers, number, size = {}, 1, 0
     for name, tensor in tensors.items():
         shard = _largest_shard(tensor)
@@ -116,12 +114,6 @@ def _largest_shard(tensor: Tensor) -> int:
             if placement.is_shard():
                 shape[placement.dim] = -(-shape[placement.dim] // ranks)
     return math.prod(shape) * tensor.itemsize
-
-
-def _sync_and_digest(files: list[Path]) -> dict[str, str]:
-    """The digest of each file, after the disk has it."""
-    fsync(*files)
-    return {file.name: digest(file) for file in files}
 
 
 def _publish(folder: Path, part: Path, iteration: int, content: dict[str, Any], limit: int) -> None:
@@ -187,21 +179,16 @@ def _verify(path: Path) -> dict[str, Any]:
     """
     state, damage = {}, None
     try:
-        state = _read_state(path)
+        expected, text = (path / "state.json").read_text().split("\n", 1)
+        require(digest(text.encode()) == expected, "state.json is not what was written")
+        state = json.loads(text)
+        require(state["iteration"] == int(path.name), f"it is that of iteration {state['iteration']}")
         for name in sorted(state["digests"])[rank() :: world_size()]:
             require(digest(path / name) == state["digests"][name], f"{name} is not what was written")
     except (OSError, ValueError) as error:
         damage = one_line(error)
     if damages := [text for text in all_gather(damage) if text is not None]:
         raise DamagedCheckpoint(damages[0])
-    return state
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    expected, text = (path / "state.json").read_text().split("\n", 1)
-    require(digest(text.encode()) == expected, "state.json is not what was written")
-    state = json.loads(text)
-    require(state["iteration"] == int(path.name), f"it is that of iteration {state['iteration']}")
     return state
 
 

@@ -45,15 +45,13 @@ def init_process_group(backend: str | None = None) -> None:
 
 
 def device_mesh(device_type: str) -> DeviceMesh | None:
-    """A mesh of all ranks, or None without a process group.
-
-    On several nodes the mesh has two dimensions (HSDP): sharded within a node, replicated across the slow links.
-    """
+    """A mesh of all ranks, or None without a process group."""
     if not dist.is_initialized():
         return None
     ranks_per_node = int(os.environ["LOCAL_WORLD_SIZE"])
     if world_size() == ranks_per_node:
         return init_device_mesh(device_type, (ranks_per_node,))
+    # HSDP: sharded within a node, replicated across the slow links between nodes.
     shape = (world_size() // ranks_per_node, ranks_per_node)
     return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
@@ -163,10 +161,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Yields a StopRequest that a stop signal fills.  The same signal a second time ends the process at once.
-
-    A signal that is ignored, as SIGHUP is under nohup, stays ignored.
-    """
+    """Yields a StopRequest that a stop signal fills.  The same signal a second time ends the process at once."""
     request = StopRequest()
 
     def handle(number: int, frame: Any) -> None:
@@ -175,6 +170,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
         if not request.is_deferred:
             raise StoppedBySignal(number, is_saved=False)
 
+    # A signal that is ignored, as SIGHUP is under nohup, stays ignored.
     numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, handle) for number in numbers}
     try:

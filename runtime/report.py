@@ -38,14 +38,12 @@ def reward_hacking_warnings(evaluations: list[Evaluation], held_out: dict[str, f
 
 
 def announce(flags: Any, task: type[Task], method: Callable[..., Any], folder: Path) -> None:
-    """Prints in three lines what the run will do; `weight` and `leash` are columns of metrics.csv.
-
-    flags: the trainer's.  On resume it names the newest checkpoint.  Should that one be damaged, loading it says so.
-    """
+    """Prints in three lines what the run with these flags will do; `weight` and `leash` are columns of metrics.csv."""
     config, hyper = flags.run, flags.method
     loss = "-weight * reward" if hyper.lam is None else f"weight * max(0, {hyper.lam:g} - reward)"
     leash = f" + {config.beta:g} * leash" if config.beta else ""
     sizes = f"{config.iterations} iterations of {config.batch_size} samples, {config.T} steps each"
+    # On resume, the newest checkpoint.  If it is damaged, loading it says so.
     done = [f", from iteration {int(path.name)} of {config.iterations}" for path in checkpoints(folder)[-1:]]
     print(f"{config.task} is trained to lower {loss}{leash}: {sizes}, lr {config.lr:g}{''.join(done)}.")
     print((method.__doc__ or config.method).strip().splitlines()[0])

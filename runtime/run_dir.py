@@ -21,12 +21,9 @@ from runtime.processes import one_line, run_on_rank0
 # --------------------------------------------------- Atomic writes ---------------------------------------------------
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, renamed to it at the end: a reader never sees a half-written file.
-
-    The name holds the process id, so that two processes never write the same temporary file.
-    """
+    """Yields a temporary path beside `path`, renamed to it at the end: a reader never sees a half-written file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")  # one for each process
     try:
         with write_errors_named(path):
             yield temporary
@@ -188,8 +185,8 @@ def _check_own(folder: Path, settings_file: Path, tool: str) -> None:
     require(folder.is_dir() or not folder.exists(), f"{folder} is a file: choose another folder")
     own = settings_file.is_file() and read_json(settings_file).get("tool") == tool
     # What a process that died before it wrote its settings may have left.
-    left = re.compile(rf"\{LOCK}|(config|settings)\.json\.\d+\.part")
-    own = own or all(left.fullmatch(file.name) for file in folder.glob("*"))
+    left = re.compile(r"\.lock|(config|settings)\.json\.\d+\.part")
+    own = own or not folder.exists() or all(left.fullmatch(file.name) for file in folder.iterdir())
     require(own, f"{folder} is not empty, and {tool} did not fill it: choose another folder")
 
 

@@ -77,10 +77,7 @@ def leaps(axis: Axes, pairs: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 def trajectories(folder: Path, real: np.ndarray, count: int = 5) -> None:
-    """trajectories.png: rollouts of the last evaluation from noise to image, with two leaps over each.
-
-    The rollout whose states lie farthest apart has labels.
-    """
+    """trajectories.png: rollouts of the last evaluation from noise to image, with two leaps over each."""
     evaluations = read_evaluations(folder)
     last = evaluations[max(evaluations)]
     i_k, i_j = last["pair"]
@@ -93,7 +90,7 @@ def trajectories(folder: Path, real: np.ndarray, count: int = 5) -> None:
         rollouts.append(np.stack([x[-1], x[i_k], x[i_j], x[0], x_hat_j, x_hat_0]))
         axis.plot(*x.T, ".-", color=color, lw=0.8, ms=3, alpha=0.6)
         leaps(axis, ((x[i_k], x_hat_j, x[i_j]), (x[i_j], x_hat_0, x[0])), color)
-    label_states(axis, max(rollouts, key=least_distance))
+    label_states(axis, max(rollouts, key=least_distance))  # the one whose states lie farthest apart
     axis.plot([], [], ".-", color="0.4", lw=0.8, ms=3, label="rollout")
     axis.plot([], [], "-", color="0.4", lw=1.8, label=r"leap, $x_k \to \hat{x}_{j|k}$ and $x_j \to \hat{x}_{0|j}$")
     axis.plot([], [], ":", color="k", lw=1.8, label="connector")
