@@ -108,7 +108,7 @@ def check_run_folder(folder: Path, settings: dict[str, Any], resume: bool, chang
     path = folder / "config.json"
     known = not resume or path.exists()
     require(known, f"{path} does not exist: nothing to resume; start the run without --resume")
-    if resume and (changes := _changes(read_json(path), _as_json(settings), changeable)):
+    if resume and (changes := _changes(path, settings, changeable)):
         raise BadInput(f"{folder} was run with other settings: {changes}; give those, or start a run in another --out")
     new = resume or not (checkpoints(folder) or (folder / "result.json").exists())
     require(new, f"{folder} holds another run: choose another --out, continue with --resume, or delete it")
@@ -136,15 +136,15 @@ def claimed_output_folder(folder: Path, tool: str, settings: dict[str, Any]) -> 
     Refuses a folder that is not new, empty or filled by this tool with the same settings.
     """
     path, settings = folder / "settings.json", {"tool": tool, **settings}
+
+    def check_and_write() -> None:
+        changes = path.exists() and _changes(path, settings)
+        require(not changes, f"{folder} was filled with other settings: {changes}; choose another folder")
+        write_settings(path, settings)
+
     with locked_folder(folder, path.name, tool):
-        run_on_rank0(lambda: _check_same_settings(folder, path, settings))
-        run_on_rank0(lambda: write_settings(path, settings))
+        run_on_rank0(check_and_write)
         yield
-
-
-def _check_same_settings(folder: Path, path: Path, settings: dict[str, Any]) -> None:
-    changes = path.exists() and _changes(read_json(path), _as_json(settings))
-    require(not changes, f"{folder} was filled with other settings: {changes}; choose another folder")
 
 
 def check_new_file(path: Path) -> None:
@@ -224,8 +224,9 @@ def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(settings, default=str))
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any], ignored: frozenset[str] = frozenset()) -> str:
-    """What differs between two settings, for an error message; empty if nothing does."""
+def _changes(path: Path, settings: dict[str, Any], ignored: frozenset[str] = frozenset()) -> str:
+    """How the settings differ from those in a file, for an error message; empty if they are equal."""
+    old, new = read_json(path), _as_json(settings)
     names = sorted(name for name in new.keys() - ignored if old.get(name) != new[name])
     return "; ".join(f"{name} was {old.get(name)}, is {new[name]}" for name in names)
 

@@ -84,18 +84,23 @@ def trajectories(folder: Path, real: np.ndarray, count: int = 5) -> None:
     figure = Figure(figsize=(6, 6.4), layout="constrained")
     axis = figure.subplots()
     plane(axis, real, f"{_when(max(evaluations))}, $i_k$ = {i_k}, $i_j$ = {i_j}")
-    rollouts = []
-    for n, color in zip(range(count), COLORS):
-        x, x_hat_j, x_hat_0 = last["states"][:, n], last["x_hat_j"][n], last["x_hat_0"][n]
-        rollouts.append(np.stack([x[-1], x[i_k], x[i_j], x[0], x_hat_j, x_hat_0]))
-        axis.plot(*x.T, ".-", color=color, lw=0.8, ms=3, alpha=0.6)
-        leaps(axis, ((x[i_k], x_hat_j, x[i_j]), (x[i_j], x_hat_0, x[0])), color)
+    rollouts = [joined_states(last, n) for n in range(count)]
+    for n, (color, (_, x_k, x_j, x_0, x_hat_j, x_hat_0)) in enumerate(zip(COLORS, rollouts)):
+        axis.plot(*last["states"][:, n].T, ".-", color=color, lw=0.8, ms=3, alpha=0.6)
+        leaps(axis, ((x_k, x_hat_j, x_j), (x_j, x_hat_0, x_0)), color)
     label_states(axis, max(rollouts, key=least_distance))  # the one whose states lie farthest apart
     axis.plot([], [], ".-", color="0.4", lw=0.8, ms=3, label="rollout")
     axis.plot([], [], "-", color="0.4", lw=1.8, label=r"leap, $x_k \to \hat{x}_{j|k}$ and $x_j \to \hat{x}_{0|j}$")
     axis.plot([], [], ":", color="k", lw=1.8, label="connector")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(folder / "trajectories.png", dpi=120)
+
+
+def joined_states(evaluation: dict[str, np.ndarray], n: int) -> np.ndarray:
+    """x_T, x_k, x_j, x_0, x̂_j and x̂_0 of one rollout, (6, 2)."""
+    i_k, i_j = evaluation["pair"]
+    real = evaluation["states"][[-1, i_k, i_j, 0], n]
+    return np.stack([*real, evaluation["x_hat_j"][n], evaluation["x_hat_0"][n]])
 
 
 def least_distance(points: np.ndarray) -> float:
