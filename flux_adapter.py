@@ -59,9 +59,9 @@ class Flux(DiffusersTask):
 
     def decode(self, x_0: Tensor) -> Tensor:
         """Images (B, 3, H, W), with gradient to the latents."""
-        size, vae = (self.options.height, self.options.width), self.pipeline.vae.config
-        latents = self.pipeline._unpack_latents(x_0, *size, self.pipeline.vae_scale_factor)
-        return self.images(latents / vae.scaling_factor + vae.shift_factor)
+        size = self.options.height, self.options.width, self.pipeline.vae_scale_factor
+        vae = self.pipeline.vae.config
+        return self.images(self.pipeline._unpack_latents(x_0, *size) / vae.scaling_factor + vae.shift_factor)
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,8 @@ class Klein(DiffusersTask):
         """Images (B, 3, H, W), with gradient to the patches."""
         vae = self.pipeline.vae
         mean, variance = (value.view(1, -1, 1, 1).to(x_0.dtype) for value in (vae.bn.running_mean, vae.bn.running_var))
-        latents = self.pipeline._unpatchify_latents(x_0 * (variance + vae.config.batch_norm_eps).sqrt() + mean)
-        return self.images(latents)
+        std = (variance + vae.config.batch_norm_eps).sqrt()
+        return self.images(self.pipeline._unpatchify_latents(x_0 * std + mean))
 
 
 def shifted_grid(scheduler: Any, T: int, mu: float) -> Tensor:

@@ -277,8 +277,9 @@ class DiffusersTask(Task):
 
     def images(self, latents: Tensor) -> Tensor:
         """The VAE's images (B, 3, H, W), in the dtype of the latents: black at 0, white at 1; some pixels beyond."""
-        vae = self.pipeline.vae
-        return vae.decode(latents.to(vae.dtype), return_dict=False)[0].to(latents.dtype) / 2 + 0.5
+        vae, dtype = self.pipeline.vae, latents.dtype
+        latents = latents.to(vae.dtype)  # frees the float32 ones
+        return vae.decode(latents, return_dict=False)[0].to(dtype) / 2 + 0.5
 
     def step_metrics(self, sample: Tensor) -> dict[str, float]:
         """saturated: the fraction of pixel values outside of [0, 1], which get no gradient."""

@@ -59,6 +59,8 @@ def test_a_damaged_result_is_named_and_computed_again(content, tmp_path, capsys)
     for message in (f"{damaged} is damaged: it is removed, and its result is computed again\n", ""):
         assert cache.results(dict, settings, "results") == before
         assert capsys.readouterr().out == message
+    damaged.write_text(content)
+    assert result_cache.stored_result(damaged) is None and not damaged.exists()
 
 
 @pytest.mark.parametrize("first", [True, False])

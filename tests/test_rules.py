@@ -137,10 +137,10 @@ TRAINED = {"velocity", "velocity_of", "velocity_and_reference", "decode", "rewar
 @every_file
 def test_gradients_stop_in_the_equations_and_their_backward_alone(path):
     """Evaluation and frozen models aside; the laboratory's variants are methods."""
-    assert path in ("leap_align.py", "runtime/backward.py") or not names(TREES[path]) & {"detach", "detach_"}
-    if path in (*EQUATIONS, "runtime/backward.py", "toy/laboratory/variants.py"):
+    if path in (*EQUATIONS, "runtime/backward.py"):
         return
-    assert "stop_gradient" not in names(TREES[path])
+    assert not names(TREES[path]) & {"detach", "detach_"}
+    assert path == "toy/laboratory/variants.py" or "stop_gradient" not in names(TREES[path])
     functions = [node for node in nodes(TREES[path], ast.FunctionDef) if node.name in TRAINED]
     for tree in (TREES[path],) if path in ("train_leap_align.py", "flux_adapter.py") else functions:
         assert not names(tree) & {"no_grad", "set_grad_enabled", "inference_mode"}
