@@ -83,8 +83,8 @@ runtime/report.py: hacking-direction ~ if now[ ~ if direction > 0 and now[ ~ run
 flux_adapter.py: flux-guidance ~ (len(condition),), self.options.guidance ~ (len(condition),), 1.0 ~ flux rollout
 sd3-timestep ~ timestep = (1000 * t) ~ timestep = (999 * t) ~ flux rollout or sd3
 klein-epsilon ~ (variance + vae.config.batch_norm_eps).sqrt() ~ variance.sqrt() ~ flux statistics
-unpacked-sideways ~ *size, self ~ *size[::-1], self ~ flux rollout
-vae-shift ~ latents / vae.scaling_factor + vae ~ latents / vae.scaling_factor - vae ~ flux rollout
+unpacked-sideways ~ = self.options.height, self.options.width ~ = self.options.width, self.options.height ~ flux rollout
+vae-shift ~ x_0 / vae.scaling_factor + vae ~ x_0 / vae.scaling_factor - vae ~ flux rollout
 full_scale/task.py: reward-not-clamped ~ (sample.clamp(0, 1), condition) ~ (sample, condition) ~ flux saturated
 one-evaluation-noise ~ x_T[i : i + 1] ~ x_T[:1] ~ full_scale_runs saturated
 full_scale/transformer.py: lora-starts-changed ~ torch.zeros(p.shape) ~ torch.ones(p.shape) ~ flux lora
@@ -93,7 +93,7 @@ full_scale/pipeline.py: shift-of-pixels ~ height // 2 * (width // 2) ~ height * 
 full_scale/contents.py: prompts-in-any-order ~ join(prompts) ~ join(sorted(prompts)) ~ full_scale_errors same_content
 shapes-not-values ~ total.update(value.cpu() ~ (value.cpu() ~ damaged_files embedding
 full_scale/sample.py: noise-of-image-number ~ i << 16 | number ~ number ~ full_scale geneval_samples
-full_scale/score.py: pixels-of-256 ~ [None] / 255 ~ [None] / 256 ~ full_scale score_continues
+full_scale/score.py: pixels-of-256 ~ [None] / 255 ~ [None] / 256 ~ full_scale numbers_from
 full_scale/plan.py: time-of-the-faster ~ overlapped = max( ~ overlapped = min( ~ plan time_is
 full_scale/rewards/images.py: clip-std ~ 0.26862954, 0.26130258 ~ 0.26130258, 0.26862954 ~ reward_parity pickscore
 first-pass-not-clipped ~ images.shape[2], width).clamp(0, 1) ~ images.shape[2], width) ~ reward_parity imagereward
