@@ -181,8 +181,8 @@ def check_gradient(name: str, member: str, result: Tensor) -> Tensor:
 def check_step_metrics(name: str, task: Task, values: dict[str, float]) -> dict[str, float]:
     """What a task's step_metrics returned, if it has exactly the entries of step_metric_names."""
     names = list(task.step_metric_names)
-    fits = values.keys() == set(names)
-    require(fits, f"task {name}: step_metrics gave {list(values)}, but step_metric_names are {names}")
+    if values.keys() != set(names):
+        raise BadInput(f"task {name}: step_metrics gave {list(values)}, but step_metric_names are {names}")
     return values
 
 

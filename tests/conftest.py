@@ -56,3 +56,21 @@ def one_process():
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory):
+    """The folder of a short, undisturbed toy run, with figures; tests only read it."""
+    from tests.toy_runs import run
+
+    out = tmp_path_factory.mktemp("run") / "reference"
+    run(out)
+    return out
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Runs draw no figures, apart from the reference run, which is made before."""
+    from tests.toy_runs import without_figures
+
+    without_figures(monkeypatch)

@@ -5,9 +5,7 @@ evaluators and the weights.  The table at the end counts how often the run survi
 """
 
 import argparse
-import csv
 import ctypes
-import json
 import math
 import os
 import random
@@ -17,27 +15,36 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 import train_leap_align as trainer
 from runtime import checkpoint
+from tests.toy_runs import ROOT, TORCHRUN, before_every_step, metrics, result, without_figures
 from toy.modes import Modes
 
-ROOT = Path(__file__).resolve().parent.parent
 FLAGS = "--pretrain-steps 300 --reward-steps 300 --evaluation-samples 160 --T 12 --batch-size 64".split()
 FLAGS += "--iterations 60 --checkpoint-every 5 --evaluate-every 30".split()
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "train_leap_align.py"]
-draw = random.Random(0)
+DRAW = random.Random(0)
+PATCH = SimpleNamespace(setattr=setattr)  # changes code for good, in a process that ends with the run
+INTERRUPTED: list[Path] = []
+"""Runs that were killed with half a checkpoint on the disk."""
 tqdm.monitor_interval = 0  # its thread may hold tqdm's lock at a fork, and the child would wait for it for ever
+
+
+def saved(out: Path) -> list[Path]:
+    """The run's checkpoints."""
+    return sorted((out / "checkpoint").glob("[0-9]*"))
 
 
 def arguments(out: Path) -> list[str]:
     """Flags that start the run, or resume it if it has a checkpoint."""
-    has_checkpoint = any((out / "checkpoint").glob("[0-9]*"))
-    return [*FLAGS, "--out", str(out), *(["--resume"] if has_checkpoint else [])]
+    return [*FLAGS, "--out", str(out), *(["--resume"] if saved(out) else [])]
 
 
 def start(out: Path, before=lambda: None) -> int:
@@ -47,11 +54,10 @@ def start(out: Path, before=lambda: None) -> int:
         return pid
     for number in (signal.SIGINT, signal.SIGHUP):  # both are ignored where this program runs in the background
         signal.signal(number, signal.SIG_DFL)
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     status = 0
-    Modes.draw_figures = trainer.report.draw_curves = lambda *_: None  # figures would take most of the time
+    without_figures(PATCH)
     try:
         before()
         trainer.main(arguments(out))
@@ -72,11 +78,9 @@ def exit_status(pid: int) -> int:
 
 def outcome(out: Path) -> tuple:
     """What must be equal: the log without its seconds, the evaluators, the weights."""
-    with (out / "metrics.csv").open(newline="") as file:
-        log = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
-    result = json.loads((out / "result.json").read_text())
-    weights = torch.load(out / "model" / "velocity.pt", weights_only=True)
-    return log, result["before"], result["after"], {name: weight.tolist() for name, weight in weights.items()}
+    weights = load_file(out / "model" / "weights.safetensors")
+    evaluators = [result(out)[when] for when in ("before", "after")]
+    return metrics(out), evaluators, {name: weight.tolist() for name, weight in weights.items()}
 
 
 def recovers(out: Path, expected: tuple) -> bool:
@@ -84,19 +88,42 @@ def recovers(out: Path, expected: tuple) -> bool:
     return exit_status(start(out)) == 0 and outcome(out) == expected
 
 
-# Faults: each returns True if nothing was lost
+def start_and_wait(out: Path, iterations: int, before=lambda: None) -> int:
+    """Starts the run and waits for so many rows of its log."""
+    pid, log = start(out, before), out / "metrics.csv"
+    while not log.exists() or len(log.read_text().splitlines()) <= iterations:  # its first line names the columns
+        time.sleep(0.001)
+    return pid
 
 
-def killed(folder: Path, expected: tuple, during_checkpoint: bool, kills: int = 1) -> bool:
+def stop_after(out: Path, iterations: int) -> Path:
+    """A run that SIGTERM stops after some iterations; returns its newest checkpoint."""
+
+    def stop(done: int) -> None:
+        if done == iterations:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert exit_status(start(out, lambda: before_every_step(PATCH, stop))) == 128 + signal.SIGTERM
+    return saved(out)[-1]
+
+
+# Faults of a run in the folder `out`: each returns True if nothing was lost
+
+
+def killed(out: Path, expected: tuple, during_checkpoint: bool = False, kills: int = 1) -> bool:
     """SIGKILL, at any moment or while a checkpoint is written."""
-    out = folder / "run"
+    part, fsync = out / "checkpoint" / "part", checkpoint.fsync
+
+    def slow_fsync() -> None:
+        """Keeps a checkpoint half written for longer, so that a kill can hit it."""
+        checkpoint.fsync = lambda *paths: (time.sleep(0.01), fsync(*paths))
+
     for _ in range(kills):
         pid = start(out, slow_fsync if during_checkpoint else lambda: None)
-        part = out / "checkpoint" / "part"
-        time.sleep(draw.uniform(0, 1))
+        time.sleep(DRAW.uniform(0, 1))
         while during_checkpoint and not part.exists() and os.waitpid(pid, os.WNOHANG) == (0, 0):
             time.sleep(0.0005)
-        time.sleep(draw.uniform(0, 0.02) if during_checkpoint else 0)
+        time.sleep(DRAW.uniform(0, 0.02) if during_checkpoint else 0)
         try:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -107,185 +134,125 @@ def killed(folder: Path, expected: tuple, during_checkpoint: bool, kills: int = 
     return ((out / "result.json").exists() and outcome(out) == expected) or recovers(out, expected)
 
 
-def slow_fsync() -> None:
-    """Keeps a checkpoint half written for longer, so that a kill can hit it."""
-    fsync = checkpoint.fsync
-
-    def slow(*paths: Path) -> None:
-        time.sleep(0.01)
-        fsync(*paths)
-
-    checkpoint.fsync = slow
-
-
-INTERRUPTED: list[Path] = []
-"""Runs that were killed with half a checkpoint on the disk."""
-
-
-def damaged(folder: Path, expected: tuple, damage: str) -> bool:
+def damaged(out: Path, expected: tuple, flipped: bool) -> bool:
     """The newest checkpoint is cut off, or one bit of it is flipped."""
-    out = folder / "run"
-    stop_after(out, iterations=draw.randrange(12, 55))
-    newest = max((out / "checkpoint").glob("[0-9]*"))
-    file = draw.choice(sorted(newest.iterdir()))
+    file = DRAW.choice(sorted(stop_after(out, DRAW.randrange(12, 55)).iterdir()))
     content = bytearray(file.read_bytes())
-    position = draw.randrange(len(content))
-    content[position] ^= 1 << draw.randrange(8)
-    file.write_bytes(content if damage == "flipped" else content[:position])
+    position = DRAW.randrange(len(content))
+    content[position] ^= 1 << DRAW.randrange(8)
+    file.write_bytes(content if flipped else content[:position])
     return recovers(out, expected)
 
 
-def stop_after(out: Path, iterations: int) -> None:
-    """A run that SIGTERM stops after some iterations."""
-
-    def stop() -> None:
-        step = trainer.Trainer.step
-
-        def counted(self):
-            if self.progress.iteration == iterations:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return step(self)
-
-        trainer.Trainer.step = counted
-
-    assert exit_status(start(out, stop)) == 128 + signal.SIGTERM
-
-
-def signalled(folder: Path, expected: tuple, number: int) -> bool:
-    """SIGTERM or SIGINT from outside: the run saves, exits with the signal's status, and resumes."""
-    out, iterations = folder / "run", draw.randrange(45)
-    pid, log = start(out), out / "metrics.csv"
-    while not log.exists() or len(log.read_text().splitlines()) <= iterations:  # its first line names the columns
-        time.sleep(0.001)
+def signalled(out: Path, expected: tuple, number: int) -> bool:
+    """A signal from outside: the run saves, exits with the signal's status, and resumes; SIGKILL leaves no lock."""
+    pid = start_and_wait(out, DRAW.randrange(45))
     os.kill(pid, number)
-    return exit_status(pid) == 128 + number and recovers(out, expected)
+    ended = -number if number == signal.SIGKILL else 128 + number
+    return exit_status(pid) == ended and (out / ".lock").exists() and recovers(out, expected)
 
 
-def second_start(folder: Path, expected: tuple, resume: bool) -> bool:
+def second_start(out: Path, expected: tuple, *flags: str) -> bool:
     """The same command again while the run lives: refused, and the run ends as if nothing had happened."""
-    out = folder / "run"
-
-    def slow_down() -> None:
-        step = trainer.Trainer.step
-        trainer.Trainer.step = lambda self: (time.sleep(0.2), step(self))[1]
-
-    pid, log = start(out, slow_down), out / "metrics.csv"
-    while not log.exists() or len(log.read_text().splitlines()) <= 7:  # one checkpoint is written
-        time.sleep(0.01)
-    flags = [*FLAGS, "--out", str(out), *(["--resume"] if resume else [])]
-    second = subprocess.run([sys.executable, "train_leap_align.py", *flags], cwd=ROOT, capture_output=True, text=True)
+    pid = start_and_wait(out, 7, lambda: before_every_step(PATCH, lambda _: time.sleep(0.2)))  # one checkpoint
+    command = [sys.executable, "train_leap_align.py", *FLAGS, "--out", str(out), *flags]
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     refused = second.returncode == 1 and "is in use by another process" in second.stderr
     return exit_status(pid) == 0 and refused and outcome(out) == expected
 
 
-def lock_of_a_killed_run(folder: Path, expected: tuple) -> bool:
-    """SIGKILL leaves no lock: the run resumes at once."""
-    out = folder / "run"
-    pid, log = start(out), out / "metrics.csv"
-    while not log.exists() or len(log.read_text().splitlines()) <= draw.randrange(1, 40):
-        time.sleep(0.001)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return (out / ".lock").exists() and recovers(out, expected)
-
-
-def stray_files(folder: Path, expected: tuple) -> bool:
+def stray_files(out: Path, expected: tuple) -> bool:
     """Copies and notes in checkpoint/ of a stopped run: it resumes, and they stay."""
-    out = folder / "run"
-    stop_after(out, iterations=draw.randrange(12, 55))
-    newest = max((out / "checkpoint").glob("[0-9]*"))
+    newest = stop_after(out, DRAW.randrange(12, 55))
     strays = [newest.with_name(f"{newest.name}-mine"), newest.with_name("9notes"), newest.with_name("999999.bak")]
     for stray in strays:
         shutil.copytree(newest, stray)
     return recovers(out, expected) and all(stray.exists() for stray in strays)
 
 
-def foreign_folder(folder: Path, expected: tuple) -> bool:
+def foreign_folder(out: Path, expected: tuple) -> bool:
     """A folder with somebody else's files: refused, and not one byte changes."""
-    out = folder / "run"
     names = ["config.json", "samples/a.png", "transformer/config.json", "model/a", "checkpoint/000001/a"]
-    for name in draw.sample(names, 3):
+    for name in DRAW.sample(names, 3):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("{}")
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    status = exit_status(start(out))
-    return status == 1 and before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    refused = exit_status(start(out)) == 1
+    return refused and before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
-def filled(folder: Path, expected: tuple) -> bool | None:
+def filled(out: Path, expected: tuple) -> bool | None:
     """A disk that is full during a checkpoint and has room again later; None if no disk can be mounted."""
-    disk = folder / "disk"
-    disk.mkdir()
-    mount = ctypes.CDLL(None).mount
-    if mount(b"none", str(disk).encode(), b"tmpfs", 0, b"size=9m"):
+    out.mkdir()
+    libc, disk = ctypes.CDLL(None), str(out).encode()
+    if libc.mount(b"none", disk, b"tmpfs", 0, b"size=9m"):
         return None
     try:
-        out = disk / "run"
-        stop_after(out, iterations=12)
-        ballast = disk / "ballast"
-        free = shutil.disk_usage(disk).free
-        ballast.write_bytes(bytes(max(0, free - draw.randrange(400_000))))
-        status, line = exit_status(start(out)), out.with_suffix(".log").read_text().splitlines()[-1]
+        run, ballast = out / "run", out / "ballast"
+        stop_after(run, 12)
+        ballast.write_bytes(bytes(max(0, shutil.disk_usage(out).free - DRAW.randrange(400_000))))
+        status, line = exit_status(start(run)), run.with_suffix(".log").read_text().splitlines()[-1]
         ballast.unlink()
-        return status == 1 and "No space left" in line and recovers(out, expected)
+        return status == 1 and "No space left" in line and recovers(run, expected)
     finally:
-        ctypes.CDLL(None).umount2(str(disk).encode(), 2)
+        libc.umount2(disk, 2)
 
 
-def poisoned(folder: Path, expected: tuple) -> bool:
+def poisoned(out: Path, expected: tuple) -> bool:
     """NaN from the reward in some iterations: exactly those steps are skipped, the weights stay finite."""
-    out, good = folder / "run", Modes.reward
-    bad = set(draw.sample(range(60), 5))
+    good, bad = Modes.reward, set(DRAW.sample(range(60), 5))
 
-    def poison() -> None:
-        step = trainer.Trainer.step
+    def poison(done: int) -> None:
+        Modes.reward = (lambda *inputs: good(*inputs) * math.nan) if done in bad else good
 
-        def counted(self):
-            Modes.reward = (lambda *a: good(*a) * math.nan) if self.progress.iteration in bad else good
-            try:
-                return step(self)
-            finally:
-                Modes.reward = good
+    def evaluate_well(evaluate=trainer.Trainer.evaluate) -> None:
+        before_every_step(PATCH, poison)
+        trainer.Trainer.evaluate = lambda *inputs: (setattr(Modes, "reward", good), evaluate(*inputs))[1]
 
-        trainer.Trainer.step = counted
-
-    if exit_status(start(out, poison)):
+    if exit_status(start(out, evaluate_well)):
         return False
-    log, _, _, weights = outcome(out)
-    skipped = {int(row["iteration"]) - 1 for row in log if float(row["skipped"])}
+    log, _, weights = outcome(out)
+    skipped = {int(row["iteration"]) - 1 for row in log if row["skipped"]}
     return skipped == bad and all(torch.tensor(weight).isfinite().all() for weight in weights.values())
 
 
-def lost_rank(folder: Path, expected: tuple) -> bool:
+def lost_rank(out: Path, expected: tuple) -> bool:
     """SIGKILL for one of two processes; a run of two processes then resumes."""
-    out = folder / "run"
     while not (out / "result.json").exists():
-        launched = subprocess.Popen(
-            [*TORCHRUN, *arguments(out)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        if not any((out / "checkpoint").glob("[0-9]*")):
-            while not any((out / "checkpoint").glob("[0-9]*")):
+        is_first, command = not saved(out), [*TORCHRUN, *arguments(out)]
+        launched = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if is_first:
+            while not saved(out):
                 time.sleep(0.01)
-            time.sleep(draw.uniform(0, 0.5))
+            time.sleep(DRAW.uniform(0, 0.5))
             workers = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
-            os.kill(int(draw.choice(workers)), signal.SIGKILL)
-            launched.wait()
-            if launched.returncode == 0 or not any((out / "checkpoint").glob("[0-9]*")):
-                return False
-        elif launched.wait():
+            os.kill(int(DRAW.choice(workers)), signal.SIGKILL)
+        if (launched.wait() == 0) == is_first or not saved(out):
             return False
     return outcome(out) == expected
 
 
-# The table
-
+FAULTS = {
+    "SIGKILL at any moment": (killed, 15),
+    "SIGKILL during a checkpoint": (partial(killed, during_checkpoint=True), 15),
+    "SIGKILL five times in one run": (partial(killed, kills=5), 3),
+    "SIGTERM": (partial(signalled, number=signal.SIGTERM), 5),
+    "SIGINT (Ctrl-C)": (partial(signalled, number=signal.SIGINT), 5),
+    "SIGHUP (closed terminal)": (partial(signalled, number=signal.SIGHUP), 5),
+    "SIGUSR1 (Slurm)": (partial(signalled, number=signal.SIGUSR1), 5),
+    "second start beside a live run": (second_start, 3),
+    "--resume beside a live run": (lambda out, expected: second_start(out, expected, "--resume"), 3),
+    "lock of a killed run": (partial(signalled, number=signal.SIGKILL), 5),
+    "stray folders in checkpoint/": (stray_files, 5),
+    "foreign folder as --out": (foreign_folder, 5),
+    "checkpoint cut off": (partial(damaged, flipped=False), 10),
+    "checkpoint with one bit flipped": (partial(damaged, flipped=True), 10),
+    "disk full during a checkpoint": (filled, 5),
+    "NaN from the reward": (poisoned, 5),
+    "one of two processes killed": (lost_rank, 3),
+}
+"""Each fault, and how often it is injected."""
 SHORT = ("SIGKILL at any moment", "SIGKILL during a checkpoint", "disk full during a checkpoint", "NaN from the reward")
-
-
-def two_processes(folder: Path) -> tuple:
-    """The outcome of an undisturbed run on two processes."""
-    subprocess.run([*TORCHRUN, *arguments(folder / "run")], cwd=ROOT, capture_output=True, check=True)
-    return outcome(folder / "run")
 
 
 def main() -> None:
@@ -293,43 +260,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="once, and only the faults without a test of their own")
     short = parser.parse_args().short
+    faults = {name: (FAULTS[name][0], 1) for name in SHORT} if short else FAULTS
     home = Path(tempfile.mkdtemp())
     exit_status(start(home / "undisturbed"))
-    expected = outcome(home / "undisturbed")
-    (home / "two").mkdir()
-    two = None if short else two_processes(home / "two")
-    faults = {
-        "SIGKILL at any moment": (lambda f: killed(f, expected, False), 15),
-        "SIGKILL during a checkpoint": (lambda f: killed(f, expected, True), 15),
-        "SIGKILL five times in one run": (lambda f: killed(f, expected, False, 5), 3),
-        "SIGTERM": (lambda f: signalled(f, expected, signal.SIGTERM), 5),
-        "SIGINT (Ctrl-C)": (lambda f: signalled(f, expected, signal.SIGINT), 5),
-        "SIGHUP (closed terminal)": (lambda f: signalled(f, expected, signal.SIGHUP), 5),
-        "SIGUSR1 (Slurm)": (lambda f: signalled(f, expected, signal.SIGUSR1), 5),
-        "second start beside a live run": (lambda f: second_start(f, expected, False), 3),
-        "--resume beside a live run": (lambda f: second_start(f, expected, True), 3),
-        "lock of a killed run": (lambda f: lock_of_a_killed_run(f, expected), 5),
-        "stray folders in checkpoint/": (lambda f: stray_files(f, expected), 5),
-        "foreign folder as --out": (lambda f: foreign_folder(f, expected), 5),
-        "checkpoint cut off": (lambda f: damaged(f, expected, "cut"), 10),
-        "checkpoint with one bit flipped": (lambda f: damaged(f, expected, "flipped"), 10),
-        "disk full during a checkpoint": (lambda f: filled(f, expected), 5),
-        "NaN from the reward": (lambda f: poisoned(f, expected), 5),
-        "one of two processes killed": (lambda f: lost_rank(f, two), 3),
-    }
-    if short:
-        faults = {name: (faults[name][0], 1) for name in SHORT}
-    jobs = [(name, fault) for name, (fault, times) in faults.items() for _ in range(times)]
-    survived = {name: [] for name, _ in jobs}
-    for number, (name, fault) in enumerate(tqdm(jobs, "faults")):
-        folder = home / str(number)
-        folder.mkdir()
-        survived[name].append(fault(folder))
+    expected = {fault: outcome(home / "undisturbed") for fault, _ in faults.values()}
+    if lost_rank in expected:
+        subprocess.run([*TORCHRUN, *arguments(home / "two")], cwd=ROOT, capture_output=True, check=True)
+        expected[lost_rank] = outcome(home / "two")
+    survived = {name: [] for name in faults}
+    for name in tqdm([name for name, (_, times) in faults.items() for _ in range(times)], "faults"):
+        fault, out = faults[name][0], Path(tempfile.mkdtemp(dir=home)) / "run"
+        survived[name].append(fault(out, expected[fault]))
         if survived[name][-1] is False:
-            tqdm.write(f"lost: {name}, see {folder}")
+            tqdm.write(f"lost: {name}, see {out}")
     print(f"| {'fault':32}| times | survived | lost |\n|{'-' * 33}|-------|----------|------|")
     for name, results in survived.items():
-        times = sum(result is not None for result in results)
+        times = sum(found is not None for found in results)
         print(f"| {name:32}| {times:5} | {results.count(True):8} | {results.count(False):4} |")
     print(f"{len(INTERRUPTED)} runs were killed with half a checkpoint on the disk")
     if any(False in results for results in survived.values()):

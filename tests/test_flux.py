@@ -2,6 +2,7 @@
 
 import math
 import re
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,30 +16,14 @@ pytest.importorskip("diffusers")
 import train_leap_align as trainer
 from beyond import DEFAULTS, Hyper
 from full_scale import transformer
-from leap_align import BatchGenerator, full_backprop, rollout
+from leap_align import full_backprop, rollout
+from runtime.backward import BatchGenerator
 from runtime.processes import full_value
-from tests.tiny_pipelines import (
-    PROMPTS,
-    TASKS,
-    assert_close,
-    assert_same_run,
-    draw,
-    every_task,
-    final_latents,
-    flags,
-    options_of,
-    pipeline_of,
-    seeded,
-    task_of,
-    torchrun,
-    train,
-)
+from tests import tiny_pipelines as tiny
+from tests.tiny_pipelines import PROMPTS, assert_close, draw, every_task, final_latents, pipeline_of, seeded, task_of
 
 pytestmark = pytest.mark.usefixtures("one_process")
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-# The forward pass
+a_flux = pytest.mark.parametrize("name", ["flux", "klein"])
 
 
 @pytest.mark.parametrize("T", [4, 25])
@@ -58,19 +43,18 @@ def test_the_rollout_is_the_pipelines(models, name, tolerance, T):
     assert task.step_metrics(sample)["saturated"] == pytest.approx(saturated, abs=1e-3)
 
 
-def test_the_grid_at_720_pixels_is_the_dynamic_shift(models):
-    times = task_of(models, height=720, width=720, T=25).times
-    u, s = torch.linspace(0, 1, 26), 2.2243  # exp(mu) of 2025 tokens
-    torch.testing.assert_close(times, s * u / (1 + (s - 1) * u), rtol=0, atol=2e-5)
-    assert task_of(models, shift=3.0).times[2] == pytest.approx(0.75)
+KLEIN_MU = {25: 1.9745554, 50: 1.8066816}
+"""Of 2025 tokens, those of 720 pixels: 2.0752798 for 10 steps, 0.7994384 for 200 and linear in between."""
 
 
-@pytest.mark.parametrize("T, mu", [(25, 1.9745554), (50, 1.8066816)])
-def test_the_grid_of_klein_shifts_with_the_number_of_steps(models, T, mu):
-    """At 720 pixels, 2025 tokens: mu is 2.0752798 for 10 steps, 0.7994384 for 200 and linear in between."""
-    times = task_of(models, "klein", height=720, width=720, T=T).times
+@pytest.mark.parametrize(
+    "name, T, mu", [("flux", 25, math.log(2.2243)), *(("klein", *row) for row in KLEIN_MU.items())]
+)
+def test_the_grid_at_720_pixels_is_the_dynamic_shift(models, name, T, mu):
+    times = task_of(models, name, height=720, width=720, T=T).times
     u, s = torch.linspace(0, 1, T + 1), math.exp(mu)
     torch.testing.assert_close(times, s * u / (1 + (s - 1) * u), rtol=0, atol=2e-5)
+    assert task_of(models, name, shift=3.0).times[2] == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize("guidance, evaluations", [(1.0, 1), (1.5, 2)])
@@ -91,32 +75,32 @@ def test_the_grid_of_sd3_is_the_schedulers_and_no_shift_of_an_even_grid(models):
 
 
 @every_task
-def test_weights_loaded_through_the_meta_device_are_those_on_disk(models, name):
+def test_weights_loaded_through_the_meta_device_are_those_on_disk_and_every_block_is_sharded(models, name):
     task = task_of(models, name)
-    loaded = {name: full_value(value) for name, value in task.model.state_dict().items()}
+    loaded = {key: full_value(value) for key, value in task.model.state_dict().items()}
     assert_close(loaded, load_file(models / name / "transformer" / "diffusion_pytorch_model.safetensors"), 0, 0)
-    assert {name for name, _ in task.model.named_buffers()} <= loaded.keys()  # the file fills every buffer
+    assert {key for key, _ in task.model.named_buffers()} <= loaded.keys()  # the file fills every buffer
+    # Were a block not sharded by itself, a forward would gather the whole transformer at once.
+    blocks = [block for kind, blocks in task.model.named_children() if kind.endswith("blocks") for block in blocks]
+    assert len(blocks) == {"flux": 3, "sd3": 2, "klein": 3}[name]
+    assert all(isinstance(block, FSDPModule) for block in blocks)
 
 
-@pytest.mark.parametrize("name", ["flux", "klein"])
+@a_flux
 def test_half_precision_computes_in_bfloat16_and_keeps_the_rest_in_float32(models, name):
-    task = task_of(models, name, precision="bfloat16")
-    seen = {}
+    task, seen = task_of(models, name, precision="bfloat16"), []
 
     def look(block, args, kwargs):
-        seen["weight"] = block.attn.to_q.weight.dtype
-        seen["hidden"] = kwargs["hidden_states"].dtype
-        seen["rotary"] = kwargs["image_rotary_emb"][0].dtype
+        seen.extend((block.attn.to_q.weight, kwargs["hidden_states"], kwargs["image_rotary_emb"][0]))
 
     task.model.transformer_blocks[0].register_forward_pre_hook(look, with_kwargs=True)
     x = task.noise(1, seeded())
     with torch.no_grad():
         assert task.velocity(PROMPTS[:1])(x, task.times[2]).dtype == torch.float32
-    assert seen == {"weight": torch.bfloat16, "hidden": torch.bfloat16, "rotary": torch.float32}
+    assert [tensor.dtype for tensor in seen[:3]] == [torch.bfloat16, torch.bfloat16, torch.float32]
     transformer.reshard(task.model)  # until then the bfloat16 copies hide the trained weights
-    assert {p.dtype for p in task.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in [*task.model.parameters(), *task.reward_model.parameters()]} == {torch.float32}
     assert task.pipeline.vae.dtype == torch.bfloat16
-    assert {p.dtype for p in task.reward_model.parameters()} == {torch.float32}
 
 
 def test_half_precision_applies_the_statistics_of_kleins_latents_in_float32(models):
@@ -124,43 +108,41 @@ def test_half_precision_applies_the_statistics_of_kleins_latents_in_float32(mode
     x_0, bn = task.noise(1, seeded()), task.pipeline.vae.bn
     mean, variance = (value.double().view(1, -1, 1, 1) for value in (bn.running_mean, bn.running_var))
     expected = x_0.double() * (variance + task.pipeline.vae.config.batch_norm_eps).sqrt() + mean
-    found = task.unpack(x_0)
+    found = final_latents(task, x_0)
     assert found.dtype == torch.float32
     # The channels of a state are 2x2 patches of the latents.
     patches = found.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 1, 4, 5, 2, 3).flatten(1, 3)
     torch.testing.assert_close(patches, expected.float(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["flux", "klein"])
+@a_flux
 def test_half_precision_rounds_the_time_as_the_pipeline_does(models, name):
     task, pipeline = task_of(models, name, precision="bfloat16"), pipeline_of(models, name)
     pipeline.to(torch.bfloat16)
-    times = {"task": [], "own": []}
-    for key, model in (("task", task.model), ("own", pipeline.transformer)):
-        look = lambda model, args, kwargs, key=key: times[key].append(kwargs["timestep"].float())  # noqa: E731
+    times = {task.model: [], pipeline.transformer: []}
+    for model in times:
+        look = lambda model, _, inputs: times[model].append(inputs["timestep"].float())  # noqa: E731
         model.register_forward_pre_hook(look, with_kwargs=True)
     x_T = task.noise(1, seeded())
     rollout(task.velocity(PROMPTS[:1]), x_T, task.times)
     draw(pipeline, x_T.to(torch.bfloat16), PROMPTS[:1], 4)
-    assert len(times["own"]) >= 4 and torch.equal(torch.cat(times["task"]), torch.cat(times["own"]))
-    exact = task.times.flip(0)[:-1]
-    assert any((time - exact).abs().min() > 1e-4 for time in torch.cat(times["task"]))
+    found, expected = map(torch.cat, times.values())
+    assert len(expected) >= 4 and torch.equal(found, expected)
+    assert any((time - task.times).abs().min() > 1e-4 for time in found)
 
 
 @every_task
 def test_a_new_velocity_sees_weights_that_changed_after_a_forward(models, name):
-    task = task_of(models, name)
-    x = task.noise(1, seeded())
-    with torch.no_grad():
-        parameters = list(task.model.parameters())
-        before = task.velocity(PROMPTS[:1])(x, task.times[2])
-        for p in parameters:
-            p.add_(0.01)
-        after = task.velocity(PROMPTS[:1])(x, task.times[2])
-        other = task_of(models, name)
-        for p in other.model.parameters():
-            p.add_(0.01)
-        expected = other.velocity(PROMPTS[:1])(x, other.times[2])
+    found = []
+    for is_asked_before in (True, False):
+        task = task_of(models, name)
+        x, parameters = task.noise(1, seeded()), list(task.model.parameters())
+        with torch.no_grad():
+            found += [task.velocity(PROMPTS[:1])(x, task.times[2])] if is_asked_before else []
+            for p in parameters:  # after a forward, the model would list unsharded copies
+                p.add_(0.01)
+            found.append(task.velocity(PROMPTS[:1])(x, task.times[2]))
+    before, after, expected = found
     assert torch.equal(after, expected) and not torch.equal(after, before)
 
 
@@ -173,18 +155,12 @@ def test_sd3_sees_times_that_no_precision_has_rounded(models):
 
 
 @pytest.mark.parametrize("name, width", [("flux", 32), ("klein", 3 * 16)])
-def test_a_flux_reads_512_tokens_with_padding(models, name, width):
-    assert task_of(models, name).encode(["a"])["encoder_hidden_states"].shape == (1, 512, width)
-
-
-def test_prompts_are_drawn_from_the_whole_list(models):
-    task = task_of(models)
+def test_a_flux_draws_prompts_from_the_whole_list_and_reads_512_tokens_with_padding(models, name, width):
+    task = task_of(models, name)
+    assert task.encode(["a"])["encoder_hidden_states"].shape == (1, 512, width)
     assert set(task.sample_conditions(200, seeded())) == set(PROMPTS)
     draws = [task.sample_conditions(5, seeded(seed)) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
-
-
-# The gradient
 
 
 @every_task
@@ -197,7 +173,7 @@ def test_gradient_through_task_vae_and_reward_is_that_of_finite_differences(mode
     directions = [torch.randn(p.shape, generator=seeded(i)) * p.to_local().std() for i, p in enumerate(parameters)]
 
     def total():
-        (x_0, _) = next(full_backprop(task.velocity(PROMPTS[:2]), x_T, task.times, Hyper(), seeded()))
+        x_0, *_ = next(full_backprop(task.velocity(PROMPTS[:2]), x_T, task.times, Hyper(), seeded()))
         return task.reward(task.decode(x_0), PROMPTS[:2]).sum()
 
     total().backward()
@@ -207,12 +183,10 @@ def test_gradient_through_task_vae_and_reward_is_that_of_finite_differences(mode
     def total_at(h):
         for p, d in zip(parameters, directions):
             p.to_local().add_(d, alpha=h)
-        value = total().item()
-        for p, d in zip(parameters, directions):
-            p.to_local().sub_(d, alpha=h)
-        return value
+        return total().item()
 
-    numeric = (total_at(1e-4) - total_at(-1e-4)) / 2e-4  # a small step: a pixel that begins to saturate is a kink
+    # A small step: a pixel that begins to saturate is a kink.
+    numeric = (total_at(1e-4) - total_at(-2e-4)) / 2e-4
     assert abs(slope) > 1e-4 and slope == pytest.approx(numeric, rel=2e-3)
 
 
@@ -222,7 +196,7 @@ def gradients(task, method="leap_align", prompts=PROMPTS[:2]):
     generator.manual_seed(1)
     x_T = task.noise(len(prompts), seeded())
     hyper = Hyper(m=2, **DEFAULTS.get(method, {}))
-    for x_0, weight in trainer.METHODS[method](task.velocity(prompts), x_T, task.times, hyper, generator):
+    for x_0, weight, _ in trainer.METHODS[method](task.velocity(prompts), x_T, task.times, hyper, generator):
         (task.reward(task.decode(x_0), prompts) * weight).sum().backward()
     trained = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
     return {name: full_value(p.grad) for name, p in trained.items() if p.grad is not None}
@@ -230,11 +204,10 @@ def gradients(task, method="leap_align", prompts=PROMPTS[:2]):
 
 @every_task
 def test_gradient_checkpointing_does_not_change_the_gradient(models, name):
-    on, selective, off = (
-        gradients(task_of(models, name, gradient_checkpointing=mode)) for mode in ("on", "selective", "off")
-    )
-    assert_close(on, off, 1e-5, 1e-9)
-    assert_close(selective, off, 1e-5, 1e-9)
+    modes = ("off", "on", "selective")
+    off, *others = (gradients(task_of(models, name, gradient_checkpointing=mode)) for mode in modes)
+    for gradient in others:
+        assert_close(gradient, off, 1e-5, 1e-9)
 
 
 @every_task
@@ -256,16 +229,6 @@ def test_the_sharded_gradient_is_the_plain_models(models):
     assert_close(sharded, gradients(task), 1e-5, 1e-9)
 
 
-@every_task
-def test_every_block_is_sharded_by_itself(models, name):
-    """Otherwise a forward would gather the whole transformer at once."""
-    model = task_of(models, name).model
-    blocks = [block for kind, blocks in model.named_children() if kind.endswith("blocks") for block in blocks]
-    assert len(blocks) == {"flux": 3, "sd3": 2, "klein": 3}[name] and all(
-        isinstance(block, FSDPModule) for block in blocks
-    )
-
-
 @pytest.mark.slow
 @every_task
 @pytest.mark.parametrize("lora_rank, gradient_checkpointing", [(2, "on"), (0, "off")])
@@ -280,7 +243,7 @@ def test_compilation_does_not_change_the_gradient(models, name, lora_rank, gradi
     assert_close(compiled, eager, 1e-4, 1e-7)
 
 
-@pytest.mark.parametrize("name", ["flux", "klein"])
+@a_flux
 def test_lora_trains_only_the_adapters_and_adapts_every_block(models, name):
     task = task_of(models, name, lora_rank=2)
     by_name = gradients(task)
@@ -291,11 +254,15 @@ def test_lora_trains_only_the_adapters_and_adapts_every_block(models, name):
     assert frozen and all(p.grad is None for p in frozen)
 
 
-def test_lora_keeps_the_base_in_half_precision_and_the_adapters_in_single(models):
-    task = task_of(models, lora_rank=2, precision="bfloat16")
-    kinds = {(".lora_" in name, p.dtype) for name, p in task.model.named_parameters()}
-    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_the_reference_needs_no_second_transformer_with_lora_and_all_is_in_its_precision(models, lora_rank):
+    task = task_with_reference(models, "flux", precision="bfloat16", lora_rank=lora_rank)
+    kinds = {(p.requires_grad, p.dtype) for p in task.model.parameters()}
+    assert kinds == {(True, torch.float32), *([(False, torch.bfloat16)] if lora_rank else [])}
     assert all(gradient.dtype == torch.float32 for gradient in gradients(task).values())
+    assert isinstance(task.reference, torch.nn.Module) == (not lora_rank)
+    if not lora_rank:
+        assert {(p.requires_grad, p.dtype) for p in task.reference.parameters()} == {(False, torch.bfloat16)}
 
 
 def test_a_saturated_pixel_has_no_gradient_and_is_counted(models):
@@ -310,21 +277,19 @@ def test_a_saturated_pixel_has_no_gradient_and_is_counted(models):
 
 # The leash
 
-LORA = ["--lora-rank", "2"]
 every_kind = pytest.mark.parametrize("kind", [{}, {"lora_rank": 2}], ids=["full", "lora"])
+more_flags = pytest.mark.parametrize("more", [[], ["--lora-rank", "2"]], ids=["full", "lora"])
 
 
 def task_with_reference(models, name, **changes):
     """A task that keeps its reference, and whose trained weights then change."""
-    task = TASKS[name](options_of(models, name, **changes), 4)
+    task = tiny.TASKS[name](tiny.options_of(models, name, **changes), 4)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     task.keep_reference()
     task.parallelize(None)
     with torch.no_grad():
-        for p in task.model.parameters():
-            if p.requires_grad:
-                p.add_(0.02)
+        [p.add_(0.02) for p in task.model.parameters() if p.requires_grad]
     return task
 
 
@@ -337,14 +302,16 @@ def test_the_reference_is_the_pretrained_model_whatever_the_trained_one_becomes(
     with torch.no_grad():
         expected = pretrained.velocity(PROMPTS[:2])(x, t)
         task = task_with_reference(models, name, precision=precision, **kind)
-        v, v_ref = task.velocity_and_reference(PROMPTS[:2])
+        with patch.object(task, "encode", wraps=task.encode) as encode:
+            v, v_ref = task.velocity_and_reference(PROMPTS[:2])
+        assert [call for call in encode.call_args_list if call.args[0] != [""]] == [((PROMPTS[:2],),)]  # once for both
         assert torch.equal(v_ref(x, t), expected)
         assert not torch.equal(v(x, t), expected)
         assert torch.equal(v(x, t), task.velocity(PROMPTS[:2])(x, t))  # the reference left the trained model alone
 
 
 @every_kind
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("checkpointing", ["on", "off"])
 def test_an_evaluation_of_the_reference_does_not_change_the_gradient(models, kind, checkpointing):
     task = task_with_reference(models, "flux", gradient_checkpointing=checkpointing, **kind)
     expected = gradients(task)
@@ -362,35 +329,21 @@ def test_an_evaluation_of_the_reference_does_not_change_the_gradient(models, kin
     assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
 
 
-def test_the_prompts_are_encoded_once_for_both_velocities(models, monkeypatch):
-    task, seen = task_with_reference(models, "flux"), []
-    encode = task.encode
-    monkeypatch.setattr(task, "encode", lambda prompts: seen.append(prompts) or encode(prompts))
-    task.velocity_and_reference(PROMPTS[:2])
-    assert seen == [PROMPTS[:2]]
-
-
-def test_lora_needs_no_second_transformer_and_full_training_one_frozen_in_half_precision(models):
-    lora, full = (task_with_reference(models, "flux", precision="bfloat16", **kind) for kind in ({"lora_rank": 2}, {}))
-    assert not isinstance(lora.reference, torch.nn.Module)
-    assert {(p.dtype, p.requires_grad) for p in full.reference.parameters()} == {(torch.bfloat16, False)}
-
-
 @pytest.mark.parametrize("name", ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd3", "klein"))])
-@pytest.mark.parametrize("more", [[], LORA], ids=["full", "lora"])
+@more_flags
 def test_a_resumed_run_on_a_leash_equals_an_uninterrupted_one(models, tmp_path, name, more):
-    arguments = [*flags(models, name, *more), "--beta", "1"]
-    uninterrupted = train(tmp_path / "uninterrupted", arguments)
+    arguments = [*tiny.flags(models, name, *more), "--beta", "1"]
+    uninterrupted = tiny.train(tmp_path / "uninterrupted", arguments)
     assert uninterrupted[0]["leash"] == 0 < uninterrupted[2]["leash"]
-    train(tmp_path / "resumed", [*arguments, "--iterations", "2"])
-    assert train(tmp_path / "resumed", [*arguments, "--resume"]) == uninterrupted
+    tiny.train(tmp_path / "resumed", [*arguments, "--iterations", "2"])
+    assert tiny.train(tmp_path / "resumed", [*arguments, "--resume"]) == uninterrupted
 
 
 @pytest.mark.slow
 @every_task
-@pytest.mark.parametrize("more", [[], LORA], ids=["full", "lora"])
+@more_flags
 def test_two_processes_on_a_leash_equal_one(models, tmp_path, name, more):
-    arguments = [*flags(models, name, *more), "--beta", "1"]
-    train(tmp_path / "one", arguments)
-    torchrun("train_leap_align.py", *arguments, "--out", tmp_path / "two")
-    assert_same_run(tmp_path / "one", tmp_path / "two")
+    arguments = [*tiny.flags(models, name, *more), "--beta", "1"]
+    tiny.train(tmp_path / "one", arguments)
+    tiny.torchrun("train_leap_align.py", *arguments, "--out", tmp_path / "two")
+    tiny.assert_same_run(tmp_path / "one", tmp_path / "two")

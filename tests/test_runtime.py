@@ -1,6 +1,5 @@
 """The parts of runtime/: each by itself."""
 
-import json
 import subprocess
 import sys
 
@@ -8,76 +7,58 @@ import pytest
 import torch
 
 from leap_align import BadInput
+from runtime import run_dir
 from runtime.ema import EMA
 from runtime.processes import RaisedOnAllRanks, all_gather, one_line, run_on_all_ranks, run_on_rank0
-from runtime.report import reward_hacking_signs
-from runtime.run_dir import (
-    CsvLog,
-    atomic_file,
-    atomic_folder,
-    check_contents,
-    check_new_file,
-    check_run_folder,
-    checkpoints,
-    claimed_output_folder,
-    digest,
-    digest_folder,
-    locked_folder,
-    read_csv,
-    read_json,
-    write_csv,
-    write_settings,
-)
+from runtime.report import reward_hacking_warnings
 from tests.toy_runs import ROOT
 
-# Atomic writes
+
+def enter(context):
+    """Enters and leaves a context."""
+    with context as value:
+        return value
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "new" / "file.txt"
-    with atomic_file(path) as temporary:
-        temporary.write_text("old")
-        assert not path.exists()
-    with pytest.raises(RuntimeError), atomic_file(path) as temporary:
-        temporary.write_text("half of the n")
+@pytest.mark.parametrize("atomic", [run_dir.atomic_file, run_dir.atomic_folder])
+def test_a_file_or_folder_is_replaced_whole_or_not_at_all(tmp_path, atomic):
+    path = tmp_path / "new" / "name"
+
+    def write(temporary, text):
+        (temporary if atomic is run_dir.atomic_file else temporary / text).write_text(text)
+
+    def written():
+        return path.read_text() if atomic is run_dir.atomic_file else [file.name for file in path.iterdir()]
+
+    for text in ("old", "new"):
+        with atomic(path) as temporary:
+            write(temporary, text)
+            assert text == "new" or not path.exists()
+    before = written()
+    assert before in ("new", ["new"])
+    with pytest.raises(RuntimeError), atomic(path) as temporary:
+        write(temporary, "half of it")
         raise RuntimeError("disk full")
-    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+    assert written() == before and list(path.parent.iterdir()) == [path]
 
 
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "folder"
-    for name in ("old", "new"):
-        with atomic_folder(path) as temporary:
-            (temporary / name).touch()
-    assert [file.name for file in path.iterdir()] == ["new"]
-    with pytest.raises(RuntimeError), atomic_folder(path) as temporary:
-        raise RuntimeError("disk full")
-    assert [file.name for file in path.iterdir()] == ["new"]
+def test_digests_are_those_of_contents_and_names(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"content")
+    assert run_dir.digest(tmp_path / "a.bin") == run_dir.digest(b"content") != run_dir.digest(b"contents")
+    found = [run_dir.digest_folder(tmp_path, "*.bin")]
+    (tmp_path / "notes.txt").write_bytes(b"2")
+    assert run_dir.digest_folder(tmp_path, "*.bin") == found[0]
+    (tmp_path / "a.bin").write_bytes(b"another")
+    found.append(run_dir.digest_folder(tmp_path, "*.bin"))
+    (tmp_path / "a.bin").rename(tmp_path / "b.bin")
+    found.append(run_dir.digest_folder(tmp_path, "*.bin"))
+    assert len(set(found)) == 3
 
 
-def test_a_digest_is_that_of_the_content(tmp_path):
-    (tmp_path / "a").write_bytes(b"content")
-    assert digest(tmp_path / "a") == digest(b"content") != digest(b"contents")
-
-
-def test_a_csv_file_has_a_column_for_every_key(tmp_path):
-    write_csv(tmp_path / "table.csv", [{"a": 1}, {"b": 2.5, "a": 3}])
-    assert (tmp_path / "table.csv").read_text().split() == ["a,b", "1,", "3,2.5"]
-
-
-# Settings and logs
-
-
-def test_a_tool_refuses_a_folder_with_other_settings(tmp_path):
-    for _ in range(2):
-        with claimed_output_folder(tmp_path, "sample", {"steps": 2, "lora": tmp_path}):
-            pass
-    with (
-        pytest.raises(BadInput, match=r"steps was 2, is 3; choose another folder"),
-        claimed_output_folder(tmp_path, "sample", {"steps": 3, "lora": tmp_path}),
-    ):
-        pass
-    assert json.loads((tmp_path / "settings.json").read_text())["steps"] == 2
+def test_only_the_names_of_checkpoints_count(tmp_path):
+    for name in ("000100", "000099", "1000000", "000100-mine", "9notes", "part", "99"):
+        (tmp_path / "checkpoint" / name).mkdir(parents=True)
+    assert [path.name for path in run_dir.checkpoints(tmp_path)] == ["000099", "000100", "1000000"]
 
 
 @pytest.mark.parametrize("name", ["model_index.json", "settings.json", "transformer/config.json", "thesis.part"])
@@ -85,22 +66,9 @@ def test_a_folder_that_somebody_else_filled_is_refused_and_left_alone(tmp_path, 
     file = tmp_path / "folder" / name
     file.parent.mkdir(parents=True)
     file.write_text("{}")
-    with (
-        pytest.raises(BadInput, match=r"folder is not empty, and sample did not fill it"),
-        claimed_output_folder(tmp_path / "folder", "sample", {}),
-    ):
-        pass
+    with pytest.raises(BadInput, match=r"folder is not empty, and sample did not fill it"):
+        enter(run_dir.claimed_output_folder(tmp_path / "folder", "sample", {}))
     assert [path for path in (tmp_path / "folder").rglob("*") if path.is_file()] == [file]
-
-
-def test_a_file_is_no_folder_and_no_new_file(tmp_path):
-    file = tmp_path / "file"
-    file.touch()
-    with pytest.raises(BadInput, match="is a file"), locked_folder(file, "config.json", "train"):
-        pass
-    with pytest.raises(BadInput, match="exists: choose another --out"):
-        check_new_file(file)
-    check_new_file(tmp_path / "new")
 
 
 def test_a_locked_folder_is_refused_until_its_process_ends(tmp_path):
@@ -113,80 +81,63 @@ with locked_folder(Path({str(tmp_path)!r}), "config.json", "train"):
 """
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"locked\n"
-    with pytest.raises(BadInput, match="in use by another process"), locked_folder(tmp_path, "config.json", "train"):
-        pass
+    with pytest.raises(BadInput, match="in use by another process"):
+        enter(run_dir.locked_folder(tmp_path, "config.json", "train"))
     other.kill()
     other.communicate()
-    with locked_folder(tmp_path, "config.json", "train"):
-        pass
+    enter(run_dir.locked_folder(tmp_path, "config.json", "train"))
 
 
-def test_a_run_may_change_only_what_is_changeable_on_resume(tmp_path):
-    write_settings(tmp_path / "config.json", {"lr": 1.0, "iterations": 3})
-    check_run_folder(tmp_path, {"lr": 1.0, "iterations": 4}, True, frozenset({"iterations"}))
-    with pytest.raises(BadInput, match=r"lr was 1\.0, is 2\.0; give those"):
-        check_run_folder(tmp_path, {"lr": 2.0, "iterations": 5}, True, frozenset({"iterations"}))
+CHANGEABLE = frozenset({"iterations"})
 
 
-def test_a_run_must_find_its_contents_unchanged(tmp_path):
-    write_settings(tmp_path / "config.json", {"contents": {"prompts": "a", "model": "b"}})
-    check_contents(tmp_path, {"prompts": "a", "model": "b"})
-    with pytest.raises(BadInput, match=r"^model changed since"):
-        check_contents(tmp_path, {"prompts": "a", "model": "c"})
+@pytest.mark.parametrize(("refused", "words"), [
+    (lambda out: enter(run_dir.claimed_output_folder(out, "sample", {"lr": 2.0})), "lr was 1.0, is 2.0; choose"),
+    (lambda out: run_dir.check_run_folder(out, {"lr": 2.0, "iterations": 5}, True, CHANGEABLE), "is 2.0; give"),
+    (lambda out: run_dir.check_contents(out, {"prompts": "a", "model": "c"}), "model changed since"),
+    (lambda out: run_dir.check_new_file(out / "config.json"), "config.json exists: choose another --out"),
+    (lambda out: enter(run_dir.locked_folder(out / "config.json", "config.json", "sample")), "config.json is a file"),
+])  # fmt: skip
+def test_other_settings_contents_or_files_are_refused(refused, words, tmp_path):
+    settings = {"lr": 1.0, "iterations": 3}
+    for _ in range(2):
+        enter(run_dir.claimed_output_folder(tmp_path, "sample", {"lr": 1.0}))
+    run_dir.write_settings(tmp_path / "config.json", settings | {"contents": {"prompts": "a", "model": "b"}})
+    run_dir.check_run_folder(tmp_path, settings | {"iterations": 4}, True, CHANGEABLE)
+    run_dir.check_contents(tmp_path, {"prompts": "a", "model": "b"})
+    run_dir.check_new_file(tmp_path / "new")
+    with pytest.raises(BadInput) as stop:
+        refused(tmp_path)
+    assert words in str(stop.value) and "\n" not in str(stop.value)
+    assert run_dir.read_json(tmp_path / "settings.json")["lr"] == 1.0
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b"3"])
-def test_damaged_json_is_refused_by_name(tmp_path, content):
-    (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(BadInput, match=r"^\S*config\.json (is damaged|must hold a JSON object)[^\n]*$"):
-        read_json(tmp_path / "config.json")
+DAMAGED = [("config.json", content) for content in (b"{", b"[]", b"\xff\xfe", b"3")]
+DAMAGED += [("metrics.csv", content) for content in (b"a,b\n1,2\n", b"\xff\xfe\x00", b"", b"iteration,reward\nxx,1\n")]
 
 
-@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"\xff\xfe\x00", b"", b"iteration,reward\nxx,1\n"])
-def test_a_foreign_log_is_refused_by_name(tmp_path, content):
-    (tmp_path / "metrics.csv").write_bytes(content)
-    with pytest.raises(BadInput, match=r"metrics\.csv (has other columns|is not a CSV file|has a damaged row)"):
-        CsvLog(tmp_path / "metrics.csv", ("reward",), 0)
-    assert (tmp_path / "metrics.csv").read_bytes() == content
-
-
-def test_only_the_names_of_checkpoints_count(tmp_path):
-    for name in ("000100", "000099", "1000000", "000100-mine", "9notes", "part", "99"):
-        (tmp_path / "checkpoint" / name).mkdir(parents=True)
-    assert [path.name for path in checkpoints(tmp_path)] == ["000099", "000100", "1000000"]
-
-
-def test_the_digest_of_a_folder_follows_names_and_contents(tmp_path):
-    (tmp_path / "a.bin").write_bytes(b"1")
-    (tmp_path / "notes.txt").write_bytes(b"1")
-    first = digest_folder(tmp_path, "*.bin")
-    (tmp_path / "notes.txt").write_bytes(b"2")
-    assert digest_folder(tmp_path, "*.bin") == first
-    (tmp_path / "a.bin").write_bytes(b"2")
-    assert digest_folder(tmp_path, "*.bin") != first
-    (tmp_path / "a.bin").write_bytes(b"1")
-    (tmp_path / "a.bin").rename(tmp_path / "b.bin")
-    assert digest_folder(tmp_path, "*.bin") != first
+@pytest.mark.parametrize(("name", "content"), DAMAGED)
+def test_a_damaged_or_foreign_file_is_refused_by_name(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    words = "is damaged|must hold a JSON object|has other columns|is not a CSV file|has a damaged row"
+    with pytest.raises(BadInput, match=rf"^\S*{name} ({words})[^\n]*$"):
+        run_dir.read_json(tmp_path / name) if name == "config.json" else run_dir.CsvLog(tmp_path / name, ("reward",), 0)
+    assert (tmp_path / name).read_bytes() == content
 
 
 def test_a_log_drops_the_rows_after_its_checkpoint(tmp_path):
     path = tmp_path / "metrics.csv"
-    log = CsvLog(path, ("reward", "d_j"), 0)
+    log = run_dir.CsvLog(path, ("reward", "d_j"), 0)
     for iteration in (1, 2, 3):
         log.add({"iteration": iteration, "reward": iteration / 2, "not_a_column": 1})
-    CsvLog(path, ("reward", "d_j"), 2).add({"iteration": 3, "d_j": 7})
-    rows = read_csv(path, ("iteration", "reward", "d_j"))
+    run_dir.CsvLog(path, ("reward", "d_j"), 2).add({"iteration": 3, "d_j": 7})
+    rows = run_dir.read_csv(path, ("iteration", "reward", "d_j"))
     assert [list(row.values()) for row in rows] == [["1", "0.5", ""], ["2", "1.0", ""], ["3", "", "7"]]
     path.unlink()
     with pytest.raises(BadInput, match="is gone"):
         log.add({"iteration": 4})
-
-
-# Processes
-
-
-def test_without_a_process_group_there_is_one_rank():
-    assert all_gather("value") == ["value"] and run_on_all_ranks(lambda: 3) == 3
+    run_dir.write_csv(path, [{"a": 1}, {"b": 2.5, "a": 3}])
+    assert path.read_text().split() == ["a,b", "1,", "3,2.5"]  # a column for every key
 
 
 @pytest.mark.parametrize("run", [run_on_all_ranks, run_on_rank0])
@@ -197,15 +148,13 @@ def test_a_refusal_becomes_one_of_all_ranks(run, error):
 
     with pytest.raises(RaisedOnAllRanks, match=r"lr=0|a/b: No such file"):
         run(refuse)
+    assert all_gather("value") == ["value"] and run_on_all_ranks(lambda: 3) == 3
 
 
 def test_an_error_fits_on_one_line():
     assert one_line(ValueError("two\n  lines")) == "two lines"
     assert one_line(OSError(28, "No space left on device", "x")) == "No space left on device"
     assert len(one_line(ValueError("x" * 1000))) == 200
-
-
-# Averages and reports
 
 
 def test_ema_against_a_hand_calculation_and_swapped_back():
@@ -215,26 +164,25 @@ def test_ema_against_a_hand_calculation_and_swapped_back():
         with torch.no_grad():
             p.fill_(value)
         ema.update()
-    expected = 0.9 * (0.9 * 1.0 + 0.1 * 2.0) + 0.1 * 3.0
     with ema.swapped():
-        assert p.item() == pytest.approx(expected)
+        assert p.item() == pytest.approx(0.9 * (0.9 * 1.0 + 0.1 * 2.0) + 0.1 * 3.0)
     assert p.item() == 3.0
     with pytest.raises(RuntimeError), ema.swapped():
         raise RuntimeError("in the middle of an evaluation")
     assert p.item() == 3.0
 
 
-def test_signs_of_reward_hacking_against_a_hand_calculation():
+def test_warnings_of_reward_hacking_against_a_hand_calculation():
     held_out = {"evaluator": 0.1, "distance": -0.5}
     rows = [
         {"iteration": 0, "reward": 0.0, "evaluator": 0.5, "distance": 2.0},
         {"iteration": 1, "reward": 1.0, "evaluator": 0.9, "distance": 2.4},
         {"iteration": 2, "reward": 2.0, "evaluator": 0.7, "distance": 2.6},
     ]
-    assert reward_hacking_signs(rows[:2], held_out) == {}
-    signs = reward_hacking_signs(rows, held_out)
-    assert set(signs) == {"evaluator", "distance"}
-    assert "iteration 1 -> 2" in signs["evaluator"] and "0.9 -> 0.7" in signs["evaluator"]
-    assert "iteration 0 -> 2" in signs["distance"]
+    assert reward_hacking_warnings(rows[:2], held_out) == {}
+    warnings = reward_hacking_warnings(rows, held_out)
+    assert set(warnings) == {"evaluator", "distance"}
+    assert "iteration 1 -> 2" in warnings["evaluator"] and "0.9 -> 0.7" in warnings["evaluator"]
+    assert "iteration 0 -> 2" in warnings["distance"]
     # An evaluator that falls together with the reward is a failure, but not hacking.
-    assert reward_hacking_signs([rows[1], {**rows[2], "reward": 0.5}], held_out) == {}
+    assert reward_hacking_warnings([rows[1], {**rows[2], "reward": 0.5}], held_out) == {}

@@ -1,5 +1,6 @@
 """Trackers: what TensorBoard's own reader finds, and the calls that wandb gets, against the files of the run."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -13,64 +14,50 @@ from PIL import Image
 import train_leap_align as trainer
 from runtime import report
 from runtime.run_dir import read_csv
-from tests.toy_runs import ROOT, SMALL, TORCHRUN, error_line, metrics, result, run, without_figures
+from tests.toy_runs import ROOT, SMALL, before_every_step, error_line, metrics, result, run, run_two, without_figures
 
-FLAGS = ["--checkpoint-every", "2", "--evaluate-every", "2"]
+EVERY_2 = ["--checkpoint-every", "2", "--evaluate-every", "2"]
+TENSORBOARD, WANDB = ["--tracker", "tensorboard"], ["--tracker", "wandb"]
 FIGURES = {"figures/curves", "figures/samples", "figures/trajectories"}
 
 
-@pytest.fixture(scope="module")
-def untracked(tmp_path_factory):
-    """A run without a tracker, with figures."""
-    out = tmp_path_factory.mktemp("run") / "untracked"
-    run(out, *FLAGS)
-    return out
-
-
 def logged(out):
-    """What a tracker must show of a run's folder: name -> iteration -> value."""
+    """What a tracker must show of a run's folder: (name, iteration) -> value."""
     expected = {}
     for kind, file in (("train", "metrics.csv"), ("evaluation", "evaluations.csv")):
         for row in read_csv(out / file):
             iteration = int(row.pop("iteration"))
-            for name, value in row.items():
-                if value:
-                    expected.setdefault(f"{kind}/{name}", {})[iteration] = float(value)
+            expected |= {(f"{kind}/{name}", iteration): float(value) for name, value in row.items() if value}
     return expected
 
 
-def cut_off(out, iteration=2):
-    """The folder of a run that was killed after iteration 4, when its newest checkpoint was that of `iteration`."""
-    for path in (out / "checkpoint").iterdir():
-        if int(path.name) > iteration:
-            shutil.rmtree(path)
+def figure_of(out, name):
+    return out / f"{name.removeprefix('figures/')}.png"
 
 
-# TensorBoard
+def cut_off(out):
+    """The folder of a run that was killed after iteration 4, when its newest checkpoint was that of iteration 2."""
+    shutil.rmtree(out / "checkpoint" / "000004")
 
 
-def events(out):
-    """TensorBoard's own reader of a run's event files, without a limit on their number."""
+def forget(out):
+    """The folder of a run that was killed before its first checkpoint: it is started again, not resumed."""
+    shutil.rmtree(out / "checkpoint")
+    (out / "result.json").unlink()
+
+
+def assert_tensorboard_shows(out):
+    """Its own reader finds every value of metrics.csv and evaluations.csv once, in float32, and each figure once."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    accumulator = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
-    return accumulator.Reload()
-
-
-def assert_tensorboard_shows(out, images=FIGURES):
-    """Every value of metrics.csv and evaluations.csv once, in float32, and each image once, as in its file."""
-    read, expected = events(out), logged(out)
-    assert set(read.Tags()["scalars"]) == set(expected)
-    for name, values in expected.items():
-        points = [(event.step, event.value) for event in read.Scalars(name)]
-        np.testing.assert_equal(points, [(step, np.float32(value)) for step, value in sorted(values.items())])
-    assert set(read.Tags()["images"]) == images
-    for name in images:
+    read = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
+    found = [(name, event.step, event.value) for name in read.Tags()["scalars"] for event in read.Scalars(name)]
+    assert sorted(found) == sorted((*key, float(np.float32(value))) for key, value in logged(out).items())
+    assert set(read.Tags()["images"]) == FIGURES
+    for name in FIGURES:
         (image,) = read.Images(name)
-        (out / "read.png").write_bytes(image.encoded_image_string)
-        path = out / f"{name.removeprefix('figures/')}.png"
-        assert np.array_equal(Image.open(out / "read.png"), Image.open(path).convert("RGB"))
-        (out / "read.png").unlink()
+        found, expected = (Image.open(x) for x in (io.BytesIO(image.encoded_image_string), figure_of(out, name)))
+        assert np.array_equal(found, expected.convert("RGB"))
         assert image.step == len(read_csv(out / "metrics.csv"))
 
 
@@ -79,45 +66,38 @@ def tensorboard():
     pytest.importorskip("torch.utils.tensorboard")
 
 
-def test_tensorboard_shows_the_runs_files_and_changes_none(untracked, tmp_path, tensorboard):
-    assert run(tmp_path, *FLAGS, "--tracker", "tensorboard") == metrics(untracked)
-    assert result(tmp_path)["after"] == result(untracked)["after"]
-    assert_tensorboard_shows(tmp_path)
+@pytest.mark.parametrize("first", [TENSORBOARD, []], ids=["from the start", "from --resume on"])
+def test_tensorboard_shows_the_runs_files_without_gaps_or_double_points(reference, first, tmp_path, tensorboard):
+    """Also after it was resumed, and after a resumption with nothing left to do but the report; it changes nothing."""
+    assert run(tmp_path, *EVERY_2, *first) == metrics(reference)
+    assert result(tmp_path)["after"] == result(reference)["after"]
+    if first:
+        assert_tensorboard_shows(tmp_path)
+    cut_off(tmp_path)
+    for iterations in ("4", "4", "6"):
+        run(tmp_path, *EVERY_2, "--resume", *TENSORBOARD, "--iterations", iterations)
+        assert_tensorboard_shows(tmp_path)
+    assert metrics(tmp_path)[:4] == metrics(reference)
     assert json.loads((tmp_path / "config.json").read_text())["tracker"] == "tensorboard"
 
 
-@pytest.mark.parametrize("first", [["--tracker", "tensorboard"], []], ids=["from the start", "from --resume on"])
-def test_tensorboard_shows_a_resumed_run_without_gaps_or_double_points(first, tmp_path, tensorboard):
-    whole = run(tmp_path, *FLAGS, *first)
-    cut_off(tmp_path)
-    for iterations in ("4", "4", "6"):  # the second time there is nothing left to do but the report
-        run(tmp_path, *FLAGS, "--resume", "--tracker", "tensorboard", "--iterations", iterations)
-        assert_tensorboard_shows(tmp_path)
-    assert metrics(tmp_path)[:4] == whole
-
-
 def test_a_restarted_run_hides_the_rows_of_the_first_start(tmp_path, tensorboard):
-    """Without a checkpoint there is nothing to resume: the run starts again, with another seed."""
-    run(tmp_path, *FLAGS, "--tracker", "tensorboard")
-    shutil.rmtree(tmp_path / "checkpoint")
-    (tmp_path / "result.json").unlink()
-    run(tmp_path, *FLAGS, "--tracker", "tensorboard", "--seed", "1", "--iterations", "2")
+    """With another seed, because there is nothing to resume."""
+    run(tmp_path, *EVERY_2, *TENSORBOARD)
+    forget(tmp_path)
+    run(tmp_path, *EVERY_2, *TENSORBOARD, "--seed", "1", "--iterations", "2")
     assert_tensorboard_shows(tmp_path)
 
 
 def test_two_processes_write_one_event_file(tmp_path, tensorboard):
-    flags = [*SMALL, "--tracker", "tensorboard", "--out", tmp_path]
-    subprocess.run([*TORCHRUN, *map(str, flags)], cwd=ROOT, check=True, capture_output=True)
+    run_two(tmp_path, *TENSORBOARD)
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
     assert_tensorboard_shows(tmp_path)
 
 
-# wandb, a stub that records its calls
-
-
 class WandbRun:
     def __init__(self, starting_step):
-        self.id, self.starting_step, self.logs, self.images, self.exit_code = "abc123", starting_step, {}, {}, None
+        self.id, self.starting_step, self.logs, self.exit_code = "abc123", starting_step, {}, None
 
     def log(self, values, step):
         assert step >= max(self.logs, default=0), "wandb drops an earlier step"
@@ -147,82 +127,64 @@ def wandb(monkeypatch):
     return stub
 
 
-def assert_wandb_has(logs, out, first=0, last=4):
-    """The values of the run's files from one iteration to another, each at its own, and at the end the figures."""
-    numbers = {step: {k: v for k, v in values.items() if isinstance(v, float)} for step, values in logs.items()}
-    expected = {}
-    for name, values in logged(out).items():
-        for step, value in values.items():
-            if first <= step <= last:
-                expected.setdefault(step, {})[name] = value
-    assert numbers == expected
-    images = {name: value.path for name, value in logs[last].items() if name not in numbers[last]}
-    assert images == {name: str(out / f"{name.removeprefix('figures/')}.png") for name in FIGURES}
+def assert_wandb_has(logs, out, first=0):
+    """The values of the run's files from an iteration on, each at its own, and at the end the figures."""
+    found = {(name, step): value for step, values in logs.items() for name, value in values.items()}
+    images = {name: found.pop((name, max(logs))).path for name in FIGURES}
+    assert found == {key: value for key, value in logged(out).items() if key[1] >= first}
+    assert images == {name: str(figure_of(out, name)) for name in FIGURES}
 
 
-def test_wandb_gets_the_runs_files_and_settings(untracked, tmp_path, wandb):
+def test_wandb_gets_the_runs_files_and_settings_and_nothing_twice(reference, tmp_path, wandb):
+    """On --resume the service has iterations 0 to 3; the newest checkpoint is that of 2."""
     out = tmp_path / "my-run"
-    assert run(out, *FLAGS, "--tracker", "wandb") == metrics(untracked)
+    assert run(out, *EVERY_2, *WANDB) == metrics(reference)
     (log,), (arguments,) = wandb.runs, wandb.inits
     assert_wandb_has(log.logs, out)
     assert log.exit_code == 0
-    assert arguments["name"] == "my-run" and arguments["project"] == "train_leap_align"
-    assert arguments["id"] is None and arguments["dir"] == out
+    expected = {"name": "my-run", "project": "train_leap_align", "id": None, "dir": out}
+    assert {key: arguments[key] for key in expected} == expected
     assert arguments["config"]["T"] == 21 and arguments["config"]["method"] == "leap_align"
-
-
-def test_wandb_resumes_its_run_and_gets_no_iteration_twice(tmp_path, wandb):
-    """The service has iterations 0 to 3; the newest checkpoint is that of 2."""
-    run(tmp_path, *FLAGS, "--tracker", "wandb")
-    cut_off(tmp_path)
+    cut_off(out)
     wandb.step = 4
-    run(tmp_path, *FLAGS, "--tracker", "wandb", "--resume")
+    run(out, *EVERY_2, *WANDB, "--resume")
     assert wandb.inits[1]["id"] == "abc123" and wandb.inits[1]["resume"] == "allow"
-    assert_wandb_has(wandb.runs[1].logs, tmp_path, first=4)
+    assert_wandb_has(wandb.runs[1].logs, out, first=4)
 
 
 def test_wandb_gets_what_it_missed(tmp_path, wandb):
     """The service has nothing: it was chosen on --resume only, or the run is offline."""
-    run(tmp_path, *FLAGS)
+    run(tmp_path, *EVERY_2)
     cut_off(tmp_path)
-    run(tmp_path, *FLAGS, "--tracker", "wandb", "--resume")
+    run(tmp_path, *EVERY_2, *WANDB, "--resume")
     assert wandb.inits[0]["id"] is None
     assert_wandb_has(wandb.runs[0].logs, tmp_path)
 
 
-def test_a_restarted_run_is_a_new_one_at_wandb(tmp_path, wandb, monkeypatch):
-    without_figures(monkeypatch)
-    run(tmp_path, "--tracker", "wandb")
-    shutil.rmtree(tmp_path / "checkpoint")
-    (tmp_path / "result.json").unlink()
+def test_a_restarted_run_is_a_new_one_at_wandb_and_an_unknown_entry_is_not_shown(tmp_path, wandb, monkeypatch):
+    """What is no column of metrics.csv could not be shown again on --resume."""
+    step = trainer.Trainer.step
+    monkeypatch.setattr(trainer.Trainer, "step", lambda self: step(self) | {"unknown": 1.0})
+    run(tmp_path, *WANDB)
+    assert_wandb_has(wandb.runs[0].logs, tmp_path)
+    forget(tmp_path)
     monkeypatch.setenv("WANDB_PROJECT", "mine")
-    run(tmp_path, "--tracker", "wandb")
+    without_figures(monkeypatch)
+    run(tmp_path, *WANDB)
     assert wandb.inits[1]["id"] is None and wandb.inits[1]["project"] == "mine"
 
 
-@pytest.mark.parametrize("signal", [0, 15])
-def test_a_crash_or_a_signal_closes_the_tracker(signal, tmp_path, wandb, monkeypatch):
-    step = trainer.Trainer.step
+@pytest.mark.parametrize("error", [trainer.processes.StoppedBySignal(15, False), OSError(28, "No space left")])
+def test_a_crash_or_a_signal_closes_the_tracker(error, tmp_path, wandb, monkeypatch):
+    def fail_in_the_third(iteration):
+        if iteration == 2:
+            raise error
 
-    def fail_in_the_third(self):
-        if self.progress.iteration == 2:
-            raise trainer.processes.StoppedBySignal(signal, False) if signal else OSError(28, "No space left")
-        return step(self)
-
-    monkeypatch.setattr(trainer.Trainer, "step", fail_in_the_third)
+    before_every_step(monkeypatch, fail_in_the_third)
     with pytest.raises(SystemExit):
-        run(tmp_path, "--tracker", "wandb")
+        run(tmp_path, *WANDB)
     assert max(wandb.runs[0].logs) == 2
     assert wandb.runs[0].exit_code == 1
-
-
-def test_wandb_that_does_not_start_is_one_line(tmp_path, wandb):
-    def init(**_):
-        raise wandb.Error("No API key\nconfigured")
-
-    wandb.init = init
-    line = error_line("--tracker", "wandb", "--out", str(tmp_path))
-    assert "No API key configured" in line and "`wandb login`" in line and "WANDB_MODE=offline" in line
 
 
 def test_the_sheet_of_an_evaluation_is_shown(tmp_path, wandb):
@@ -237,35 +199,28 @@ def test_the_sheet_of_an_evaluation_is_shown(tmp_path, wandb):
     assert wandb.runs[0].logs == {10: {"evaluation/reward": 1.0}, 20: {"train/reward": 2.0, "evaluation/reward": 3.0}}
 
 
-def test_an_entry_that_is_no_column_of_metrics_csv_is_not_shown(tmp_path, wandb, monkeypatch):
-    """On --resume it could not be shown again."""
-    step = trainer.Trainer.step
-    monkeypatch.setattr(trainer.Trainer, "step", lambda self: step(self) | {"unknown": 1.0})
-    run(tmp_path, "--tracker", "wandb")
-    assert_wandb_has(wandb.runs[0].logs, tmp_path)
+def test_wandb_that_does_not_start_is_one_line(tmp_path, wandb):
+    def init(**_):
+        raise wandb.Error("No API key\nconfigured")
+
+    wandb.init = init
+    line = error_line(*WANDB, "--out", str(tmp_path))
+    assert "No API key configured" in line and "`wandb login`" in line and "WANDB_MODE=offline" in line
 
 
-# Without a library, without a tracker
-
-
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_missing_library_is_one_line_before_anything_is_written(name, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, name, None)  # makes `import name` fail
+@pytest.mark.parametrize(("name", "module"), [("tensorboard", None), ("wandb", None), ("wandb", ModuleType("wandb"))])
+def test_a_missing_library_is_one_line_before_anything_is_written(name, module, tmp_path, monkeypatch):
+    """None makes `import name` fail; a folder named wandb imports as an empty module."""
+    monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    line = error_line("--tracker", name, "--out", str(tmp_path / "run"))
-    assert line.endswith(f"pip install {name}")
+    assert error_line("--tracker", name, "--out", str(tmp_path / "run")).endswith(f"pip install {name}")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_folder_named_wandb_is_not_the_library(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
-    assert error_line("--tracker", "wandb", "--out", str(tmp_path)).endswith("pip install wandb")
 
 
 def test_only_rank_0_has_a_tracker(tmp_path, wandb, monkeypatch):
     monkeypatch.setattr(report, "rank", lambda: 1)
     with report.tracker_class("wandb")(tmp_path, {}) as tracker:
-        assert tracker is None
+        assert isinstance(tracker, report.NoTracker)
     assert not wandb.inits
 
 

@@ -1,6 +1,7 @@
 """Short toy runs through the trainer's command line, and readers of their files."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +20,14 @@ def run(out, *flags):
     """A short run into the folder `out`; returns its metrics."""
     trainer.main([*SMALL, "--out", str(out), *flags])
     return metrics(out)
+
+
+def run_two(out, *flags, status=0):
+    """The same on two processes; returns what it wrote to stderr."""
+    command = [*TORCHRUN, *SMALL, "--out", str(out), *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == status, done.stderr
+    return done.stderr
 
 
 def metrics(out):
@@ -43,6 +52,12 @@ def error_line(*flags):
     assert line.startswith("error: ")
     assert "\n" not in line
     return line
+
+
+def before_every_step(monkeypatch, action):
+    """Runs action(iterations done) before every step."""
+    step = trainer.Trainer.step
+    monkeypatch.setattr(trainer.Trainer, "step", lambda self: (action(self.progress.iteration), step(self))[1])
 
 
 def without_figures(monkeypatch):
