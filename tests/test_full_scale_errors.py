@@ -367,8 +367,9 @@ def test_a_tool_advises_only_what_it_has(monkeypatch, tmp_path, error, expected)
         raise error
 
     monkeypatch.setattr("full_scale.sample.sample", sample)
-    line = refusal(["sample", "--out", tmp_path])
-    assert expected in line and "--resume" not in line
+    with pytest.raises(SystemExit) as stop:
+        tool("sample", "--out", tmp_path)
+    assert expected in stop.value.code and "--resume" not in stop.value.code
 
 
 def test_a_full_disk_names_the_file(models, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ for library in ("diffusers", "transformers", "peft", "open_clip", "torchvision")
 import train_leap_align as trainer
 from full_scale import __main__ as tools
 from full_scale.models import FAMILIES
+from full_scale.transformer import repeated_blocks
 from tests.problems import seeded  # noqa: F401 (for the tests of pipelines)
 from tests.toy_runs import ROOT
 from tests.toy_runs import metrics as read_metrics
@@ -143,6 +144,14 @@ def assert_same_metrics(one, two):
     """Rows of metrics.csv, up to rounding."""
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+def dequantised(model):
+    """The weights as layers use them, by the name in the pipeline's file; frozen linear layers of the blocks alone."""
+    layers = [layer for block in repeated_blocks(model) for layer in block.modules()]
+    frozen = {layer.weight for layer in layers if isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad}
+    named = [(name.replace(".base_layer", ""), p) for name, p in model.named_parameters() if p in frozen]
+    return {name: p.get_original_weight() if hasattr(p, "get_original_weight") else p for name, p in named}
 
 
 def exported(out):
