@@ -36,8 +36,6 @@ def assert_same_preprocessing(pixels, official):
     assert difference.max() < 1.5 and difference.mean() < 0.5
 
 
-# HPSv2: the official package, in a subprocess
-
 OFFICIAL_HPSV2 = """
 import builtins, json, os, sys, types, warnings
 import open_clip.tokenizer
@@ -114,13 +112,12 @@ def test_full_size_hpsv2_equals_the_official_score(tmp_path):
     file.unlink()
 
 
-# PickScore: the model card's code, with transformers
-
 SIZES = pytest.mark.parametrize("size", [(224, 227), (300, 200), (300, 201), (411, 97), (225, 640), (150, 1001)])
 
 
 @SIZES
 def test_pickscore_equals_the_models_logit_over_100_after_the_official_processor(size):
+    """As in the model card's code, with transformers."""
     module = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
     reward, image = tiny_reward("pickscore"), random_uint8_images([size])[0]
     official = module.CLIPImageProcessorPil()(as_pil(image), return_tensors="pt").pixel_values
@@ -134,12 +131,11 @@ def test_pickscore_equals_the_models_logit_over_100_after_the_official_processor
     assert_scores(reward, [image] * 3, prompts, expected.tolist(), tolerance=2e-5)
 
 
-# ImageReward and HPSv3: scores and gradients that the official code gave for tiny random models, where its old
-# libraries could be installed
-
-
 def official_fixture(name, folder):
-    """The recorded results, and the official state dict, filled by the fixture's rule.  folder: gets a tokenizer."""
+    """What the official code gave for a tiny random model, where its old libraries could be installed, and its weights.
+
+    folder: gets a tokenizer.
+    """
     for file in tiny_folder(name).glob("tokenizer*"):
         (folder / file.name).symlink_to(file)
     recorded, state = json.loads((Path(__file__).parent / "fixtures" / f"{name}_tiny_1.json").read_text()), {}
@@ -196,8 +192,7 @@ def test_hpsv3_equals_the_official_score(tmp_path):
     recorded, state = official_fixture("hpsv3", tmp_path)
     config = recorded["config"] | recorded["config"]["text"] | {"vision_config": recorded["config"]["vision"]}
     config["rope_scaling"] = {"type": "mrope", "mrope_section": config.pop("mrope_section")}
-    # Qwen2-VL's number of rows; HPSv3's file has another one.
-    config |= {"vocab_size": 152064, "tie_word_embeddings": False}
+    config |= {"vocab_size": 152064, "tie_word_embeddings": False}  # HPSv3's file has another number of rows
     (tmp_path / "config.json").write_text(json.dumps(config))
     torch.save(state, tmp_path / "HPSv3.pt")
     reward = load("hpsv3", [tmp_path / "HPSv3.pt"])
