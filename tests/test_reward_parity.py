@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from full_scale.rewards import load
-from full_scale.rewards.hpsv3 import INSTRUCTION, patchify, resized_size
+from full_scale.rewards.hpsv3 import INSTRUCTION, resized_size
 from full_scale.rewards.images import CLIP_STD, crop, normalise
 from runtime.counters import saved_bytes
 from tests.tiny_rewards import PROMPTS, random_images, refusal, tiny_folder, tiny_reward, use_tiny_vit
@@ -248,13 +248,3 @@ def test_hpsv3_resizes_to_the_official_size():
     official = {(512, 512): (448, 448), (720, 720): (448, 448), (1024, 1024): (448, 448), (768, 768): (420, 420)}
     official |= {(40, 56): (392, 532), (448, 448): (448, 448)}
     assert {size: resized_size(*size) for size in official} == official
-
-
-def test_hpsv3_patches_equal_the_image_processors():
-    """transformers' image processor, on images that need no resizing."""
-    module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
-    images = random_uint8_images([(448, 448)] * 2)
-    official = module.Qwen2VLImageProcessorPil()(list(map(as_pil, images)), return_tensors="pt")
-    patches = patchify(normalise(torch.cat(images) / 255))
-    assert torch.allclose(patches, official.pixel_values, atol=1e-6)
-    assert official.image_grid_thw.tolist() == [[1, 32, 32]] * 2

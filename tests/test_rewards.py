@@ -275,14 +275,11 @@ noise_generator = torch.Generator().manual_seed(0)
 
 VIOLATIONS = {
     "detached": (without_gradient(), "no gradient"),
-    "through uint8": (lambda images, prompts: mean((images * 255).to(torch.uint8).float() / 255), "no gradient"),
     "rounded": (lambda images, prompts: mean((images * 255).round() / 255), "no finite gradient"),
     "a column": (lambda images, prompts: mean(images)[:, None], f"gave a tensor (2, 1) {FLOAT}"),
     "one number": (lambda images, prompts: images.mean(), f"gave a tensor () {FLOAT}"),
     "a list": (a_list(), f"gave a value of type list {ALLOWED}"),
     "nothing": (lambda images, prompts: None, f"gave None {ALLOWED}"),
-    "a number": (lambda images, prompts: 0.5, f"gave a value of type float {ALLOWED}"),
-    "an array": (lambda images, prompts: mean(images.detach()).numpy(), f"gave a value of type ndarray {ALLOWED}"),
     "integers": (lambda images, prompts: mean(images).long(), f"gave a tensor (2,) of torch.int64 on cpu {ALLOWED}"),
     "elsewhere": (lambda images, prompts: mean(images).to("meta"), "gave a tensor (2,) of torch.float32 on meta for"),
     "squeezed": (lambda images, prompts: mean(images).squeeze(), "a tensor () of torch.float32 on cpu for 1 images"),

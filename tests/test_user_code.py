@@ -127,11 +127,9 @@ OWN_LINE = [BadInput("x"), torch.OutOfMemoryError("x"), StoppedBySignal(15, Fals
 def test_an_exception_of_user_code_becomes_a_user_code_error_unless_it_has_a_line_of_its_own(error):
     with pytest.raises(BaseException) as caught, user_code("your reward"):
         raise error
-    if error in OWN_LINE:
-        assert caught.value is error
-    else:
-        assert isinstance(caught.value, UserCodeError) and str(caught.value) == "your reward"
-        assert caught.value.__cause__ is error
+    found = caught.value
+    wrapped = isinstance(found, UserCodeError) and str(found) == "your reward" and found.__cause__ is error
+    assert found is error if error in OWN_LINE else wrapped
 
 
 @pytest.mark.parametrize(
