@@ -132,10 +132,7 @@ def test_pickscore_equals_the_models_logit_over_100_after_the_official_processor
 
 
 def official_fixture(name, folder):
-    """What the official code gave for a tiny random model, where its old libraries could be installed, and its weights.
-
-    folder: gets a tokenizer.
-    """
+    """Recorded results of the official code with its old libraries, and its random weights; folder gets a tokenizer."""
     for file in tiny_folder(name).glob("tokenizer*"):
         (folder / file.name).symlink_to(file)
     recorded, state = json.loads((Path(__file__).parent / "fixtures" / f"{name}_tiny_1.json").read_text()), {}
@@ -185,10 +182,8 @@ def test_imagereward_preprocesses_as_the_official_transform(size, monkeypatch):
 
 
 def test_hpsv3_equals_the_official_score(tmp_path):
-    """With given pixels and token ids; the second sequence is shorter, so there is padding.
-
-    config.json is like Qwen2-VL-7B-Instruct's of 2024: the language model's settings stand at the top level.
-    """
+    """With given pixels and token ids; the second sequence is shorter, so there is padding."""
+    # Qwen2-VL-7B-Instruct's config.json of 2024 has the language model's settings at the top level.
     recorded, state = official_fixture("hpsv3", tmp_path)
     config = recorded["config"] | recorded["config"]["text"] | {"vision_config": recorded["config"]["vision"]}
     config["rope_scaling"] = {"type": "mrope", "mrope_section": config.pop("mrope_section")}

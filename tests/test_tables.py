@@ -66,10 +66,8 @@ TABLES = [
     (RESULTS, "| claim |", "ablations-directions", "claim", {"figure": "reward"}, {"": verdict}),
     (RESULTS, "| method | `toy`, c", "fidelity", "method", {"T": "25", "iterations": "0"}, {"length": number("ratio")}),
 ]
-"""Page, beginning of the table, CSV file, key column, values that all cells share, and cells by the end of a head.
-
-A head that ends with a column of the file shows it without an entry among the cells.
-"""
+"""Page, beginning of the table, CSV file, key column, values that all cells share, and cells by the end of a head; a
+column of the file at the end of a head needs no entry among them."""
 
 
 def split(line):
