@@ -16,6 +16,7 @@ from collections import Counter
 import psutil
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests import tiny_pipelines as tiny  # first: skips without the libraries
@@ -27,6 +28,7 @@ from full_scale.components import weight_shapes
 from full_scale.contents import pipeline_content
 from full_scale.models import FAMILIES
 from full_scale.pipeline import TEXT_SUBFOLDERS
+from full_scale.score import read_image
 from leap_align import BadInput
 from tests.tiny_pipelines import PROMPTS, ROOT, TASKS, every_task, flags, options_of, sampling, task_of, tool, train
 
@@ -233,6 +235,12 @@ def test_sample_takes_the_usual_guidance_of_its_model_and_numbers_its_images(mod
     assert tiny.read(tmp_path / "settings.json")["guidance"] == {"flux": 3.5, "sd3": 3.5, "klein": 4.0}[name]
     prompts = {f"{i:05d}_{n}.png": text for i, text in enumerate(PROMPTS) for n in range(2)}
     assert tiny.read(tmp_path / "prompts.json") == prompts and all((tmp_path / file).exists() for file in prompts)
+
+
+def test_an_image_is_read_as_numbers_from_0_to_1(tmp_path):
+    Image.new("RGB", (2, 3), (255, 0, 51)).save(tmp_path / "image.png")
+    image = read_image(tmp_path / "image.png")
+    assert image.shape == (1, 3, 3, 2) and image[0, :, 2, 1].tolist() == pytest.approx([1, 0, 0.2])
 
 
 class InterruptedReward(torch.nn.Module):

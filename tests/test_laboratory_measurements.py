@@ -122,10 +122,10 @@ def test_distinct_draws_are_all_draws():
 
 
 def test_moments_against_a_hand_calculation():
-    moments = Moments(torch.tensor([1.0, 1.0]), [torch.tensor([3.0, 0.0]), torch.tensor([1.0, 2.0])])
-    # Mean (2, 1); squares 9 and 5, mean 7; cosines 1/sqrt(2) and 3/sqrt(10).
-    one_draw = {"one_cosine": (0.5**0.5 + 3 / 10**0.5) / 2, "one_norm": 7**0.5, "variance": 7 / 5 - 1, "draws": 2}
-    assert moments.values() == pytest.approx({"cosine": 3 / 10**0.5, "ratio": 2.5**0.5} | one_draw)
+    moments = Moments(torch.tensor([1.0, 1.0]), [torch.tensor([3.0, 0.0]), torch.tensor([1.0, 3.0])])
+    # Mean (2, 1.5), of norm 2.5; squares 9 and 10, mean 9.5; cosines 1/sqrt(2) and 4/sqrt(20) = sqrt(0.8).
+    one_draw = {"one_cosine": (0.5**0.5 + 0.8**0.5) / 2, "one_norm": 9.5**0.5, "variance": 9.5 / 6.25 - 1, "draws": 2}
+    assert moments.values() == pytest.approx({"cosine": 3.5 / 2.5 / 2**0.5, "ratio": 2.5 / 2**0.5} | one_draw)
 
 
 def test_two_steps_at_alpha_1_have_the_true_gradient():

@@ -273,6 +273,9 @@ def test_a_leash_keeps_the_model_near_the_reference_and_adds_beta_times_its_colu
     runs = [run(tmp_path / beta, "--beta", beta, "--lr", "0.01", "--iterations", "30") for beta in ("1e-9", "100")]
     far, near = (sum(row["leash"] for row in rows[10:]) for rows in runs)
     assert 0 < near < far / 3
+    short = ["--beta", "1e-9", "--iterations", "2", "--tau"]
+    light, heavy = (run(tmp_path / tau, *short, tau)[1]["leash"] for tau in ("500", "50"))
+    assert heavy == pytest.approx(10 * light, rel=0.01)  # the weight of a sample is 1 / (2 tau)
     # Rewards near -1 without a hinge: with ReFL, whose weight is 1, the loss without a leash is -reward.
     monkeypatch.setattr(Modes, "reward", lambda self, sample, _: 1e-3 * sample.sum(1).tanh() - 1)
     row = run(tmp_path / "refl", "--beta", "7", "--lam", "None", "--lr", "0.01", "--method", "refl")[-1]
