@@ -69,12 +69,8 @@ NO_NUMBERS = "evaluate must return a dict of numbers, reward, spread among them"
 @pytest.mark.parametrize(
     ("member", "value", "words"),
     [
-        (
-            "__init__",
-            lambda self, *_: vars(self).update(times=uniform_times(4)),
-            "task mine lacks model: see the class",
-        ),
-        ("__init__", lambda self, *_: vars(self).update(model=nn.Linear(2, 2)), "task mine lacks times: see the class"),
+        ("__init__", lambda self, *_: setattr(self, "times", uniform_times(4)), "task mine lacks model: see the class"),
+        ("__init__", lambda self, *_: setattr(self, "model", nn.Linear(2, 2)), "task mine lacks times: see the class"),
         ("velocity_of", lambda self, model, inputs: lambda x, t: model(x).detach(), f"velocity {NO_GRADIENT}"),
         ("decode", lambda self, x_0: 2 * x_0.detach(), f"task mine: decode {NO_GRADIENT}"),
         ("reward", lambda self, sample, _: sample.sum(1).tolist(), "a reward of type list must be a tensor (B,)"),
