@@ -300,7 +300,7 @@ class Hyper:
     def __post_init__(self) -> None:
         one = torch.ones(1)  # these functions check their hyperparameter
         discount(one, self.alpha), weight_of(one, one, self.tau), hinge(one, self.lam)
-        for name, least in (("m", 1), ("K", 1), ("n", 0), ("low", 1)):
+        for name, least in (("m", 1), ("K", 1), ("n", 0)):
             n = getattr(self, name)
             require(isinstance(n, int) and n >= least, f"{name}={n} must be a whole number, at least {least}")
 
