@@ -35,9 +35,10 @@ def fail(*_):
 
 
 def test_a_run_leaves_what_the_readme_promises(reference):
-    names = {p.name for p in reference.iterdir()}
-    assert {"config.json", "metrics.csv", "evaluations.csv", "result.json", "checkpoint", "model"} <= names
-    assert {"samples.png", "trajectories.png", "curves.png"} <= names
+    promised = (
+        "config.json metrics.csv evaluations.csv result.json checkpoint model samples.png trajectories.png curves.png"
+    )
+    assert set(promised.split()) <= {p.name for p in reference.iterdir()}
     with (reference / "metrics.csv").open() as file:
         assert next(csv.reader(file)) == ["iteration", *trainer.METRICS]
     evaluators = {"reward", "utility", "alignment", "log_density", "spread"}
@@ -52,9 +53,8 @@ def test_a_run_prints_at_most_a_line_a_second_and_once_that_its_gradient_is_zero
     start = time.perf_counter()
     run(tmp_path, "--iterations", "100")
     printed = capsys.readouterr()
-    lines = [line for line in printed.err.split("\r") if line.startswith("leap_align:")]
-    # One at the start, one at the end, and one more after each message.
-    assert 2 <= len(lines) <= time.perf_counter() - start + 5
+    lines = printed.err.count("\rleap_align:") + printed.err.startswith("leap_align:")
+    assert 2 <= lines <= time.perf_counter() - start + 5  # at the start and the end, and one more after each message
     assert "iteration 1: the gradient is exactly zero" in printed.out and printed.out.count("exactly zero") == 1
 
 
@@ -77,8 +77,9 @@ def test_a_run_says_what_it_will_do_and_what_to_look_at(tmp_path, monkeypatch, c
     monkeypatch.setattr(trainer, "build_task", fail)
     monkeypatch.setattr(Modes, "held_out", {})
     error_line("--out", str(tmp_path / "new"))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[2:] == [f"Training never sees these evaluators: none. The folder is {tmp_path / 'new'}."]
+    assert capsys.readouterr().out.endswith(
+        f"\nTraining never sees these evaluators: none. The folder is {tmp_path}/new.\n"
+    )
 
 
 @pytest.mark.parametrize(("flags", "loss"), [
@@ -165,9 +166,10 @@ def assert_same(a, b):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "flags", [*(["--method", m] for m in trainer.METHODS), LEASH, [*LEASH, "--method", "draft_lv"]], ids=" ".join
-)
+METHOD_FLAGS = {name: ["--method", name] for name in trainer.METHODS}
+
+
+@pytest.mark.parametrize("flags", [*METHOD_FLAGS.values(), LEASH, [*LEASH, "--method", "draft_lv"]], ids=" ".join)
 def test_microbatches_equal_the_whole_batch(flags, tmp_path):
     microbatches = run(tmp_path / "microbatches", *flags, "--gradient-accumulation-steps", "4")
     assert_same(run(tmp_path / "whole", *flags), microbatches)
@@ -178,12 +180,10 @@ def test_the_microbatches_of_all_ranks_are_the_batch():
     assert [list(range(12)[rows]) for rank in slices for rows in rank] == [[i, i + 1] for i in range(0, 12, 2)]
 
 
-@pytest.mark.parametrize("flags", [
-    LEASH,
-    *(pytest.param(flags, marks=pytest.mark.slow) for flags in (
-        [], ["--method", "leap_align_per_sample"], ["--method", "draft_lv"], ["--method", "stratified"],
-    )),
-], ids=" ".join)  # fmt: skip
+SLOW = [METHOD_FLAGS[name] for name in ("leap_align", "leap_align_per_sample", "draft_lv", "stratified")]
+
+
+@pytest.mark.parametrize("flags", [LEASH, *(pytest.param(f, marks=pytest.mark.slow) for f in SLOW)], ids=" ".join)
 def test_two_processes_equal_one(flags, tmp_path):
     one = run(tmp_path / "one", *flags)
     run_two(tmp_path / "two", *flags)
@@ -205,16 +205,16 @@ def test_one_process_resumes_a_run_of_two_and_a_refusal_of_rank_0_is_printed_onc
 
 
 def test_evaluation_and_model_are_of_the_averaged_weights(tmp_path, monkeypatch):
-    live, evaluated, optimizer_step, evaluate = [], {}, trainer.Trainer.optimizer_step, Modes.evaluate
+    live, evaluated = [], {}
 
-    def recorded_step(self, loss):
-        norm = optimizer_step(self, loss)
+    def recorded_step(self, loss, step=trainer.Trainer.optimizer_step):
+        norm = step(self, loss)
         live.append([p.clone() for p in self.parameters])
         return norm
 
-    def recorded_evaluate(self, folder, iteration):
+    def recorded_evaluate(self, *where, evaluate=Modes.evaluate):
         evaluated.update({name: p.clone() for name, p in self.model.state_dict().items()})
-        return evaluate(self, folder, iteration)
+        return evaluate(self, *where)
 
     monkeypatch.setattr(trainer.Trainer, "optimizer_step", recorded_step)
     monkeypatch.setattr(Modes, "evaluate", recorded_evaluate)
@@ -250,9 +250,7 @@ def test_metrics_against_a_hand_calculation(tmp_path, monkeypatch):
     assert (row["reward"], row["hinge_active"], row["weight"]) == (7.5, 4 / 16, 1)
     assert row.keys() == {*trainer.METRICS, "iteration"} - {"seconds", "d_j", "d_0", "i_k", "i_j", "leash", "v_norm"}
     (row,) = run(tmp_path / "leap", "--lam", "3.5", "--iterations", "1", "--tau", "50")
-    assert row["weight"] == pytest.approx(1 / 100)
-    assert 1 <= row["i_j"] < row["i_k"] <= 21
-    assert row["d_j"] >= 0 and row["d_0"] > 0
+    assert row["weight"] == pytest.approx(1 / 100) and row["d_j"] >= 0 and row["d_0"] > 0
 
 
 def test_a_leash_fills_its_columns_and_is_the_same_after_resuming(reference, tmp_path):
@@ -289,21 +287,19 @@ BROKEN = {
 }
 
 
-def training_state(self):
-    return {name: value.clone() for name, value in training_tensors(self.task.model, self.optimizer, self.ema).items()}
-
-
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_step_that_is_not_finite_is_skipped(kind, tmp_path, monkeypatch, capsys):
     """The weights, their average and the optimizer's state stay as they were."""
-    good, optimizer_step, unchanged = Modes.reward, trainer.Trainer.optimizer_step, []
+    unchanged = []
 
-    def reward(self, sample, condition):
+    def reward(self, sample, condition, good=Modes.reward):
         return BROKEN[kind](sample) if len(unchanged) == 2 else good(self, sample, condition)
 
-    def recorded(self, loss):
-        before, norm = training_state(self), optimizer_step(self, loss)
-        unchanged.append(all(torch.equal(value, before[name]) for name, value in training_state(self).items()))
+    def recorded(self, loss, step=trainer.Trainer.optimizer_step):
+        state = lambda: training_tensors(self.task.model, self.optimizer, self.ema)  # noqa: E731
+        before = {name: value.clone() for name, value in state().items()}
+        norm = step(self, loss)
+        unchanged.append(all(torch.equal(value, before[name]) for name, value in state().items()))
         return norm
 
     monkeypatch.setattr(Modes, "reward", reward)
@@ -329,38 +325,24 @@ def test_too_many_skipped_steps_stop_the_run_and_keep_the_checkpoint(reference, 
 REFUSALS = r"""
 --task video ~ ^error: unknown task 'video': choose from toy, digits
 --method ppo ~ ^error: unknown method 'ppo': choose from leap_align
---low 9 --high 22 ~ low=9, high=22
---method drtune --m 12 ~ m=12 must be at most
---method refl --m 22 ~ m=22 must be at most T=21
---method sparse --K 22 ~ K=22 must be at most T=21
---method lagrange --T 2 ~ T=2 must be at least 3
+--low 9 --high 22 ~ low=9, high=22 ; --method drtune --m 12 ~ m=12 must be at most
+--method refl --m 22 ~ m=22 must be at most T=21 ; --method sparse --K 22 ~ K=22 must be at most T=21
+--method lagrange --T 2 ~ T=2 must be at least 3 ; --checkpoint-every 0 ~ checkpoint_every=0
 --batch-size 10 --gradient-accumulation-steps 4 ~ batch_size=10 must be a multiple of
---iterations -1 ~ iterations=-1 must lie between 0 and
---checkpoint-every 0 ~ checkpoint_every=0
---lr -1 ~ lr=-1.0 must lie
---lr inf ~ lr=inf must lie
---lr nan ~ ^error: lr=nan must lie[^=]*$
---max-grad-norm nan ~ ^error: max_grad_norm=nan
---T 1000000000 ~ T=1000000000 must lie between 2 and 10000
---T 1 --method refl ~ T=1 must lie between 2 and
---weight-decay -1 ~ weight_decay=-1
---weight-decay inf ~ weight_decay=inf must lie between 0 and
---seed -1 ~ seed=-1
---seed 99999999999999999999 ~ seed=9+ must lie between 0 and
---beta -1 ~ ^error: beta=-1.0 must be at least 0
---shift 0 ~ ^error: shift=0
---alpha 1.5 ~ alpha=1.5 must lie in \[0, 1\]
---alpha much ~ Error parsing --alpha: could not convert
---tau 0 ~ tau=0.0 must be positive
---rho 2 ~ rho=2.0 must lie in \[0, 1\]
---evaluation-samples 3 ~ evaluation_samples=3 must be at least
---evaluation-T 1 ~ evaluation_T=1 must be at least
---solver heun ~ --solver
---alpah 0 ~ --alpah
+--iterations -1 ~ iterations=-1 must lie between 0 and ; --max-grad-norm nan ~ ^error: max_grad_norm=nan
+--lr -1 ~ lr=-1.0 must lie ; --lr inf ~ lr=inf must lie ; --lr nan ~ ^error: lr=nan must lie[^=]*$
+--T 1000000000 ~ T=1000000000 must lie between 2 and 10000 ; --T 1 --method refl ~ T=1 must lie between 2 and
+--weight-decay -1 ~ weight_decay=-1 ; --weight-decay inf ~ weight_decay=inf must lie between 0 and
+--seed -1 ~ seed=-1 ; --seed 99999999999999999999 ~ seed=9+ must lie between 0 and
+--beta -1 ~ ^error: beta=-1.0 must be at least 0 ; --shift 0 ~ ^error: shift=0
+--alpha 1.5 ~ alpha=1.5 must lie in \[0, 1\] ; --alpha much ~ Error parsing --alpha: could not convert
+--tau 0 ~ tau=0.0 must be positive ; --rho 2 ~ rho=2.0 must lie in \[0, 1\]
+--evaluation-samples 3 ~ evaluation_samples=3 must be at least ; --evaluation-T 1 ~ evaluation_T=1 must be at least
+--solver heun ~ --solver ; --alpah 0 ~ --alpah
 """
 
 
-@pytest.mark.parametrize("row", REFUSALS.strip().splitlines())
+@pytest.mark.parametrize("row", REFUSALS.strip().replace(" ; ", "\n").splitlines())
 def test_a_wrong_flag_is_refused_before_anything_is_written(row, tmp_path, capsys):
     flags, words = row.split(" ~ ")
     with pytest.raises(SystemExit) as stop:
@@ -375,14 +357,12 @@ def test_a_folder_of_another_run_or_program_is_refused_and_left_alone(reference,
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text('{"architectures": ["Foreign"]}')
     before = (reference / "metrics.csv").read_bytes()
-    for folder, words in {
-        reference: "holds another run",
-        tmp_path / "file": "is a file",
-        tmp_path / "file" / "run": "cannot write to",
-        tmp_path / "mine": "is not empty, and train_leap_align did not fill it",
-    }.items():
-        assert words in error_line("--out", str(folder))
-    assert "is not empty" in error_line("--out", str(tmp_path / "mine"), "--resume")
+    assert "holds another run" in error_line("--out", str(reference))
+    assert "is a file" in error_line("--out", str(tmp_path / "file"))
+    assert "cannot write to" in error_line("--out", str(tmp_path / "file" / "run"))
+    for flags in ([], ["--resume"]):
+        words = "is not empty, and train_leap_align did not fill it"
+        assert words in error_line("--out", str(tmp_path / "mine"), *flags)
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["config.json"]
     assert (reference / "metrics.csv").read_bytes() == before
 
@@ -400,8 +380,7 @@ def test_a_folder_with_a_live_run_is_refused_and_the_run_undisturbed(reference, 
 
 
 @pytest.mark.parametrize(("owner", "name", "value", "words"), [
-    (Modes, "step_metrics", lambda *_: {"radius": 1.0},
-     "step_metrics gave ['radius'], but step_metric_names are []"),
+    (Modes, "step_metrics", lambda *_: {"r": 1.0}, "step_metrics gave ['r'], but step_metric_names are []"),
     (Modes, "parallelize", lambda self, mesh: self.model.bfloat16(), "must exist and be float32"),
     (task, "world_size", lambda: 2, "not sharded: its parallelize(mesh) must call fully_shard"),
     (trainer.Trainer, "step", fail, "failed"),
