@@ -35,10 +35,10 @@ def fail(*_):
 
 
 def test_a_run_leaves_what_the_readme_promises(reference):
-    promised = (
+    files = (
         "config.json metrics.csv evaluations.csv result.json checkpoint model samples.png trajectories.png curves.png"
     )
-    assert set(promised.split()) <= {p.name for p in reference.iterdir()}
+    assert set(files.split()) <= {p.name for p in reference.iterdir()}
     with (reference / "metrics.csv").open() as file:
         assert next(csv.reader(file)) == ["iteration", *trainer.METRICS]
     evaluators = {"reward", "utility", "alignment", "log_density", "spread"}
@@ -77,24 +77,26 @@ def test_a_run_says_what_it_will_do_and_what_to_look_at(tmp_path, monkeypatch, c
     monkeypatch.setattr(trainer, "build_task", fail)
     monkeypatch.setattr(Modes, "held_out", {})
     error_line("--out", str(tmp_path / "new"))
-    assert capsys.readouterr().out.endswith(
-        f"\nTraining never sees these evaluators: none. The folder is {tmp_path}/new.\n"
-    )
+    assert f"\nTraining never sees these evaluators: none. The folder is {tmp_path}/new.\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("flags", "loss"), [
-    ([], "weight * max(0, 0 - reward)"),
-    (["--lam", "0.55"], "weight * max(0, 0.55 - reward)"),
-    (["--lam", "None"], "-weight * reward"),
-    (["--beta", "3"], "weight * max(0, 0 - reward) + 3 * leash"),
-    (["--lam", "None", "--beta", "0.5"], "-weight * reward + 0.5 * leash"),
-])  # fmt: skip
-def test_the_announced_loss_is_the_one_of_the_log(flags, loss, tmp_path, capsys):
+LOSSES = {
+    "--beta 0": "weight * max(0, 0 - reward)",
+    "--lam 0.55": "weight * max(0, 0.55 - reward)",
+    "--lam None": "-weight * reward",
+    "--beta 3": "weight * max(0, 0 - reward) + 3 * leash",
+    "--lam None --beta 0.5": "-weight * reward + 0.5 * leash",
+}
+
+
+@pytest.mark.parametrize("flags", LOSSES)
+def test_the_announced_loss_is_the_one_of_the_log(flags, tmp_path, capsys):
     """One sample an iteration: with the columns of its row put in, the formula gives the column `loss`."""
-    row = run(tmp_path, "--batch-size", "1", "--iterations", "2", *flags)[-1]
+    row = run(tmp_path, "--batch-size", "1", "--iterations", "2", "--lr", "0.1", *flags.split())[-1]
     announced = capsys.readouterr().out.split(" is trained to lower ")[1].split(": 2 iterations")[0]
-    assert announced == loss
+    assert announced == LOSSES[flags]
     assert eval(announced, {"max": max}, row) == pytest.approx(row["loss"], rel=1e-5)
+    assert row.get("leash", 1) > 1e-3 * abs(row["loss"])
 
 
 def test_the_next_commands_parse_and_never_suggest_the_same_run_again(capsys):
@@ -267,17 +269,13 @@ def test_a_leash_fills_its_columns_and_is_the_same_after_resuming(reference, tmp
     assert run(tmp_path / "resumed", *flags, "--resume") == [first, *others]
 
 
-def test_a_leash_keeps_the_model_near_the_reference_and_adds_beta_times_its_column(tmp_path, monkeypatch):
+def test_a_leash_keeps_the_model_near_the_reference(tmp_path):
     runs = [run(tmp_path / beta, "--beta", beta, "--lr", "0.01", "--iterations", "30") for beta in ("1e-9", "100")]
     far, near = (sum(row["leash"] for row in rows[10:]) for rows in runs)
     assert 0 < near < far / 3
     short = ["--beta", "1e-9", "--iterations", "2", "--tau"]
     light, heavy = (run(tmp_path / tau, *short, tau)[1]["leash"] for tau in ("500", "50"))
     assert heavy == pytest.approx(10 * light, rel=0.01)  # the weight of a sample is 1 / (2 tau)
-    # Rewards near -1 without a hinge: with ReFL, whose weight is 1, the loss without a leash is -reward.
-    monkeypatch.setattr(Modes, "reward", lambda self, sample, _: 1e-3 * sample.sum(1).tanh() - 1)
-    row = run(tmp_path / "refl", "--beta", "7", "--lam", "None", "--lr", "0.01", "--method", "refl")[-1]
-    assert row["loss"] == pytest.approx(-row["reward"] + 7 * row["leash"]) and row["leash"] > 0
 
 
 BROKEN = {
