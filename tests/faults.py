@@ -1,7 +1,6 @@
 """Faults injected into runs: `python -m tests.faults` (minutes; --short for the four faults that the tests run).
 
-Each fault hits a small toy run, which is then resumed and must end bit for bit like an undisturbed one: the log, the
-evaluators and the weights.  The table at the end counts how often the run survived.
+After a fault a small toy run is resumed and must end bit for bit like an undisturbed one: log, evaluators, weights.
 """
 
 import argparse
@@ -32,13 +31,11 @@ FLAGS = "--pretrain-steps 300 --reward-steps 300 --evaluation-samples 160 --T 12
 FLAGS += "--iterations 60 --checkpoint-every 5 --evaluate-every 30".split()
 DRAW = random.Random(0)
 PATCH = SimpleNamespace(setattr=setattr)  # changes code for good, in a process that ends with the run
-INTERRUPTED: list[Path] = []
-"""Runs that were killed with half a checkpoint on the disk."""
+INTERRUPTED: list[Path] = []  # runs that were killed with half a checkpoint on the disk
 tqdm.monitor_interval = 0  # its thread may hold tqdm's lock at a fork, and the child would wait for it for ever
 
 
 def saved(out: Path) -> list[Path]:
-    """The run's checkpoints."""
     return sorted((out / "checkpoint").glob("[0-9]*"))
 
 
@@ -56,35 +53,30 @@ def start(out: Path, before=lambda: None) -> int:
         signal.signal(number, signal.SIG_DFL)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    status = 0
     without_figures(PATCH)
+    status, message = 0, ""
     try:
         before()
         trainer.main(arguments(out))
     except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else 1
-        print(stop.code, file=sys.stderr)
+        status, message = stop.code if isinstance(stop.code, int) else 1, stop.code
     except BaseException as error:
-        status = 70
-        print(repr(error), file=sys.stderr)
-    sys.stderr.flush()
+        status, message = 70, repr(error)
+    print(message, file=sys.stderr, flush=True)
     os._exit(status)
 
 
 def exit_status(pid: int) -> int:
-    """The exit status of a process; a signal that ended it is negative."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])  # a signal that ended the process is negative
 
 
 def outcome(out: Path) -> tuple:
     """What must be equal: the log without its seconds, the evaluators, the weights."""
-    weights = load_file(out / "model" / "weights.safetensors")
-    evaluators = [result(out)[when] for when in ("before", "after")]
-    return metrics(out), evaluators, {name: weight.tolist() for name, weight in weights.items()}
+    weights = {name: weight.tolist() for name, weight in load_file(out / "model" / "weights.safetensors").items()}
+    return metrics(out), [result(out)[when] for when in ("before", "after")], weights
 
 
 def recovers(out: Path, expected: tuple) -> bool:
-    """Whether the run resumes to its end with the outcome of an undisturbed run."""
     return exit_status(start(out)) == 0 and outcome(out) == expected
 
 
@@ -98,12 +90,8 @@ def start_and_wait(out: Path, iterations: int, before=lambda: None) -> int:
 
 def stop_after(out: Path, iterations: int) -> Path:
     """A run that SIGTERM stops after some iterations; returns its newest checkpoint."""
-
-    def stop(done: int) -> None:
-        if done == iterations:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    assert exit_status(start(out, lambda: before_every_step(PATCH, stop))) == 128 + signal.SIGTERM
+    stop = partial(before_every_step, PATCH, lambda done: done == iterations and os.kill(os.getpid(), signal.SIGTERM))
+    assert exit_status(start(out, stop)) == 128 + signal.SIGTERM
     return saved(out)[-1]
 
 
@@ -113,13 +101,10 @@ def stop_after(out: Path, iterations: int) -> Path:
 def killed(out: Path, expected: tuple, during_checkpoint: bool = False, kills: int = 1) -> bool:
     """SIGKILL, at any moment or while a checkpoint is written."""
     part, fsync = out / "checkpoint" / "part", checkpoint.fsync
-
-    def slow_fsync() -> None:
-        """Keeps a checkpoint half written for longer, so that a kill can hit it."""
-        checkpoint.fsync = lambda *paths: (time.sleep(0.01), fsync(*paths))
-
+    # A slow fsync keeps a checkpoint half written for longer, so that a kill can hit it.
+    slow = partial(setattr, checkpoint, "fsync", lambda *paths: (time.sleep(0.01), fsync(*paths)))
     for _ in range(kills):
-        pid = start(out, slow_fsync if during_checkpoint else lambda: None)
+        pid = start(out, slow if during_checkpoint else lambda: None)
         time.sleep(DRAW.uniform(0, 1))
         while during_checkpoint and not part.exists() and os.waitpid(pid, os.WNOHANG) == (0, 0):
             time.sleep(0.0005)
@@ -137,8 +122,7 @@ def killed(out: Path, expected: tuple, during_checkpoint: bool = False, kills: i
 def damaged(out: Path, expected: tuple, flipped: bool) -> bool:
     """The newest checkpoint is cut off, or one bit of it is flipped."""
     file = DRAW.choice(sorted(stop_after(out, DRAW.randrange(12, 55)).iterdir()))
-    content = bytearray(file.read_bytes())
-    position = DRAW.randrange(len(content))
+    content, position = bytearray(file.read_bytes()), DRAW.randrange(file.stat().st_size)
     content[position] ^= 1 << DRAW.randrange(8)
     file.write_bytes(content if flipped else content[:position])
     return recovers(out, expected)
@@ -148,8 +132,8 @@ def signalled(out: Path, expected: tuple, number: int) -> bool:
     """A signal from outside: the run saves, exits with the signal's status, and resumes; SIGKILL leaves no lock."""
     pid = start_and_wait(out, DRAW.randrange(45))
     os.kill(pid, number)
-    ended = -number if number == signal.SIGKILL else 128 + number
-    return exit_status(pid) == ended and (out / ".lock").exists() and recovers(out, expected)
+    status = -number if number == signal.SIGKILL else 128 + number
+    return exit_status(pid) == status and (out / ".lock").exists() and recovers(out, expected)
 
 
 def second_start(out: Path, expected: tuple, *flags: str) -> bool:
@@ -176,9 +160,9 @@ def foreign_folder(out: Path, expected: tuple) -> bool:
     for name in DRAW.sample(names, 3):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("{}")
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    refused = exit_status(start(out)) == 1
-    return refused and before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    contents = lambda: {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}  # noqa: E731
+    before = contents()
+    return exit_status(start(out)) == 1 and before == contents()
 
 
 def filled(out: Path, expected: tuple) -> bool | None:
@@ -200,16 +184,14 @@ def filled(out: Path, expected: tuple) -> bool | None:
 
 def poisoned(out: Path, expected: tuple) -> bool:
     """NaN from the reward in some iterations: exactly those steps are skipped, the weights stay finite."""
-    good, bad = Modes.reward, set(DRAW.sample(range(60), 5))
+    good, bad, evaluate = Modes.reward, set(DRAW.sample(range(60), 5)), trainer.Trainer.evaluate
 
-    def poison(done: int) -> None:
-        Modes.reward = (lambda *inputs: good(*inputs) * math.nan) if done in bad else good
-
-    def evaluate_well(evaluate=trainer.Trainer.evaluate) -> None:
-        before_every_step(PATCH, poison)
+    def poison() -> None:
+        rewards = {True: lambda *inputs: good(*inputs) * math.nan, False: good}
+        before_every_step(PATCH, lambda done: setattr(Modes, "reward", rewards[done in bad]))
         trainer.Trainer.evaluate = lambda *inputs: (setattr(Modes, "reward", good), evaluate(*inputs))[1]
 
-    if exit_status(start(out, evaluate_well)):
+    if exit_status(start(out, poison)):
         return False
     log, _, weights = outcome(out)
     skipped = {int(row["iteration"]) - 1 for row in log if row["skipped"]}
@@ -232,14 +214,12 @@ def lost_rank(out: Path, expected: tuple) -> bool:
     return outcome(out) == expected
 
 
-FAULTS = {
+SIGNALS = ("SIGTERM", "SIGINT (Ctrl-C)", "SIGHUP (closed terminal)", "SIGUSR1 (Slurm)")
+FAULTS = {  # each fault, and how often it is injected
     "SIGKILL at any moment": (killed, 15),
     "SIGKILL during a checkpoint": (partial(killed, during_checkpoint=True), 15),
     "SIGKILL five times in one run": (partial(killed, kills=5), 3),
-    "SIGTERM": (partial(signalled, number=signal.SIGTERM), 5),
-    "SIGINT (Ctrl-C)": (partial(signalled, number=signal.SIGINT), 5),
-    "SIGHUP (closed terminal)": (partial(signalled, number=signal.SIGHUP), 5),
-    "SIGUSR1 (Slurm)": (partial(signalled, number=signal.SIGUSR1), 5),
+    **{name: (partial(signalled, number=getattr(signal, name.split()[0])), 5) for name in SIGNALS},
     "second start beside a live run": (second_start, 3),
     "--resume beside a live run": (lambda out, expected: second_start(out, expected, "--resume"), 3),
     "lock of a killed run": (partial(signalled, number=signal.SIGKILL), 5),
@@ -251,7 +231,6 @@ FAULTS = {
     "NaN from the reward": (poisoned, 5),
     "one of two processes killed": (lost_rank, 3),
 }
-"""Each fault, and how often it is injected."""
 SHORT = ("SIGKILL at any moment", "SIGKILL during a checkpoint", "disk full during a checkpoint", "NaN from the reward")
 
 
@@ -259,8 +238,7 @@ def main() -> None:
     """Injects every fault several times and prints the table; exit status 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="once, and only the faults without a test of their own")
-    short = parser.parse_args().short
-    faults = {name: (FAULTS[name][0], 1) for name in SHORT} if short else FAULTS
+    faults = {name: (FAULTS[name][0], 1) for name in SHORT} if parser.parse_args().short else FAULTS
     home = Path(tempfile.mkdtemp())
     exit_status(start(home / "undisturbed"))
     expected = {fault: outcome(home / "undisturbed") for fault, _ in faults.values()}
@@ -275,8 +253,8 @@ def main() -> None:
             tqdm.write(f"lost: {name}, see {out}")
     print(f"| {'fault':32}| times | survived | lost |\n|{'-' * 33}|-------|----------|------|")
     for name, results in survived.items():
-        times = sum(found is not None for found in results)
-        print(f"| {name:32}| {times:5} | {results.count(True):8} | {results.count(False):4} |")
+        good, lost = results.count(True), results.count(False)
+        print(f"| {name:32}| {good + lost:5} | {good:8} | {lost:4} |")
     print(f"{len(INTERRUPTED)} runs were killed with half a checkpoint on the disk")
     if any(False in results for results in survived.values()):
         sys.exit(1)

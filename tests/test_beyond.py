@@ -13,16 +13,7 @@ import pytest
 import torch
 
 import beyond
-from beyond import (
-    Hyper,
-    lagrange_piece,
-    lagrange_weights,
-    late_draw,
-    sample_strata,
-    sample_thirds,
-    sum_piece,
-    surrogate,
-)
+from beyond import Hyper, lagrange_piece, lagrange_weights, late_draw, sample_strata, sample_thirds, sum_piece
 from leap_align import leap, rollout
 from tests.oracles import NODES, assert_frequencies, eq_s18, interpolation_weights, mean_reward, reward_gradient
 from tests.problems import HYPERS, B, Net, close, gradient, grid, problem, randn, run, seeded
@@ -34,10 +25,7 @@ problem_8 = partial(problem, steps=T)
 
 
 def check_gradient(name, hyper, shift, seed, formula):
-    """A method's gradient of the mean of -r, against formula(log, times, dv, dv_dx), which gives dx_0/dtheta (D, P).
-
-    The weight is left out: its own test is below.  Each shift has seeds of its own.
-    """
+    """A method's gradient of the mean of -r, against formula(log, times, dv, dv_dx), which gives dx_0/dtheta (D, P)."""
     net, x_T, times, states = problem_8(shift=shift, seed=seed)
     found, log = gradient(name, net, x_T, times, hyper, seed + int(10 * shift), mean_reward)
     expected = reward_gradient(net, states, times, lambda b, dv, dv_dx: formula(log, times, dv, dv_dx))
@@ -110,7 +98,7 @@ def test_surrogate_of_every_evaluation_is_the_euler_run(shift):
     net, x_T, times, states = problem_8(shift=shift)
     piece = sum_piece(times, T, 2, list(range(3, T + 1)), 1.0)
     assert set(piece.gains.values()) == {1.0}
-    x_hat, x = surrogate(net.velocity(net.theta), x_T, times, piece, 1, leap)
+    x_hat, x = beyond.surrogate(net.velocity(net.theta), x_T, times, piece, 1, leap)
     assert close(x_hat, states[2]) and close(x, states[2])
 
 
@@ -158,10 +146,8 @@ def test_the_late_draw_takes_one_timestep_after_another_by_its_odds(late_bias):
     """Timesteps 7..4, whose odds are 1, 2^b, 3^b, 4^b; a pair is drawn in either order."""
     odds = {i: float(8 - i) ** late_bias for i in range(7, 3, -1)}
     total = sum(odds.values())
-    expected = {
-        (a, b): odds[a] / total * odds[b] / (total - odds[a]) + odds[b] / total * odds[a] / (total - odds[b])
-        for a, b in combinations(odds, 2)
-    }
+    in_turn = lambda a, b: odds[a] / total * odds[b] / (total - odds[a])  # noqa: E731
+    expected = {(a, b): in_turn(a, b) + in_turn(b, a) for a, b in combinations(odds, 2)}
     generator = seeded()
     assert_frequencies(Counter(tuple(late_draw(7, 3, 2, late_bias, generator)) for _ in range(3000)), expected)
     assert late_draw(7, 3, 4, late_bias, generator) == [7, 6, 5, 4] and late_draw(3, 3, 0, late_bias, generator) == []
@@ -197,10 +183,8 @@ def test_every_piece_of_the_dirichlet_draw_has_a_step(steps):
 
 @pytest.mark.parametrize("steps, K", [(6, 2), (7, 3), (8, 8), (25, 4)])
 def test_the_strata_are_equal_parts_that_cover_the_run(steps, K):
-    generator, drawn = seeded(), [set() for _ in range(K)]
-    for _ in range(600):
-        for part, i in zip(drawn, sample_strata(steps, K, generator), strict=True):
-            part.add(i)
+    generator = seeded()
+    drawn = [set(part) for part in zip(*(sample_strata(steps, K, generator) for _ in range(600)), strict=True)]
     assert [i for part in drawn for i in sorted(part, reverse=True)] == list(range(steps, 0, -1))
     assert {len(part) for part in drawn} <= {steps // K, -(-steps // K)}
 
@@ -214,13 +198,13 @@ def test_ab2_integrates_the_line_through_two_velocities(shift):
 
 def test_ab2_is_of_second_order_and_euler_of_first(shift, solver):
     """dx/dt = x cos(6 t), so x_0 = x_1 exp(-sin(6) / 6): the error falls by four when T doubles, Euler's by two."""
-    exact, step, errors = math.exp(-math.sin(6) / 6), beyond.SOLVERS[solver], []
+    errors = []
     for n in (100, 200, 400):
-        states = rollout(lambda x, t: x * torch.cos(6 * t), torch.ones(1, 1), grid(n, shift), 0, step())
-        errors.append(abs(states[0].item() - exact))
-    ratio = {"euler": 2, "ab2": 4}[solver]
-    assert errors[0] / errors[1] == pytest.approx(ratio, rel=0.08)
-    assert errors[1] / errors[2] == pytest.approx(ratio, rel=0.04)
+        step = beyond.SOLVERS[solver]()
+        states = rollout(lambda x, t: x * torch.cos(6 * t), torch.ones(1, 1), grid(n, shift), 0, step)
+        errors.append(abs(states[0].item() - math.exp(-math.sin(6) / 6)))
+    for (error, next_error), rel in zip(pairwise(errors), (0.08, 0.04)):
+        assert error / next_error == pytest.approx({"euler": 2, "ab2": 4}[solver], rel=rel)
 
 
 @pytest.mark.parametrize("name", ["leap_align", "leap_align_per_sample"])
@@ -233,8 +217,7 @@ def test_leap_align_over_ab2_has_eq_s18s_gradient_at_ab2s_states(alpha, name):
 
 def test_the_defaults_are_flowbps_for_flux():
     """K, b and rho of Sparse; K, b, rho and alpha of Bridge; alpha, tau, rho and beta of Lagrange."""
-    sparse, bridge, lagrange = (HYPERS[name] for name in ("sparse", "bridge", "lagrange"))
-    assert (sparse.K, sparse.late_bias, sparse.rho) == (3, 2, 1)
-    assert (bridge.K, bridge.late_bias, bridge.rho, bridge.alpha) == (5, 2, 1, 0.1)
-    assert (lagrange.alpha, lagrange.tau, lagrange.rho, lagrange.node_discount) == (0.1, 0.2, 0.5, 0.25)
+    assert HYPERS["sparse"] == Hyper(m=4, K=3, late_bias=2, rho=1)
+    assert HYPERS["bridge"] == Hyper(m=4, K=5, late_bias=2, rho=1, alpha=0.1)
+    assert HYPERS["lagrange"] == Hyper(m=4, alpha=0.1, tau=0.2, rho=0.5, node_discount=0.25)
     assert beyond.DEFAULTS.keys() <= beyond.METHODS.keys()

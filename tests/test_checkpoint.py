@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from safetensors.torch import load_file
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 import train_leap_align as trainer
 from runtime import checkpoint
 from runtime.processes import stop_on_signals
-from tests.toy_runs import ROOT, TORCHRUN, before_every_step, checkpoints, error_line, metrics, result, run
+from tests.toy_runs import ROOT, TORCHRUN, before_every_step, checkpoints, error_line, flip_a_bit, metrics, result, run
 from toy.modes import Modes
 
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -39,12 +40,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(reference, tmp_path):
 def test_the_newest_checkpoint_is_on_the_disk_before_its_rename_and_that_before_the_oldest_goes(tmp_path, monkeypatch):
     """By inodes, which a rename keeps, and by this module's own calls: torch syncs the shards as well, today."""
     events, rmtree = [], shutil.rmtree
-
-    def replace(source, target):
-        events.append(f"rename to {target}")
-        os.replace(source, target)
-
-    own = {"fsync": lambda descriptor: events.append(os.fstat(descriptor).st_ino), "replace": replace}
+    own = {"fsync": lambda descriptor: events.append(os.fstat(descriptor).st_ino)}
+    own["replace"] = lambda source, target: events.append(f"rename to {target}") or os.replace(source, target)
     monkeypatch.setattr(checkpoint, "os", SimpleNamespace(**vars(os) | own))
     monkeypatch.setattr(shutil, "rmtree", lambda path, **how: events.append(f"remove {path}") or rmtree(path, **how))
     run(tmp_path, "--iterations", "2", *EACH, "--checkpoints-total-limit", "1")
@@ -61,11 +58,8 @@ def test_the_newest_checkpoint_is_on_the_disk_before_its_rename_and_that_before_
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_loaded(reference, tmp_path, capsys, pattern, damage):
     run(tmp_path, *EACH, "--iterations", "3")
     (file,) = (tmp_path / "checkpoint" / "000003").glob(pattern)
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content if damage == "flipped" else content[: len(content) // 2])
-    if damage == "removed":
-        file.unlink()
+    middle = file.stat().st_size // 2
+    {"cut": os.truncate, "flipped": flip_a_bit, "removed": lambda file, _: file.unlink()}[damage](file, middle)
     (tmp_path / "metrics.csv").unlink()
     assert_resumes(tmp_path, reference, *EACH)
     assert "000003 is damaged" in capsys.readouterr().out
@@ -108,12 +102,9 @@ def test_host_memory_is_that_of_a_file_whatever_the_models_size(tmp_path):
 
 @pytest.mark.parametrize("owner, name", [(checkpoint.dcp, "save"), (checkpoint, "fsync")], ids=["written", "synced"])
 def test_a_failed_checkpoint_leaves_the_one_before_it(reference, tmp_path, monkeypatch, owner, name):
-    def fail(*_, **__):
-        raise OSError(28, "No space left on device")
-
     run(tmp_path, "--iterations", "2")
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, fail)
+        patch.setattr(owner, name, Mock(side_effect=OSError(28, "No space left on device")))
         assert "No space left on device" in error_line("--out", str(tmp_path), "--resume")
     assert checkpoints(tmp_path) == ["000002"]
     assert_resumes(tmp_path, reference)
@@ -143,9 +134,7 @@ def test_a_signal_ends_the_iteration_saves_and_sets_the_exit_status(reference, t
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_before_training_saves_nothing_and_sets_the_exit_status(
-    reference, tmp_path, monkeypatch, capsys, number
-):
+def test_a_signal_before_training_saves_nothing(reference, tmp_path, monkeypatch, capsys, number):
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(trainer, "build_task", lambda flags: os.kill(os.getpid(), number))
         run(tmp_path)
@@ -167,12 +156,8 @@ def test_an_ignored_hangup_stays_ignored():
 
 def test_no_checkpoint_is_written_inside_a_broken_stretch(tmp_path, monkeypatch):
     """Those before it stay, so that a run can resume from before the divergence."""
-
-    def break_from_the_third(iteration):
-        if iteration == 2:
-            monkeypatch.setattr(Modes, "reward", lambda self, sample, _: sample.sum(1) * math.nan)
-
-    before_every_step(monkeypatch, break_from_the_third)
+    broken = lambda self, sample, _: sample.sum(1) * math.nan  # noqa: E731
+    before_every_step(monkeypatch, lambda done: done == 2 and monkeypatch.setattr(Modes, "reward", broken))
     line = error_line("--out", str(tmp_path), *EACH, "--max-skipped-steps", "2")
     assert "start again in another --out" in line and checkpoints(tmp_path) == ["000001", "000002"]
 
@@ -197,15 +182,13 @@ def test_a_refused_resume_says_why_and_changes_nothing(reference, tmp_path):
     shutil.copytree(reference, copy)
     (copy / ".lock").touch()
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    for flags, words in {
-        ("--iterations", "3"): "iterations=3, but the run has already done 4",
-        ("--lr", "0.5"): "lr was 0.0001, is 0.5",
-    }.items():
-        assert words in error_line("--out", str(copy), "--resume", *flags)
+    again = ["--out", str(copy), "--resume"]
+    assert "iterations=3, but the run has already done 4" in error_line(*again, "--iterations", "3")
+    assert "lr was 0.0001, is 0.5" in error_line(*again, "--lr", "0.5")
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
     for file in (copy / "checkpoint").rglob("state.json"):
         file.write_text("")
-    assert "no undamaged checkpoint among 1" in error_line("--out", str(copy), "--resume")
+    assert "no undamaged checkpoint among 1" in error_line(*again)
     assert "nothing to resume" in error_line("--out", str(tmp_path / "new"), "--resume")
 
 

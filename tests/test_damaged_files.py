@@ -14,6 +14,7 @@ from full_scale import __main__ as tools
 from full_scale.components import check_files
 from leap_align import BadInput
 from tests.tiny_pipelines import PROMPTS, embedding, flags, refusal, sampling, scoring, tool, train
+from tests.toy_runs import flip_a_bit
 
 pytestmark = pytest.mark.usefixtures("one_process")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -58,12 +59,6 @@ def commands(whole, copy):
     }
 
 
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 64
-    path.write_bytes(content)
-
-
 def change(path, more):
     """Drops a weight, or adds one."""
     weights = load_file(path)
@@ -74,7 +69,7 @@ def change(path, more):
 DAMAGES = {
     "half": lambda path: os.truncate(path, path.stat().st_size // 2),
     "empty": lambda path: path.write_bytes(b""),
-    "flipped": flip_a_bit,
+    "flipped": lambda path: flip_a_bit(path, -5),
     "binary": lambda path: path.write_bytes(b"\xff\xfe\x00"),
     "gone": lambda path: path.unlink(),
     "none": lambda path: save_file({}, path),

@@ -15,9 +15,8 @@ from tests.toy_runs import ROOT
 
 
 def enter(context):
-    """Enters and leaves a context."""
-    with context as value:
-        return value
+    with context:
+        pass
 
 
 @pytest.mark.parametrize("atomic", [run_dir.atomic_file, run_dir.atomic_folder])
@@ -28,31 +27,29 @@ def test_a_file_or_folder_is_replaced_whole_or_not_at_all(tmp_path, atomic):
         (temporary if atomic is run_dir.atomic_file else temporary / text).write_text(text)
 
     def written():
-        return path.read_text() if atomic is run_dir.atomic_file else [file.name for file in path.iterdir()]
+        return [path.read_text()] if atomic is run_dir.atomic_file else [file.name for file in path.iterdir()]
 
     for text in ("old", "new"):
         with atomic(path) as temporary:
             write(temporary, text)
             assert text == "new" or not path.exists()
-    before = written()
-    assert before in ("new", ["new"])
+    assert written() == ["new"]
     with pytest.raises(RuntimeError), atomic(path) as temporary:
         write(temporary, "half of it")
         raise RuntimeError("disk full")
-    assert written() == before and list(path.parent.iterdir()) == [path]
+    assert written() == ["new"] and list(path.parent.iterdir()) == [path]
 
 
 def test_digests_are_those_of_contents_and_names(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"content")
     assert run_dir.digest(tmp_path / "a.bin") == run_dir.digest(b"content") != run_dir.digest(b"contents")
-    found = [run_dir.digest_folder(tmp_path, "*.bin")]
+    first = run_dir.digest_folder(tmp_path, "*.bin")
     (tmp_path / "notes.txt").write_bytes(b"2")
-    assert run_dir.digest_folder(tmp_path, "*.bin") == found[0]
+    assert run_dir.digest_folder(tmp_path, "*.bin") == first
     (tmp_path / "a.bin").write_bytes(b"another")
-    found.append(run_dir.digest_folder(tmp_path, "*.bin"))
+    second = run_dir.digest_folder(tmp_path, "*.bin")
     (tmp_path / "a.bin").rename(tmp_path / "b.bin")
-    found.append(run_dir.digest_folder(tmp_path, "*.bin"))
-    assert len(set(found)) == 3
+    assert len({first, second, run_dir.digest_folder(tmp_path, "*.bin")}) == 3
 
 
 def test_only_the_names_of_checkpoints_count(tmp_path):
@@ -76,8 +73,7 @@ def test_a_locked_folder_is_refused_until_its_process_ends(tmp_path):
 from pathlib import Path
 from runtime.run_dir import locked_folder
 with locked_folder(Path({str(tmp_path)!r}), "config.json", "train"):
-    print("locked", flush=True)
-    input()
+    input(print("locked", flush=True))
 """
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"locked\n"
@@ -174,14 +170,11 @@ def test_ema_against_a_hand_calculation_and_swapped_back():
 
 def test_warnings_of_reward_hacking_against_a_hand_calculation():
     held_out = {"evaluator": 0.1, "distance": -0.5}
-    rows = [
-        {"iteration": 0, "reward": 0.0, "evaluator": 0.5, "distance": 2.0},
-        {"iteration": 1, "reward": 1.0, "evaluator": 0.9, "distance": 2.4},
-        {"iteration": 2, "reward": 2.0, "evaluator": 0.7, "distance": 2.6},
-    ]
+    values = zip((0.5, 0.9, 0.7), (2.0, 2.4, 2.6))
+    rows = [{"iteration": n, "reward": float(n), "evaluator": e, "distance": d} for n, (e, d) in enumerate(values)]
     assert reward_hacking_warnings(rows[:2], held_out) == {}
     warnings = reward_hacking_warnings(rows, held_out)
-    assert set(warnings) == {"evaluator", "distance"}
+    assert warnings.keys() == held_out.keys()
     assert "iteration 1 -> 2" in warnings["evaluator"] and "0.9 -> 0.7" in warnings["evaluator"]
     assert "iteration 0 -> 2" in warnings["distance"]
     # An evaluator that falls together with the reward is a failure, but not hacking.

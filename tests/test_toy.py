@@ -1,13 +1,14 @@
 """The toy tasks: what they learn, what their evaluators measure, and that training never sees the evaluators."""
 
 import dataclasses
-import io
 import itertools
 import json
 import math
+import os
 import pickle
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from matplotlib.text import Text
 
 from leap_align import BadInput, Hyper, rollout, uniform_times
 from runtime import report
+from tests.toy_runs import flip_a_bit
 from toy import pretrain
 from toy.digits import Digits
 from toy.laboratory.variants import nested_only, nested_trajectory
@@ -34,12 +36,6 @@ FEW = ToyOptions(pretrain_steps=2, reward_steps=2)
 @pytest.fixture(scope="module", params=[Modes, Digits])
 def task(request):
     return request.param(SMALL, T=10)
-
-
-@pytest.fixture
-def empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "CACHE", tmp_path / "cache")
-    return tmp_path / "cache"
 
 
 def weights(task, *names):
@@ -134,10 +130,8 @@ def test_save_and_load(task, tmp_path):
 
 
 def test_the_cache_is_read_and_its_key_depends_on_settings_and_code(task, monkeypatch):
-    def refuse(self):
-        raise AssertionError("pre-trained again")
-
-    monkeypatch.setattr(type(task), "pretrain", refuse)
+    again = Mock(side_effect=AssertionError("pre-trained again"))
+    monkeypatch.setattr(type(task), "pretrain", again)
     assert all_equal(weights(task, "model"), weights(type(task)(SMALL, T=10), "model"))
     with pytest.raises(AssertionError, match="pre-trained again"):
         type(task)(dataclasses.replace(SMALL, pretrain_steps=301), T=10)
@@ -162,32 +156,25 @@ class _Evil:
         return Path.touch, (Path("executed"),)
 
 
-def saved(value):
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
 DAMAGES = {
-    "empty": lambda content: b"",
-    "half": lambda content: content[: len(content) // 2],
-    "end missing": lambda content: content[:-10],
-    "one bit": lambda c: c[: len(c) // 2] + bytes([c[len(c) // 2] ^ 64]) + c[len(c) // 2 + 1 :],  # of a weight
-    "a pickle": lambda content: pickle.dumps([1]),
-    "code": lambda content: saved({"flow": _Evil()}),
-    "a list": lambda content: saved([1]),
-    "other weights": lambda content: saved({"flow.body.0.bias": torch.zeros(3)}),
+    "empty": lambda file, size: os.truncate(file, 0),
+    "half": lambda file, size: os.truncate(file, size // 2),
+    "end missing": lambda file, size: os.truncate(file, size - 10),
+    "one bit": lambda file, size: flip_a_bit(file, size // 2),  # of a weight
+    "a pickle": lambda file, size: file.write_bytes(pickle.dumps([1])),
+    "code": lambda file, size: torch.save({"flow": _Evil()}, file),
+    "a list": lambda file, size: torch.save([1], file),
+    "other weights": lambda file, size: torch.save({"flow.body.0.bias": torch.zeros(3)}, file),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_cache_file_is_named_and_made_anew_and_runs_no_code(
-    damage, empty_cache, tmp_path, monkeypatch, capsys
-):
+def test_a_damaged_cache_file_is_named_and_made_anew_and_runs_no_code(damage, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrain, "CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     before = weights(Modes(FEW, T=3), "model", "reward_model")
-    (file,) = empty_cache.glob("*.pt")
-    file.write_bytes(DAMAGES[damage](file.read_bytes()))
+    (file,) = pretrain.CACHE.glob("*.pt")
+    DAMAGES[damage](file, file.stat().st_size)
     capsys.readouterr()
     after = weights(Modes(FEW, T=3), "model", "reward_model")
     assert capsys.readouterr().out == f"{file} is damaged: it is removed, and the networks are pre-trained again\n"
@@ -214,14 +201,10 @@ def test_figures_are_drawn_and_other_files_among_the_samples_do_no_harm(task, tm
 @pytest.fixture
 def figures(monkeypatch):
     """Name, without .png, -> the matplotlib figure that was saved there."""
-    saved_figures = {}
-
-    def savefig(self, path, **_):
-        saved_figures[Path(path).name.split(".png")[0]] = self
-        Path(path).touch()
-
+    found = {}
+    savefig = lambda self, path, **_: (found.update({Path(path).name.split(".png")[0]: self}), Path(path).touch())  # noqa: E731
     monkeypatch.setattr(Figure, "savefig", savefig)
-    return saved_figures
+    return found
 
 
 @pytest.mark.parametrize(("iterations", "title"), [((0, 5), "after 5 iterations"), ((0,), "before training")])
@@ -261,22 +244,17 @@ def test_summary_against_a_hand_calculation(tmp_path):
     values, more = (1.0, 2.0, 6.0), ({}, {"gradient_accumulation_steps": 2}, {"resume": True, "evaluate_every": 7})
     folders = [finished_run(tmp_path / str(seed), values[seed], seed=seed, **more[seed]) for seed in range(3)]
     # Mean 3, standard deviation sqrt((4 + 1 + 9) / 2) = sqrt(7), of the mean sqrt(7 / 3) = 1.528.
-    assert summary(folders).splitlines() == [
-        "| n = 3 | before | after |",
-        "|---|---|---|",
-        "| evaluator | 0.000 ± 0.000 | 3.000 ± 1.528 |",
-    ]
+    table = "| n = 3 | before | after |\n|---|---|---|\n| evaluator | 0.000 ± 0.000 | 3.000 ± 1.528 |"
+    assert summary(folders).rstrip() == table
     with pytest.raises(BadInput, match="have the same seed, 1"):
         summary([folders[1]] * 2)
 
 
 SHARED = {"lr": 1e-4, "lam": 0.0, "iterations": 300}
 OTHERS = {"method": "drtune", "task": "digits", "lr": 1e-3, "lam": None, "iterations": 60, "pretrain_seed": 3}
-REFUSED = [({}, "", "", "have the same seed, 0")]
-REFUSED += [
-    ({"seed": 1, name: x}, "", "", rf"{name} is .* in .*a, {x} in .*b; summ.* sep") for name, x in OTHERS.items()
-]
-REFUSED += [
+REFUSED = [
+    ({}, "", "", "have the same seed, 0"),
+    *(({"seed": 1, name: x}, "", "", rf"{name} is .* in .*a, {x} in .*b; summ.* sep") for name, x in OTHERS.items()),
     ({"seed": 1}, "result.json", "", "holds no finished run: result.json is missing"),
     ({"seed": 1}, "result.json", "{}", "it has no `before` and `after`"),
     ({"seed": 1}, "result.json", "{", "result.json is damaged"),
@@ -285,11 +263,8 @@ REFUSED += [
 ]
 
 
-@pytest.mark.parametrize(("settings", "file", "content", "words"), REFUSED)
-def test_summary_refuses_other_settings_the_same_seed_and_files_that_are_not_a_runs(
-    settings, file, content, words, tmp_path, monkeypatch
-):
-    """A file without content is removed."""
+@pytest.mark.parametrize("settings, file, content, words", REFUSED)  # a file without content is removed
+def test_summary_refuses_runs_that_do_not_belong_together(settings, file, content, words, tmp_path, monkeypatch):
     folders = [finished_run(tmp_path / "a", **SHARED), finished_run(tmp_path / "b", **SHARED | settings)]
     if file:
         (folders[1] / file).write_text(content) if content else (folders[1] / file).unlink()

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from tests.toy_runs import ROOT, SMALL, before_every_step, error_line, metrics, 
 
 EVERY_2 = ["--checkpoint-every", "2", "--evaluate-every", "2"]
 TENSORBOARD, WANDB = ["--tracker", "tensorboard"], ["--tracker", "wandb"]
-FIGURES = {"figures/curves", "figures/samples", "figures/trajectories"}
+FIGURES = {f"figures/{name}": f"{name}.png" for name in ("curves", "samples", "trajectories")}
 
 
 def logged(out):
@@ -31,12 +32,8 @@ def logged(out):
     return expected
 
 
-def figure_of(out, name):
-    return out / f"{name.removeprefix('figures/')}.png"
-
-
 def cut_off(out):
-    """The folder of a run that was killed after iteration 4, when its newest checkpoint was that of iteration 2."""
+    """As if killed after iteration 4, when the newest checkpoint was that of iteration 2."""
     shutil.rmtree(out / "checkpoint" / "000004")
 
 
@@ -53,10 +50,10 @@ def assert_tensorboard_shows(out):
     read = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
     found = [(name, event.step, event.value) for name in read.Tags()["scalars"] for event in read.Scalars(name)]
     assert sorted(found) == sorted((*key, float(np.float32(value))) for key, value in logged(out).items())
-    assert set(read.Tags()["images"]) == FIGURES
-    for name in FIGURES:
+    assert set(read.Tags()["images"]) == set(FIGURES)
+    for name, file in FIGURES.items():
         (image,) = read.Images(name)
-        found, expected = (Image.open(x) for x in (io.BytesIO(image.encoded_image_string), figure_of(out, name)))
+        found, expected = (Image.open(x) for x in (io.BytesIO(image.encoded_image_string), out / file))
         assert np.array_equal(found, expected.convert("RGB"))
         assert image.step == len(read_csv(out / "metrics.csv"))
 
@@ -115,13 +112,7 @@ def wandb(monkeypatch):
     stub = ModuleType("wandb")
     stub.runs, stub.inits, stub.step = [], [], 0
     stub.Error, stub.Image = type("Error", (Exception,), {}), lambda path: SimpleNamespace(path=path)
-
-    def init(**arguments):
-        stub.inits.append(arguments)
-        stub.runs.append(WandbRun(stub.step))
-        return stub.runs[-1]
-
-    stub.init = init
+    stub.init = lambda **it: (stub.inits.append(it), stub.runs.append(WandbRun(stub.step)), stub.runs[-1])[-1]
     monkeypatch.setitem(sys.modules, "wandb", stub)
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     return stub
@@ -132,7 +123,7 @@ def assert_wandb_has(logs, out, first=0):
     found = {(name, step): value for step, values in logs.items() for name, value in values.items()}
     images = {name: found.pop((name, max(logs))).path for name in FIGURES}
     assert found == {key: value for key, value in logged(out).items() if key[1] >= first}
-    assert images == {name: str(figure_of(out, name)) for name in FIGURES}
+    assert images == {name: str(out / file) for name, file in FIGURES.items()}
 
 
 def test_wandb_gets_the_runs_files_and_settings_and_nothing_twice(reference, tmp_path, wandb):
@@ -153,7 +144,7 @@ def test_wandb_gets_the_runs_files_and_settings_and_nothing_twice(reference, tmp
 
 
 def test_wandb_gets_what_it_missed(tmp_path, wandb):
-    """The service has nothing: it was chosen on --resume only, or the run is offline."""
+    """It was chosen on --resume only, or the run is offline."""
     run(tmp_path, *EVERY_2)
     cut_off(tmp_path)
     run(tmp_path, *EVERY_2, *WANDB, "--resume")
@@ -176,34 +167,24 @@ def test_a_restarted_run_is_a_new_one_at_wandb_and_an_unknown_entry_is_not_shown
 
 @pytest.mark.parametrize("error", [trainer.processes.StoppedBySignal(15, False), OSError(28, "No space left")])
 def test_a_crash_or_a_signal_closes_the_tracker(error, tmp_path, wandb, monkeypatch):
-    def fail_in_the_third(iteration):
-        if iteration == 2:
-            raise error
-
-    before_every_step(monkeypatch, fail_in_the_third)
+    before_every_step(monkeypatch, Mock(side_effect=[None, None, error]))
     with pytest.raises(SystemExit):
         run(tmp_path, *WANDB)
-    assert max(wandb.runs[0].logs) == 2
-    assert wandb.runs[0].exit_code == 1
+    assert max(wandb.runs[0].logs) == 2 and wandb.runs[0].exit_code == 1
 
 
 def test_the_sheet_of_an_evaluation_is_shown(tmp_path, wandb):
     (tmp_path / "samples").mkdir()
     Image.new("RGB", (4, 2)).save(tmp_path / "samples" / "000020.png")
     with report.tracker_class("wandb")(tmp_path, {"tool": "train_leap_align", "resume": False}) as tracker:
-        tracker.add("evaluation", 10, {"reward": 1.0})
-        tracker.add("train", 20, {"reward": 2.0})
-        tracker.add("evaluation", 20, {"reward": 3.0})
-    sheet = wandb.runs[0].logs[20].pop("samples")
-    assert sheet.path == str(tmp_path / "samples" / "000020.png")
+        for kind, iteration, reward in (("evaluation", 10, 1.0), ("train", 20, 2.0), ("evaluation", 20, 3.0)):
+            tracker.add(kind, iteration, {"reward": reward})
+    assert wandb.runs[0].logs[20].pop("samples").path == str(tmp_path / "samples" / "000020.png")
     assert wandb.runs[0].logs == {10: {"evaluation/reward": 1.0}, 20: {"train/reward": 2.0, "evaluation/reward": 3.0}}
 
 
 def test_wandb_that_does_not_start_is_one_line(tmp_path, wandb):
-    def init(**_):
-        raise wandb.Error("No API key\nconfigured")
-
-    wandb.init = init
+    wandb.init = Mock(side_effect=wandb.Error("No API key\nconfigured"))
     line = error_line(*WANDB, "--out", str(tmp_path))
     assert "No API key configured" in line and "`wandb login`" in line and "WANDB_MODE=offline" in line
 
@@ -215,13 +196,6 @@ def test_a_missing_library_is_one_line_before_anything_is_written(name, module, 
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     assert error_line("--tracker", name, "--out", str(tmp_path / "run")).endswith(f"pip install {name}")
     assert not (tmp_path / "run").exists()
-
-
-def test_only_rank_0_has_a_tracker(tmp_path, wandb, monkeypatch):
-    monkeypatch.setattr(report, "rank", lambda: 1)
-    with report.tracker_class("wandb")(tmp_path, {}) as tracker:
-        assert isinstance(tracker, report.NoTracker)
-    assert not wandb.inits
 
 
 def test_a_run_without_a_tracker_imports_nothing_of_it(tmp_path):

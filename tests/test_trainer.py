@@ -35,9 +35,10 @@ def fail(*_):
 
 
 def test_a_run_leaves_what_the_readme_promises(reference):
-    names = {p.name for p in reference.iterdir()}
-    assert {"config.json", "metrics.csv", "evaluations.csv", "result.json", "checkpoint", "model"} <= names
-    assert {"samples.png", "trajectories.png", "curves.png"} <= names
+    files = (
+        "config.json metrics.csv evaluations.csv result.json checkpoint model samples.png trajectories.png curves.png"
+    )
+    assert set(files.split()) <= {p.name for p in reference.iterdir()}
     with (reference / "metrics.csv").open() as file:
         assert next(csv.reader(file)) == ["iteration", *trainer.METRICS]
     evaluators = {"reward", "utility", "alignment", "log_density", "spread"}
@@ -52,9 +53,8 @@ def test_a_run_prints_at_most_a_line_a_second_and_once_that_its_gradient_is_zero
     start = time.perf_counter()
     run(tmp_path, "--iterations", "100")
     printed = capsys.readouterr()
-    lines = [line for line in printed.err.split("\r") if line.startswith("leap_align:")]
-    # One at the start, one at the end, and one more after each message.
-    assert 2 <= len(lines) <= time.perf_counter() - start + 5
+    lines = printed.err.count("\rleap_align:") + printed.err.startswith("leap_align:")
+    assert 2 <= lines <= time.perf_counter() - start + 5  # at the start and the end, and one more after each message
     assert "iteration 1: the gradient is exactly zero" in printed.out and printed.out.count("exactly zero") == 1
 
 
@@ -77,23 +77,26 @@ def test_a_run_says_what_it_will_do_and_what_to_look_at(tmp_path, monkeypatch, c
     monkeypatch.setattr(trainer, "build_task", fail)
     monkeypatch.setattr(Modes, "held_out", {})
     error_line("--out", str(tmp_path / "new"))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[2:] == [f"Training never sees these evaluators: none. The folder is {tmp_path / 'new'}."]
+    assert f"\nTraining never sees these evaluators: none. The folder is {tmp_path}/new.\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("flags", "loss"), [
-    ([], "weight * max(0, 0 - reward)"),
-    (["--lam", "0.55"], "weight * max(0, 0.55 - reward)"),
-    (["--lam", "None"], "-weight * reward"),
-    (["--beta", "3"], "weight * max(0, 0 - reward) + 3 * leash"),
-    (["--lam", "None", "--beta", "0.5"], "-weight * reward + 0.5 * leash"),
-])  # fmt: skip
-def test_the_announced_loss_is_the_one_of_the_log(flags, loss, tmp_path, capsys):
+LOSSES = {
+    "--beta 0": "weight * max(0, 0 - reward)",
+    "--lam 0.55": "weight * max(0, 0.55 - reward)",
+    "--lam None": "-weight * reward",
+    "--beta 3": "weight * max(0, 0 - reward) + 3 * leash",
+    "--lam None --beta 0.5": "-weight * reward + 0.5 * leash",
+}
+
+
+@pytest.mark.parametrize("flags", LOSSES)
+def test_the_announced_loss_is_the_one_of_the_log(flags, tmp_path, capsys):
     """One sample an iteration: with the columns of its row put in, the formula gives the column `loss`."""
-    row = run(tmp_path, "--batch-size", "1", "--iterations", "2", *flags)[-1]
+    row = run(tmp_path, "--batch-size", "1", "--iterations", "2", "--lr", "0.1", *flags.split())[-1]
     announced = capsys.readouterr().out.split(" is trained to lower ")[1].split(": 2 iterations")[0]
-    assert announced == loss
+    assert announced == LOSSES[flags]
     assert eval(announced, {"max": max}, row) == pytest.approx(row["loss"], rel=1e-5)
+    assert row.get("leash", 1) > 1e-3 * abs(row["loss"])
 
 
 def test_the_next_commands_parse_and_never_suggest_the_same_run_again(capsys):
@@ -165,9 +168,10 @@ def assert_same(a, b):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "flags", [*(["--method", m] for m in trainer.METHODS), LEASH, [*LEASH, "--method", "draft_lv"]], ids=" ".join
-)
+METHOD_FLAGS = {name: ["--method", name] for name in trainer.METHODS}
+
+
+@pytest.mark.parametrize("flags", [*METHOD_FLAGS.values(), LEASH, [*LEASH, "--method", "draft_lv"]], ids=" ".join)
 def test_microbatches_equal_the_whole_batch(flags, tmp_path):
     microbatches = run(tmp_path / "microbatches", *flags, "--gradient-accumulation-steps", "4")
     assert_same(run(tmp_path / "whole", *flags), microbatches)
@@ -178,12 +182,10 @@ def test_the_microbatches_of_all_ranks_are_the_batch():
     assert [list(range(12)[rows]) for rank in slices for rows in rank] == [[i, i + 1] for i in range(0, 12, 2)]
 
 
-@pytest.mark.parametrize("flags", [
-    LEASH,
-    *(pytest.param(flags, marks=pytest.mark.slow) for flags in (
-        [], ["--method", "leap_align_per_sample"], ["--method", "draft_lv"], ["--method", "stratified"],
-    )),
-], ids=" ".join)  # fmt: skip
+SLOW = [METHOD_FLAGS[name] for name in ("leap_align", "leap_align_per_sample", "draft_lv", "stratified")]
+
+
+@pytest.mark.parametrize("flags", [LEASH, *(pytest.param(f, marks=pytest.mark.slow) for f in SLOW)], ids=" ".join)
 def test_two_processes_equal_one(flags, tmp_path):
     one = run(tmp_path / "one", *flags)
     run_two(tmp_path / "two", *flags)
@@ -205,16 +207,16 @@ def test_one_process_resumes_a_run_of_two_and_a_refusal_of_rank_0_is_printed_onc
 
 
 def test_evaluation_and_model_are_of_the_averaged_weights(tmp_path, monkeypatch):
-    live, evaluated, optimizer_step, evaluate = [], {}, trainer.Trainer.optimizer_step, Modes.evaluate
+    live, evaluated = [], {}
 
-    def recorded_step(self, loss):
-        norm = optimizer_step(self, loss)
+    def recorded_step(self, loss, step=trainer.Trainer.optimizer_step):
+        norm = step(self, loss)
         live.append([p.clone() for p in self.parameters])
         return norm
 
-    def recorded_evaluate(self, folder, iteration):
+    def recorded_evaluate(self, *where, evaluate=Modes.evaluate):
         evaluated.update({name: p.clone() for name, p in self.model.state_dict().items()})
-        return evaluate(self, folder, iteration)
+        return evaluate(self, *where)
 
     monkeypatch.setattr(trainer.Trainer, "optimizer_step", recorded_step)
     monkeypatch.setattr(Modes, "evaluate", recorded_evaluate)
@@ -250,9 +252,7 @@ def test_metrics_against_a_hand_calculation(tmp_path, monkeypatch):
     assert (row["reward"], row["hinge_active"], row["weight"]) == (7.5, 4 / 16, 1)
     assert row.keys() == {*trainer.METRICS, "iteration"} - {"seconds", "d_j", "d_0", "i_k", "i_j", "leash", "v_norm"}
     (row,) = run(tmp_path / "leap", "--lam", "3.5", "--iterations", "1", "--tau", "50")
-    assert row["weight"] == pytest.approx(1 / 100)
-    assert 1 <= row["i_j"] < row["i_k"] <= 21
-    assert row["d_j"] >= 0 and row["d_0"] > 0
+    assert row["weight"] == pytest.approx(1 / 100) and row["d_j"] >= 0 and row["d_0"] > 0
 
 
 def test_a_leash_fills_its_columns_and_is_the_same_after_resuming(reference, tmp_path):
@@ -269,17 +269,13 @@ def test_a_leash_fills_its_columns_and_is_the_same_after_resuming(reference, tmp
     assert run(tmp_path / "resumed", *flags, "--resume") == [first, *others]
 
 
-def test_a_leash_keeps_the_model_near_the_reference_and_adds_beta_times_its_column(tmp_path, monkeypatch):
+def test_a_leash_keeps_the_model_near_the_reference(tmp_path):
     runs = [run(tmp_path / beta, "--beta", beta, "--lr", "0.01", "--iterations", "30") for beta in ("1e-9", "100")]
     far, near = (sum(row["leash"] for row in rows[10:]) for rows in runs)
     assert 0 < near < far / 3
     short = ["--beta", "1e-9", "--iterations", "2", "--tau"]
     light, heavy = (run(tmp_path / tau, *short, tau)[1]["leash"] for tau in ("500", "50"))
     assert heavy == pytest.approx(10 * light, rel=0.01)  # the weight of a sample is 1 / (2 tau)
-    # Rewards near -1 without a hinge: with ReFL, whose weight is 1, the loss without a leash is -reward.
-    monkeypatch.setattr(Modes, "reward", lambda self, sample, _: 1e-3 * sample.sum(1).tanh() - 1)
-    row = run(tmp_path / "refl", "--beta", "7", "--lam", "None", "--lr", "0.01", "--method", "refl")[-1]
-    assert row["loss"] == pytest.approx(-row["reward"] + 7 * row["leash"]) and row["leash"] > 0
 
 
 BROKEN = {
@@ -289,21 +285,19 @@ BROKEN = {
 }
 
 
-def training_state(self):
-    return {name: value.clone() for name, value in training_tensors(self.task.model, self.optimizer, self.ema).items()}
-
-
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_step_that_is_not_finite_is_skipped(kind, tmp_path, monkeypatch, capsys):
     """The weights, their average and the optimizer's state stay as they were."""
-    good, optimizer_step, unchanged = Modes.reward, trainer.Trainer.optimizer_step, []
+    unchanged = []
 
-    def reward(self, sample, condition):
+    def reward(self, sample, condition, good=Modes.reward):
         return BROKEN[kind](sample) if len(unchanged) == 2 else good(self, sample, condition)
 
-    def recorded(self, loss):
-        before, norm = training_state(self), optimizer_step(self, loss)
-        unchanged.append(all(torch.equal(value, before[name]) for name, value in training_state(self).items()))
+    def recorded(self, loss, step=trainer.Trainer.optimizer_step):
+        state = lambda: training_tensors(self.task.model, self.optimizer, self.ema)  # noqa: E731
+        before = {name: value.clone() for name, value in state().items()}
+        norm = step(self, loss)
+        unchanged.append(all(torch.equal(value, before[name]) for name, value in state().items()))
         return norm
 
     monkeypatch.setattr(Modes, "reward", reward)
@@ -329,38 +323,24 @@ def test_too_many_skipped_steps_stop_the_run_and_keep_the_checkpoint(reference, 
 REFUSALS = r"""
 --task video ~ ^error: unknown task 'video': choose from toy, digits
 --method ppo ~ ^error: unknown method 'ppo': choose from leap_align
---low 9 --high 22 ~ low=9, high=22
---method drtune --m 12 ~ m=12 must be at most
---method refl --m 22 ~ m=22 must be at most T=21
---method sparse --K 22 ~ K=22 must be at most T=21
---method lagrange --T 2 ~ T=2 must be at least 3
+--low 9 --high 22 ~ low=9, high=22 ; --method drtune --m 12 ~ m=12 must be at most
+--method refl --m 22 ~ m=22 must be at most T=21 ; --method sparse --K 22 ~ K=22 must be at most T=21
+--method lagrange --T 2 ~ T=2 must be at least 3 ; --checkpoint-every 0 ~ checkpoint_every=0
 --batch-size 10 --gradient-accumulation-steps 4 ~ batch_size=10 must be a multiple of
---iterations -1 ~ iterations=-1 must lie between 0 and
---checkpoint-every 0 ~ checkpoint_every=0
---lr -1 ~ lr=-1.0 must lie
---lr inf ~ lr=inf must lie
---lr nan ~ ^error: lr=nan must lie[^=]*$
---max-grad-norm nan ~ ^error: max_grad_norm=nan
---T 1000000000 ~ T=1000000000 must lie between 2 and 10000
---T 1 --method refl ~ T=1 must lie between 2 and
---weight-decay -1 ~ weight_decay=-1
---weight-decay inf ~ weight_decay=inf must lie between 0 and
---seed -1 ~ seed=-1
---seed 99999999999999999999 ~ seed=9+ must lie between 0 and
---beta -1 ~ ^error: beta=-1.0 must be at least 0
---shift 0 ~ ^error: shift=0
---alpha 1.5 ~ alpha=1.5 must lie in \[0, 1\]
---alpha much ~ Error parsing --alpha: could not convert
---tau 0 ~ tau=0.0 must be positive
---rho 2 ~ rho=2.0 must lie in \[0, 1\]
---evaluation-samples 3 ~ evaluation_samples=3 must be at least
---evaluation-T 1 ~ evaluation_T=1 must be at least
---solver heun ~ --solver
---alpah 0 ~ --alpah
+--iterations -1 ~ iterations=-1 must lie between 0 and ; --max-grad-norm nan ~ ^error: max_grad_norm=nan
+--lr -1 ~ lr=-1.0 must lie ; --lr inf ~ lr=inf must lie ; --lr nan ~ ^error: lr=nan must lie[^=]*$
+--T 1000000000 ~ T=1000000000 must lie between 2 and 10000 ; --T 1 --method refl ~ T=1 must lie between 2 and
+--weight-decay -1 ~ weight_decay=-1 ; --weight-decay inf ~ weight_decay=inf must lie between 0 and
+--seed -1 ~ seed=-1 ; --seed 99999999999999999999 ~ seed=9+ must lie between 0 and
+--beta -1 ~ ^error: beta=-1.0 must be at least 0 ; --shift 0 ~ ^error: shift=0
+--alpha 1.5 ~ alpha=1.5 must lie in \[0, 1\] ; --alpha much ~ Error parsing --alpha: could not convert
+--tau 0 ~ tau=0.0 must be positive ; --rho 2 ~ rho=2.0 must lie in \[0, 1\]
+--evaluation-samples 3 ~ evaluation_samples=3 must be at least ; --evaluation-T 1 ~ evaluation_T=1 must be at least
+--solver heun ~ --solver ; --alpah 0 ~ --alpah
 """
 
 
-@pytest.mark.parametrize("row", REFUSALS.strip().splitlines())
+@pytest.mark.parametrize("row", REFUSALS.strip().replace(" ; ", "\n").splitlines())
 def test_a_wrong_flag_is_refused_before_anything_is_written(row, tmp_path, capsys):
     flags, words = row.split(" ~ ")
     with pytest.raises(SystemExit) as stop:
@@ -375,14 +355,12 @@ def test_a_folder_of_another_run_or_program_is_refused_and_left_alone(reference,
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text('{"architectures": ["Foreign"]}')
     before = (reference / "metrics.csv").read_bytes()
-    for folder, words in {
-        reference: "holds another run",
-        tmp_path / "file": "is a file",
-        tmp_path / "file" / "run": "cannot write to",
-        tmp_path / "mine": "is not empty, and train_leap_align did not fill it",
-    }.items():
-        assert words in error_line("--out", str(folder))
-    assert "is not empty" in error_line("--out", str(tmp_path / "mine"), "--resume")
+    assert "holds another run" in error_line("--out", str(reference))
+    assert "is a file" in error_line("--out", str(tmp_path / "file"))
+    assert "cannot write to" in error_line("--out", str(tmp_path / "file" / "run"))
+    for flags in ([], ["--resume"]):
+        words = "is not empty, and train_leap_align did not fill it"
+        assert words in error_line("--out", str(tmp_path / "mine"), *flags)
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["config.json"]
     assert (reference / "metrics.csv").read_bytes() == before
 
@@ -400,8 +378,7 @@ def test_a_folder_with_a_live_run_is_refused_and_the_run_undisturbed(reference, 
 
 
 @pytest.mark.parametrize(("owner", "name", "value", "words"), [
-    (Modes, "step_metrics", lambda *_: {"radius": 1.0},
-     "step_metrics gave ['radius'], but step_metric_names are []"),
+    (Modes, "step_metrics", lambda *_: {"r": 1.0}, "step_metrics gave ['r'], but step_metric_names are []"),
     (Modes, "parallelize", lambda self, mesh: self.model.bfloat16(), "must exist and be float32"),
     (task, "world_size", lambda: 2, "not sharded: its parallelize(mesh) must call fully_shard"),
     (trainer.Trainer, "step", fail, "failed"),

@@ -40,6 +40,12 @@ def result(out):
     return json.loads((out / "result.json").read_text())
 
 
+def flip_a_bit(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 64
+    path.write_bytes(content)
+
+
 def checkpoints(out):
     return sorted(folder.name for folder in (out / "checkpoint").iterdir())
 
@@ -49,8 +55,7 @@ def error_line(*flags):
     with pytest.raises(SystemExit) as stop:
         trainer.main([*SMALL, *flags])
     line = str(stop.value)
-    assert line.startswith("error: ")
-    assert "\n" not in line
+    assert line.startswith("error: ") and "\n" not in line
     return line
 
 
