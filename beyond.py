@@ -108,10 +108,8 @@ class Piece(NamedTuple):
 
     i_a: int
     i_b: int
-    weights: dict[int, float]
-    """w_i of each node i."""
-    gains: dict[int, float]
-    """g_i of each active node i: the factor of its velocity's gradient."""
+    weights: dict[int, float]  # w_i of each node i.
+    gains: dict[int, float]  # g_i of each active node i: the factor of its velocity's gradient.
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:

@@ -35,7 +35,7 @@ from beyond import SOLVERS, Hyper
 from leap_align import BadInput, Endpoints, differentiable, objective
 from runtime import command_line, processes, report, run_dir
 from runtime.backward import BatchGenerator, CutVelocity, Leash, leaf, rows_of_rank
-from runtime.checkpoint import Progress, load_checkpoint, save_checkpoint
+from runtime.checkpoint import Progress, TrainingState, load_checkpoint, save_checkpoint
 from runtime.ema import EMA
 from runtime.processes import RaisedOnAllRanks, mean, rank, run_on_all_ranks, run_on_rank0, world_size
 from runtime.task import Task, check_evaluation, check_gradient, check_step_metrics, check_task, trained_parameters
@@ -128,6 +128,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=decay, fused=True)
         self.ema = EMA(self.parameters, config.ema_decay)
         self.generator = torch.Generator().manual_seed(config.seed)
+        self.state = TrainingState(task.model, self.optimizer, self.ema, self.generator)
         self.progress, self.zero_is_reported = Progress(), False
 
     def step(self) -> dict[str, float]:
@@ -254,13 +255,11 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Writes a checkpoint."""
-        limit = self.config.checkpoints_total_limit
-        save_checkpoint(folder, self.task.model, self.optimizer, self.ema, self.generator, self.progress, limit)
+        save_checkpoint(folder, self.state, self.progress, self.config.checkpoints_total_limit)
 
     def restore(self, folder: Path) -> None:
         """Continues from the newest checkpoint that is not damaged."""
-        state = self.task.model, self.optimizer, self.ema, self.generator
-        self.progress = load_checkpoint(folder, *state, self.config.iterations)
+        self.progress = load_checkpoint(folder, self.state, self.config.iterations)
 
 
 def build_task(flags: Flags) -> Task:

@@ -10,10 +10,11 @@ import math
 import os
 import shutil
 import warnings
+from collections import ChainMap
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -23,17 +24,15 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from leap_align import BadInput
+from leap_align import BadInput, require
 from runtime.ema import EMA
 from runtime.processes import RaisedOnAllRanks, all_gather, one_line, rank, run_on_all_ranks, run_on_rank0, world_size
 from runtime.run_dir import check_not_removed, checkpoints, digest, write_text
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # a single process saves as well
 LOGS = ("metrics.csv", "evaluations.csv")
-FILE_BYTES = 2**29
-"""The most that a rank writes into one file, unless a single tensor is larger."""
-HOST_BYTES = 3 * FILE_BYTES
-"""Host memory of a rank during a checkpoint: a file's tensors, and the file twice while safetensors makes it."""
+FILE_BYTES = 2**29  # the most that a rank writes into one file, unless a single tensor is larger
+HOST_BYTES = 3 * FILE_BYTES  # host memory of a rank: a file's tensors, and the file twice while safetensors makes it
 
 
 class DamagedCheckpoint(Exception):
@@ -45,13 +44,19 @@ class Progress:
     """How far a run has come."""
 
     iteration: int = 0
-    seconds: float = 0.0
-    """Of training, without evaluations."""
+    seconds: float = 0.0  # of training, without evaluations
     evaluations: list[dict[str, float]] = field(default_factory=list)
-    warnings: dict[str, str] = field(default_factory=dict)
-    """The warnings of reward hacking that hold now, by evaluator."""
-    consecutive_skips: int = 0
-    """Steps skipped in a row, up to now."""
+    warnings: dict[str, str] = field(default_factory=dict)  # those of reward hacking that hold now, by evaluator
+    consecutive_skips: int = 0  # steps skipped in a row, up to now
+
+
+class TrainingState(NamedTuple):
+    """What a checkpoint saves besides the progress."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: EMA
+    generator: torch.Generator
 
 
 def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, Tensor]:
@@ -70,31 +75,20 @@ def checkpoint_bytes(parameters: Iterable[nn.Parameter]) -> int:
 
 
 # -------------------------------------------------------- Save -------------------------------------------------------
-def save_checkpoint(
-    folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: EMA,
-    generator: torch.Generator,
-    progress: Progress,
-    limit: int,
-) -> None:
-    """Writes checkpoint/ITERATION and keeps the newest `limit` ones.
-
-    Raises BadInput on every rank if one of them cannot write.
-    """
+def save_checkpoint(folder: Path, state: TrainingState, progress: Progress, limit: int) -> None:
+    """Writes checkpoint/ITERATION, keeps the newest `limit`; every rank raises BadInput if one of them cannot write."""
     part = folder / "checkpoint" / "part"
     try:
-        run_on_rank0(lambda: _prepare(folder, part))
-        tensors = training_tensors(model, optimizer, ema)
+        run_on_rank0(lambda: check_not_removed(folder / "config.json"))
+        run_on_rank0(lambda: shutil.rmtree(part, ignore_errors=True))
+        tensors = training_tensors(state.model, state.optimizer, state.ema)
         writer = HuggingFaceStorageWriter(str(part), _file_numbers(tensors, FILE_BYTES), save_distributed=True)
         dcp.save(tensors, storage_writer=writer)
         files = sorted(part.glob("*.safetensors"))[rank() :: world_size()]
-        digests = {}
-        for rank_digests in all_gather(run_on_all_ranks(lambda: _sync_and_digest(files))):
-            digests |= rank_digests
-        state = asdict(progress) | {"generator": generator.get_state().tolist(), "digests": digests}
-        run_on_rank0(lambda: _publish(folder, part, progress.iteration, state, limit))
+        run_on_all_ranks(lambda: fsync(*files))
+        digests = ChainMap(*all_gather(run_on_all_ranks(lambda: {file.name: digest(file) for file in files})))
+        content = asdict(progress) | {"generator": state.generator.get_state().tolist(), "digests": dict(digests)}
+        run_on_rank0(lambda: _publish(folder, part, progress.iteration, content, limit))
     except (OSError, dcp.CheckpointException, RaisedOnAllRanks) as error:
         shutil.rmtree(part, ignore_errors=True)
         remedy = "the last checkpoint is good: free some space, then continue with --resume"
@@ -102,10 +96,7 @@ def save_checkpoint(
 
 
 def _file_numbers(tensors: dict[str, Tensor], limit: int) -> dict[str, int]:
-    """The number of each tensor's file, from 1 and equal on every rank: no rank's part of a file exceeds `limit` bytes.
-
-    A tensor with a larger shard gets a file of its own.
-    """
+    """The number of each tensor's file, from 1, so that no rank's part of a file with several exceeds `limit` bytes."""
     numbers, number, size = {}, 1, 0
     for name, tensor in tensors.items():
         shard = _largest_shard(tensor)
@@ -125,21 +116,9 @@ def _largest_shard(tensor: Tensor) -> int:
     return math.prod(shape) * tensor.itemsize
 
 
-def _prepare(folder: Path, part: Path) -> None:
-    check_not_removed(folder / "config.json")
-    shutil.rmtree(part, ignore_errors=True)
-
-
-def _sync_and_digest(files: list[Path]) -> dict[str, str]:
-    """The digest of each file, after the disk has it."""
-    fsync(*files)
-    return {file.name: digest(file) for file in files}
-
-
-def _publish(folder: Path, part: Path, iteration: int, state: dict[str, Any], limit: int) -> None:
+def _publish(folder: Path, part: Path, iteration: int, content: dict[str, Any], limit: int) -> None:
     """Adds state.json, renames the finished checkpoint into place, removes the oldest ones."""
-    state = state | {name: (folder / name).read_bytes().decode() for name in ("config.json", *LOGS)}
-    text = json.dumps(state)
+    text = json.dumps(content | {name: (folder / name).read_bytes().decode() for name in ("config.json", *LOGS)})
     (part / "state.json").write_text(f"{digest(text.encode())}\n{text}")
     fsync(part / "state.json", part)
     path = part.with_name(f"{iteration:06d}")
@@ -162,33 +141,23 @@ def fsync(*paths: Path) -> None:
 
 
 # -------------------------------------------------------- Load -------------------------------------------------------
-def load_checkpoint(
-    folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: EMA,
-    generator: torch.Generator,
-    iterations: int,
-) -> Progress:
-    """Loads the newest undamaged checkpoint into these objects and restores the logs; returns the progress.
+def load_checkpoint(folder: Path, state: TrainingState, iterations: int) -> Progress:
+    """Loads the newest undamaged checkpoint into `state` and restores the logs; returns the progress.
 
     Refuses a checkpoint with more than `iterations` behind it, before anything changes.
     """
-    path, state = _newest_undamaged(folder)
-    if (done := state["iteration"]) > iterations:
+    path, content = _newest_undamaged(folder)
+    if (done := content["iteration"]) > iterations:
         raise RaisedOnAllRanks(f"iterations={iterations}, but the run has already done {done}: give more")
     try:
-        dcp.load(training_tensors(model, optimizer, ema), storage_reader=HuggingFaceStorageReader(str(path)))
+        tensors = training_tensors(state.model, state.optimizer, state.ema)
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
     except dcp.CheckpointException as error:
         raise RaisedOnAllRanks(f"{path} does not fit this model: {_reason(error)}") from error
-    generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
-    run_on_rank0(lambda: _restore_logs(folder, state))
-    return Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
-
-
-def _restore_logs(folder: Path, state: dict[str, Any]) -> None:
+    state.generator.set_state(torch.tensor(content["generator"], dtype=torch.uint8))
     for name in LOGS:
-        write_text(folder / name, state[name])
+        run_on_rank0(lambda name=name: write_text(folder / name, content[name]))
+    return Progress(**{name: content[name] for name in Progress.__dataclass_fields__})
 
 
 def _newest_undamaged(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -210,25 +179,16 @@ def _verify(path: Path) -> dict[str, Any]:
     """
     state, damage = {}, None
     try:
-        state = _read_state(path)
+        expected, text = (path / "state.json").read_text().split("\n", 1)
+        require(digest(text.encode()) == expected, "state.json is not what was written")
+        state = json.loads(text)
+        require(state["iteration"] == int(path.name), f"it is that of iteration {state['iteration']}")
         for name in sorted(state["digests"])[rank() :: world_size()]:
-            if digest(path / name) != state["digests"][name]:
-                raise ValueError(f"{name} is not what was written")
+            require(digest(path / name) == state["digests"][name], f"{name} is not what was written")
     except (OSError, ValueError) as error:
         damage = one_line(error)
-    damages = [text for text in all_gather(damage) if text is not None]
-    if damages:
+    if damages := [text for text in all_gather(damage) if text is not None]:
         raise DamagedCheckpoint(damages[0])
-    return state
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    expected, text = (path / "state.json").read_text().split("\n", 1)
-    if digest(text.encode()) != expected:
-        raise ValueError("state.json is not what was written")
-    state = json.loads(text)
-    if state["iteration"] != int(path.name):
-        raise ValueError(f"it is that of iteration {state['iteration']}")
     return state
 
 

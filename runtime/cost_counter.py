@@ -1,32 +1,66 @@
-"""What a step costs, phase by phase: bytes alive, floating-point operations, traffic between ranks."""
+"""What a computation costs: its operations, the bytes it saves, and a step phase by phase, with its traffic."""
 
 import sys
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from itertools import islice
+from traceback import walk_stack
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 aten = torch.ops.aten
 FLOP, WITHIN, BETWEEN = "operations", "bytes within", "bytes between"
+
+
+def flop_count(action: Callable[[], object]) -> int:
+    """Floating-point operations of action(): matrix products and convolutions; a multiply-add counts as two."""
+    # FlopCounterMode does not know every fused attention kernel, so attention runs as plain matrix products.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        action()
+    return counter.get_total_flops()
+
+
+def saved_bytes(action: Callable[[], object], model: nn.Module | None = None) -> int:
+    """Bytes that autograd saves for backward during action(), each storage once.
+
+    Weights do not count: leaves that require grad, views of such leaves, and all parameters and buffers of the model.
+    """
+    weights = [*model.parameters(), *model.buffers()] if model else []
+    weights = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+    weight_pointers = {weight.untyped_storage().data_ptr() for weight in weights}
+    # This keeps the storages alive.  Otherwise a new one could take a freed one's address, and both would count once.
+    saved = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        base = tensor if tensor._base is None else tensor._base
+        is_weight = base.is_leaf and base.requires_grad
+        storage = tensor.untyped_storage()
+        if not is_weight and storage.data_ptr() not in weight_pointers:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        action()
+    return sum(storage.nbytes() for storage in saved.values())
 
 
 @dataclass
 class PhaseCost:
     """What one phase of a step costs on this rank."""
 
-    peak: dict[str, int] = field(default_factory=dict)
-    """Bytes alive at the phase's peak, by kind."""
+    peak: dict[str, int] = field(default_factory=dict)  # bytes alive at the phase's peak, by kind
+    # FLOP: floating-point operations; WITHIN, BETWEEN: bytes received from ranks of this node, of other nodes.
     counts: Counter[str] = field(default_factory=Counter)
-    """FLOP: floating-point operations; WITHIN, BETWEEN: bytes received from ranks of this node, of other nodes."""
 
 
 class CostCounter(TorchDispatchMode):
@@ -153,11 +187,5 @@ def flop(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
 
 def _fsdp_functions() -> list[str]:
     """The functions of FSDP2 that are running now, innermost first; empty outside of FSDP2's own code."""
-    frame, names = sys._getframe(2), []
-    for _ in range(20):
-        if frame is None:
-            break
-        if "_fully_shard" in frame.f_code.co_filename:
-            names.append(frame.f_code.co_name)
-        frame = frame.f_back
-    return names
+    codes = [frame.f_code for frame, _ in islice(walk_stack(sys._getframe(2)), 20)]
+    return [code.co_name for code in codes if "_fully_shard" in code.co_filename]

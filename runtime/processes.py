@@ -45,15 +45,13 @@ def init_process_group(backend: str | None = None) -> None:
 
 
 def device_mesh(device_type: str) -> DeviceMesh | None:
-    """A mesh of all ranks, or None without a process group.
-
-    On several nodes the mesh has two dimensions (HSDP): sharded within a node, replicated across the slow links.
-    """
+    """A mesh of all ranks, or None without a process group."""
     if not dist.is_initialized():
         return None
     ranks_per_node = int(os.environ["LOCAL_WORLD_SIZE"])
     if world_size() == ranks_per_node:
         return init_device_mesh(device_type, (ranks_per_node,))
+    # HSDP: sharded within a node, replicated across the slow links between nodes.
     shape = (world_size() // ranks_per_node, ranks_per_node)
     return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
@@ -124,8 +122,7 @@ def run_on_all_ranks(action: Callable[[], Any]) -> Any:
         message = str(error)
     except OSError as error:
         message = f"{error.filename or 'a file'}: {one_line(error)}"
-    messages = [text for text in all_gather(message) if text is not None]
-    if messages:
+    if messages := [text for text in all_gather(message) if text is not None]:
         raise RaisedOnAllRanks(messages[0])
     return result
 
@@ -142,34 +139,29 @@ def one_line(error: BaseException) -> str:
 
 
 # ------------------------------------------------------ Signals ------------------------------------------------------
+# Ctrl-C, a cluster's preemption, a closed terminal, Slurm's warning.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-"""Ctrl-C, a cluster's preemption, a closed terminal, Slurm's warning."""
 
 
+@dataclass(eq=False)
 class StoppedBySignal(Exception):
     """A signal asked the process to stop."""
 
-    def __init__(self, number: int, is_saved: bool) -> None:
-        super().__init__(number)
-        self.signal, self.is_saved = number, is_saved
+    signal: int
+    is_saved: bool  # whether the run has saved all that it did
 
 
 @dataclass
 class StopRequest:
     """Which signal asks this process to stop, and what it does then."""
 
-    signal: int = 0
-    """0 for none."""
-    is_deferred: bool = False
-    """Whether the caller looks at `signal` when it can save; otherwise a signal raises StoppedBySignal at once."""
+    signal: int = 0  # 0 for none
+    is_deferred: bool = False  # the caller looks at `signal` when it can save; else StoppedBySignal is raised at once
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Yields a StopRequest that a stop signal fills.  The same signal a second time ends the process at once.
-
-    A signal that is ignored, as SIGHUP is under nohup, stays ignored.
-    """
+    """Yields a StopRequest that a stop signal fills.  The same signal a second time ends the process at once."""
     request = StopRequest()
 
     def handle(number: int, frame: Any) -> None:
@@ -178,6 +170,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
         if not request.is_deferred:
             raise StoppedBySignal(number, is_saved=False)
 
+    # A signal that is ignored, as SIGHUP is under nohup, stays ignored.
     numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, handle) for number in numbers}
     try:
@@ -220,18 +213,20 @@ def exit_process(error: BaseException | None, continue_with: str, out_of_memory:
     if dist.is_initialized() and not (under_torchrun and error is not None):
         dist.destroy_process_group()
     message = "" if error is None else _message(error, continue_with, out_of_memory)
+    # The shell's convention: 128 + n for signal n.
+    status = 128 + error.signal if isinstance(error, StoppedBySignal) else int(error is not None)
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()  # otherwise the message would follow an unfinished progress bar on the same line
     if under_torchrun:
-        _exit_under_torchrun(error, message)
+        _exit_under_torchrun(error, message, status)
     if isinstance(error, StoppedBySignal):
         print(message, file=sys.stderr)
-        sys.exit(_status(error))
+        sys.exit(status)
     if error is not None:
         sys.exit(message)
 
 
-def _exit_under_torchrun(error: BaseException | None, message: str) -> None:
+def _exit_under_torchrun(error: BaseException | None, message: str, status: int) -> None:
     this_rank = int(os.environ["RANK"])
     message = message if this_rank == 0 else f"{message} (process {this_rank})"
     if error is not None and (this_rank == 0 or not isinstance(error, RaisedOnAllRanks | StoppedBySignal)):
@@ -241,14 +236,7 @@ def _exit_under_torchrun(error: BaseException | None, message: str) -> None:
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": content}))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(_status(error))
-
-
-def _status(error: BaseException | None) -> int:
-    """The shell's convention: 0, 1 for an error, 128 + n for signal n."""
-    if isinstance(error, StoppedBySignal):
-        return 128 + error.signal
-    return 0 if error is None else 1
+    os._exit(status)
 
 
 def _message(error: BaseException, continue_with: str, out_of_memory: str) -> str:
@@ -259,9 +247,8 @@ def _message(error: BaseException, continue_with: str, out_of_memory: str) -> st
     if isinstance(error, BadInput):
         return f"error: {error}"
     if isinstance(error, UserCodeError):
-        cause = error.__cause__
-        traceback_text = "".join(traceback.format_exception(cause)).rstrip()
-        return f"error: {error} raised {type(cause).__name__}: {one_line(cause)}; its traceback:\n{traceback_text}"
+        cause, lines = error.__cause__, "".join(traceback.format_exception(error.__cause__)).rstrip()
+        return f"error: {error} raised {type(cause).__name__}: {one_line(cause)}; its traceback:\n{lines}"
     if package := _missing_package(error):
         return f"error: {package} is not installed: pip install -r requirements.txt"
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):

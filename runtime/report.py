@@ -16,8 +16,7 @@ from runtime.processes import full_value, rank
 from runtime.run_dir import atomic_file, checkpoints, read_csv, write_json
 from runtime.task import Task
 
-Evaluation = dict[str, float]
-"""`iteration` and the value of every evaluator."""
+Evaluation = dict[str, float]  # `iteration` and the value of every evaluator
 
 
 def reward_hacking_warnings(evaluations: list[Evaluation], held_out: dict[str, float]) -> dict[str, str]:
@@ -39,21 +38,17 @@ def reward_hacking_warnings(evaluations: list[Evaluation], held_out: dict[str, f
 
 
 def announce(flags: Any, task: type[Task], method: Callable[..., Any], folder: Path) -> None:
-    """Prints in three lines what the run will do; `weight` and `leash` are columns of metrics.csv.
-
-    flags: the trainer's.  On resume it names the newest checkpoint.  Should that one be damaged, loading it says so.
-    """
+    """Prints in three lines what the run with these flags will do; `weight` and `leash` are columns of metrics.csv."""
     config, hyper = flags.run, flags.method
     loss = "-weight * reward" if hyper.lam is None else f"weight * max(0, {hyper.lam:g} - reward)"
     leash = f" + {config.beta:g} * leash" if config.beta else ""
     sizes = f"{config.iterations} iterations of {config.batch_size} samples, {config.T} steps each"
+    # On resume, the newest checkpoint.  If it is damaged, loading it says so.
     done = [f", from iteration {int(path.name)} of {config.iterations}" for path in checkpoints(folder)[-1:]]
     print(f"{config.task} is trained to lower {loss}{leash}: {sizes}, lr {config.lr:g}{''.join(done)}.")
     print((method.__doc__ or config.method).strip().splitlines()[0])
-    print(
-        f"Training never sees these evaluators: {', '.join(task.held_out) or 'none'}. The folder is {folder}.",
-        flush=True,
-    )
+    evaluators = ", ".join(task.held_out) or "none"
+    print(f"Training never sees these evaluators: {evaluators}. The folder is {folder}.", flush=True)
 
 
 def not_finite_gradients(model: nn.Module) -> str:
@@ -65,27 +60,21 @@ def not_finite_gradients(model: nn.Module) -> str:
 
 def next_command(task: Task, lam: float | None, beta: float) -> str:
     """What to try after a run of this task with this hinge and leash."""
-    restraint = 2 if beta else int(lam is None)
-    return task.next_commands[min(restraint, len(task.next_commands) - 1)]
+    return task.next_commands[min(2 if beta else int(lam is None), len(task.next_commands) - 1)]
 
 
 def write_report(folder: Path, task: Task, progress: Progress, tracker: Any, flags: Any) -> None:
     """Draws and tracks the figures, writes result.json, prints the evaluators before and after, and what to try."""
+    evaluations, seconds, warnings = progress.evaluations, progress.seconds, progress.warnings
     task.draw_figures(folder)
-    write_result(folder, progress.evaluations, progress.seconds, progress.warnings)
-    draw_curves(folder, progress.evaluations, read_csv(folder / "metrics.csv"))
-    print_summary(folder, progress.evaluations, progress.seconds, progress.warnings)
+    result = {"before": _evaluators(evaluations[0]), "after": _evaluators(evaluations[-1]), "seconds": seconds}
+    write_json(folder / "result.json", result | {"warnings": list(warnings.values())})  # those that still hold
+    draw_curves(folder, evaluations, read_csv(folder / "metrics.csv"))
+    print_summary(folder, evaluations, seconds, warnings)
     tracker.add_figures(progress.iteration)
     pictures = [*sorted(folder.glob("*.png")), *sorted(folder.glob("samples/*.png"))[-1:]]
     print(f"look at {', '.join(map(str, pictures))}")
     print(f"next: {next_command(task, flags.method.lam, flags.run.beta)}")
-
-
-def write_result(folder: Path, evaluations: list[Evaluation], seconds: float, warnings: dict[str, str]) -> None:
-    """result.json: all evaluators before and after training, the seconds of training, the warnings that still hold."""
-    before, after = (_evaluators(row) for row in (evaluations[0], evaluations[-1]))
-    result = {"before": before, "after": after, "seconds": seconds, "warnings": list(warnings.values())}
-    write_json(folder / "result.json", result)
 
 
 def draw_curves(folder: Path, evaluations: list[Evaluation], metrics: list[dict[str, str]]) -> None:
@@ -127,11 +116,9 @@ class NoTracker(nullcontext):
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         super().__init__(self)
 
-    def replay(self, evaluations: list[Evaluation]) -> None: ...
+    def ignore(self, *_: Any) -> None: ...
 
-    def add(self, kind: str, iteration: int, row: dict[str, Any]) -> None: ...
-
-    def add_figures(self, iteration: int) -> None: ...
+    replay = add = add_figures = ignore
 
 
 def tracker_class(name: str | None) -> Callable[..., AbstractContextManager]:

@@ -21,12 +21,9 @@ from runtime.processes import one_line, run_on_rank0
 # --------------------------------------------------- Atomic writes ---------------------------------------------------
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, renamed to it at the end: a reader never sees a half-written file.
-
-    The name holds the process id, so that two processes never write the same temporary file.
-    """
+    """Yields a temporary path beside `path`, renamed to it at the end: a reader never sees a half-written file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")  # one for each process
     try:
         with write_errors_named(path):
             yield temporary
@@ -106,13 +103,12 @@ def digest_folder(folder: Path, pattern: str = "*", ignored: str = "*.part") -> 
 def check_run_folder(folder: Path, settings: dict[str, Any], resume: bool, changeable: frozenset[str]) -> None:
     """Refuses a folder with another run.  Writes nothing.
 
-    On resume the settings must equal those of the run, apart from the `changeable` ones.  A run that stopped before
-    its first checkpoint may be started again.
+    On resume only the `changeable` settings may differ.  A run without a checkpoint may be started again.
     """
     path = folder / "config.json"
     known = not resume or path.exists()
     require(known, f"{path} does not exist: nothing to resume; start the run without --resume")
-    if resume and (changes := _changes(read_json(path), _as_json(settings), changeable)):
+    if resume and (changes := _changes(path, settings, changeable)):
         raise BadInput(f"{folder} was run with other settings: {changes}; give those, or start a run in another --out")
     new = resume or not (checkpoints(folder) or (folder / "result.json").exists())
     require(new, f"{folder} holds another run: choose another --out, continue with --resume, or delete it")
@@ -140,15 +136,15 @@ def claimed_output_folder(folder: Path, tool: str, settings: dict[str, Any]) -> 
     Refuses a folder that is not new, empty or filled by this tool with the same settings.
     """
     path, settings = folder / "settings.json", {"tool": tool, **settings}
+
+    def check_and_write() -> None:
+        changes = path.exists() and _changes(path, settings)
+        require(not changes, f"{folder} was filled with other settings: {changes}; choose another folder")
+        write_settings(path, settings)
+
     with locked_folder(folder, path.name, tool):
-        run_on_rank0(lambda: _check_same_settings(folder, path, settings))
-        run_on_rank0(lambda: write_settings(path, settings))
+        run_on_rank0(check_and_write)
         yield
-
-
-def _check_same_settings(folder: Path, path: Path, settings: dict[str, Any]) -> None:
-    if path.exists() and (changes := _changes(read_json(path), _as_json(settings))):
-        raise BadInput(f"{folder} was filled with other settings: {changes}; choose another folder")
 
 
 def check_new_file(path: Path) -> None:
@@ -167,15 +163,14 @@ def check_not_removed(path: Path) -> None:
     require(path.exists(), f"{path} is gone: the run's folder was removed during the run")
 
 
-LOCK = ".lock"
-"""The file in a folder that the process which writes into it has locked."""
+LOCK = ".lock"  # the file in a folder that the process which writes into it has locked
 
 
 @contextmanager
 def locked_folder(folder: Path, settings_file: str, tool: str) -> Iterator[None]:
     """Rank 0 locks the folder while the context lasts; every rank calls it.  A process that dies leaves no lock.
 
-    Refuses a folder with content that is not the tool's: its settings file is a JSON object with "tool": tool.
+    Refuses a folder with content that is not the tool's, whose settings file has "tool": tool.
     """
     lock = FileLock(folder / LOCK, blocking=False)
     run_on_rank0(lambda: _check_own(folder, folder / settings_file, tool))
@@ -188,15 +183,11 @@ def locked_folder(folder: Path, settings_file: str, tool: str) -> Iterator[None]
 
 def _check_own(folder: Path, settings_file: Path, tool: str) -> None:
     require(folder.is_dir() or not folder.exists(), f"{folder} is a file: choose another folder")
-    if not folder.exists() or all(_is_own_trace(file.name) for file in folder.iterdir()):
-        return
     own = settings_file.is_file() and read_json(settings_file).get("tool") == tool
+    # What a process that died before it wrote its settings may have left.
+    left = re.compile(r"\.lock|(config|settings)\.json\.\d+\.part")
+    own = own or not folder.exists() or all(left.fullmatch(file.name) for file in folder.iterdir())
     require(own, f"{folder} is not empty, and {tool} did not fill it: choose another folder")
-
-
-def _is_own_trace(name: str) -> bool:
-    """Whether a process that died before it wrote its settings may have left this file."""
-    return name == LOCK or re.fullmatch(r"(config|settings)\.json\.\d+\.part", name) is not None
 
 
 def _acquire(lock: FileLock, folder: Path) -> None:
@@ -233,8 +224,9 @@ def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(settings, default=str))
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any], ignored: frozenset[str] = frozenset()) -> str:
-    """What differs between two settings, for an error message; empty if nothing does."""
+def _changes(path: Path, settings: dict[str, Any], ignored: frozenset[str] = frozenset()) -> str:
+    """How the settings differ from those in a file, for an error message; empty if they are equal."""
+    old, new = read_json(path), _as_json(settings)
     names = sorted(name for name in new.keys() - ignored if old.get(name) != new[name])
     return "; ".join(f"{name} was {old.get(name)}, is {new[name]}" for name in names)
 
@@ -268,8 +260,8 @@ def read_csv(path: Path, columns: tuple[str, ...] | None = None) -> list[dict[st
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
-            if columns is not None and tuple(reader.fieldnames or ()) != columns:
-                raise BadInput(f"{path} has other columns than a run's log: move it away, or choose another --out")
+            same = columns is None or tuple(reader.fieldnames or ()) == columns
+            require(same, f"{path} has other columns than a run's log: move it away, or choose another --out")
             return list(reader)
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not a CSV file: move it away, or choose another --out") from error

@@ -10,6 +10,7 @@ import json
 import os
 import pkgutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,13 @@ from runtime.processes import one_line
 from runtime.run_dir import read_csv, write_text
 
 
-class Tracker:
+class Tracker(AbstractContextManager):
     """What the trackers share.  Each defines log(iteration, values), image(name, iteration, path), close(failed).
 
     Their iterations never descend.  A `with` statement closes a tracker, also after an error or a signal.
     """
 
     folder: Path
-
-    def __enter__(self) -> "Tracker":
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self.close(failed=kind is not None)

@@ -82,12 +82,12 @@ def main():
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("config.json", *LOGS):
             (folder / name).touch()
-    state = model, optimizer, ema, generator
+    state = checkpoint.TrainingState(model, optimizer, ema, generator)
     result = {
         "weights": sum(p.numel() * p.itemsize for p in parameters),
         "checkpoint": checkpoint.checkpoint_bytes(parameters),
-        "save": peak(lambda: checkpoint.save_checkpoint(folder, *state, Progress(1), limit=1)),
-        "load": peak(lambda: checkpoint.load_checkpoint(folder, *state, iterations=1)),
+        "save": peak(lambda: checkpoint.save_checkpoint(folder, state, Progress(1), limit=1)),
+        "load": peak(lambda: checkpoint.load_checkpoint(folder, state, iterations=1)),
         "export": peak(lambda: transformer.save(model, folder, family, empty, torch.bfloat16)),
     }
     result["files"] = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*.safetensors"))}

@@ -10,7 +10,7 @@ from torch import nn
 from beyond import DEFAULTS, Hyper
 from leap_align import METHODS, BadInput, uniform_times
 from runtime.backward import CutVelocity, Leash
-from runtime.counters import flop_count
+from runtime.cost_counter import flop_count
 from runtime.run_dir import read_csv
 from tests.problems import seeded
 from toy.laboratory import cost

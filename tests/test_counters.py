@@ -1,11 +1,11 @@
-"""runtime/counters.py: operations and bytes against hand calculations."""
+"""runtime/cost_counter.py: operations and bytes against hand calculations."""
 
 import pytest
 import torch
 from torch import nn
 
 from leap_align import METHODS, Hyper, uniform_times
-from runtime.counters import flop_count, saved_bytes
+from runtime.cost_counter import flop_count, saved_bytes
 
 B, IN, HIDDEN = 3, 4, 5
 

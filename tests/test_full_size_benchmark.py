@@ -13,7 +13,7 @@ from tests import tiny_pipelines  # noqa: F401 (first: skips without the librari
 from full_scale import benchmark
 from full_scale.models import FAMILIES
 from leap_align import BadInput
-from runtime.counters import flop_count
+from runtime.cost_counter import flop_count
 from runtime.run_dir import read_csv
 
 WIDTHS = {"attention_head_dim": 16, "num_attention_heads": 4, "joint_attention_dim": 32}

@@ -24,8 +24,7 @@ from full_scale.components import network_from_config
 from full_scale.models import FAMILIES
 from full_scale.simulation import Simulation
 from runtime.backward import CutVelocity
-from runtime.cost_counter import BETWEEN, FLOP, WITHIN, CostCounter
-from runtime.counters import flop_count
+from runtime.cost_counter import BETWEEN, FLOP, WITHIN, CostCounter, flop_count
 from train_leap_align import METHODS, Config, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_process")

@@ -15,7 +15,7 @@ import torch
 from full_scale.rewards import load
 from full_scale.rewards.hpsv3 import INSTRUCTION, patchify, resized_size
 from full_scale.rewards.images import CLIP_STD, crop, normalise
-from runtime.counters import saved_bytes
+from runtime.cost_counter import saved_bytes
 from tests.tiny_rewards import PROMPTS, random_images, refusal, tiny_folder, tiny_reward, use_tiny_vit
 
 

@@ -16,18 +16,18 @@ from matplotlib.figure import Figure
 from leap_align import BadInput, require
 from toy import pictures
 from toy.modes import CENTRES, Modes
+from toy.pictures import joined_states, least_distance
 from toy.task import ToyOptions
 
 LEAP = "black"
-CAPTIONS = (
+CAPTIONS = (  # at x_T, x_k, x_j and x_0
     "noise: each point has a prompt that names a mode",
     "time $k$: a leap predicts $x_j$, the state at time $j$, in one step",
     "time $j$: a connector (dotted) leads to the real $x_j$; a second leap predicts $x_0$",
     "image: the reward scores the real $x_0$; its gradient passes through the two leaps alone",
 )
-"""What the animation says at x_T, x_k, x_j and x_0."""
+# The same margins in every frame, or the axes would tremble.
 MARGINS = {"left": 0.01, "right": 0.99, "bottom": 0.07, "top": 0.86, "wspace": 0.02}
-"""The same in every frame, or the axes would tremble."""
 
 
 def animate(folder: Path, path: Path, real: np.ndarray, fps: int = 10) -> None:
@@ -77,14 +77,7 @@ def _clearest_rollout(before: dict[str, np.ndarray], after: dict[str, np.ndarray
     right = [pictures.is_right(e["samples"][drawn], e["prompt"][drawn], CENTRES.numpy()) for e in (before, after)]
     corrected = np.flatnonzero(right[1] & ~right[0])
     require(len(corrected), "no drawn sample is wrong before training and right after: give a run with more iterations")
-    return max(corrected, key=lambda n: min(pictures.least_distance(_joined_states(e, n)) for e in (before, after)))
-
-
-def _joined_states(evaluation: dict[str, np.ndarray], n: int) -> np.ndarray:
-    """x_T, x_k, x_j, x_0, x̂_j and x̂_0 of one rollout, (6, 2)."""
-    i_k, i_j = evaluation["pair"]
-    real = evaluation["states"][[-1, i_k, i_j, 0], n]
-    return np.stack([*real, evaluation["x_hat_j"][n], evaluation["x_hat_0"][n]])
+    return max(corrected, key=lambda n: min(least_distance(joined_states(e, n)) for e in (before, after)))
 
 
 def _frame(axis: Axes, evaluation: dict[str, np.ndarray], real: np.ndarray, i: int, n: int, title: str) -> None:
@@ -95,7 +88,7 @@ def _frame(axis: Axes, evaluation: dict[str, np.ndarray], real: np.ndarray, i: i
     pictures.points(axis, states[i], right[: states.shape[1]], size=16)
     axis.plot(*CENTRES[prompt[n]], "o", ms=45, mfc="none", mec="k", mew=1)
     axis.plot(*states[i:, n].T, ".-", color="0.5", lw=0.8, ms=4)
-    joined = _joined_states(evaluation, n)
+    joined = joined_states(evaluation, n)
     _, x_k, x_j, x_0, x_hat_j, x_hat_0 = joined
     for i_start, i_end, start, predicted, end in ((i_k, i_j, x_k, x_hat_j, x_j), (i_j, 0, x_j, x_hat_0, x_0)):
         if i <= i_start:  # the connector waits for the real state

@@ -27,9 +27,7 @@ class Digits(ToyTask):
     shape = (1, 8, 8)
     classes = DIGITS
     network: ClassVar[dict] = {"width": 256, "depth": 4}
-    held_out: ClassVar[dict] = {
-        "utility": 0.5, "svm": 0.05, "forest": 0.05, "nearest_real": -0.3, "diversity": 0.5
-    }  # fmt: skip
+    held_out: ClassVar[dict] = {"utility": 0.5, "svm": 0.05, "forest": 0.05, "nearest_real": -0.3, "diversity": 0.5}
     next_commands: ClassVar[tuple] = (
         "python train_leap_align.py --task digits --lr 3e-4 --lam None --out runs/digits-hacked  # then on a leash",
         "python train_leap_align.py --task digits --lr 3e-4 --lam None --beta 3 --out runs/digits-leashed  # the leash",

@@ -33,17 +33,14 @@ class VelocityNet(nn.Module):
 
 
 class RewardNet(nn.Module):
-    """Reward of a sample (B, *S) under a prompt (B,), to (B,): a scaled cosine of two embeddings, as in CLIP and HPS.
-
-    It is bounded; `zero` is subtracted, so that a chosen score becomes 0.
-    """
+    """Reward of a sample (B, *S) under a prompt (B,), to (B,): a scaled cosine of two embeddings, as in CLIP, HPS."""
 
     def __init__(self, shape: tuple[int, ...], classes: int, width: int = 128) -> None:
         super().__init__()
         self.sample = _mlp(torch.Size(shape).numel(), width, width, EMBEDDING)
         self.prompt = nn.Embedding(classes, EMBEDDING)
         self.log_scale = nn.Parameter(torch.tensor(1.5))
-        self.register_buffer("zero", torch.zeros(()))
+        self.register_buffer("zero", torch.zeros(()))  # is subtracted, so that a chosen score becomes 0
 
     def forward(self, sample: Tensor, prompt: Tensor) -> Tensor:
         cosine = F.cosine_similarity(self.sample(sample.flatten(1)), self.prompt(prompt))

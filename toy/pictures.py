@@ -3,17 +3,18 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+# Okabe and Ito's colors, which colour-blind readers can tell apart; their yellow is too pale on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-"""Okabe and Ito's colors, which colour-blind readers can tell apart; their yellow is too pale on white."""
 RIGHT, WRONG = COLORS[:2]
 
 
-def sample_files(folder: Path) -> dict[int, Path]:
+def _sample_files(folder: Path) -> dict[int, Path]:
     """Iteration -> what its evaluation left; other files in the folder do not count."""
     files = [file for file in (folder / "samples").glob("*.npz") if re.fullmatch(r"\d{6,}", file.stem)]
     return {int(file.stem): file for file in sorted(files, key=lambda file: int(file.stem))}
@@ -21,7 +22,16 @@ def sample_files(folder: Path) -> dict[int, Path]:
 
 def read_evaluations(folder: Path) -> dict[int, dict[str, np.ndarray]]:
     """Iteration -> arrays of each evaluation, in order."""
-    return {iteration: dict(np.load(file)) for iteration, file in sample_files(folder).items()}
+    return {iteration: dict(np.load(file)) for iteration, file in _sample_files(folder).items()}
+
+
+def save_samples(folder: Path, iteration: int, **arrays: Any) -> None:
+    """Writes samples/ITERATION.npz, and removes those of later iterations that a resumed run will repeat."""
+    (folder / "samples").mkdir(exist_ok=True)
+    for later, path in _sample_files(folder).items():
+        if later > iteration:
+            path.unlink()
+    np.savez(folder / "samples" / f"{iteration:06d}.npz", **arrays)
 
 
 def _when(iteration: int) -> str:
@@ -67,28 +77,30 @@ def leaps(axis: Axes, pairs: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 def trajectories(folder: Path, real: np.ndarray, count: int = 5) -> None:
-    """trajectories.png: rollouts of the last evaluation from noise to image, with two leaps over each.
-
-    The rollout whose states lie farthest apart has labels.
-    """
+    """trajectories.png: rollouts of the last evaluation from noise to image, with two leaps over each."""
     evaluations = read_evaluations(folder)
     last = evaluations[max(evaluations)]
     i_k, i_j = last["pair"]
     figure = Figure(figsize=(6, 6.4), layout="constrained")
     axis = figure.subplots()
     plane(axis, real, f"{_when(max(evaluations))}, $i_k$ = {i_k}, $i_j$ = {i_j}")
-    rollouts = []
-    for n, color in zip(range(count), COLORS):
-        x, x_hat_j, x_hat_0 = last["states"][:, n], last["x_hat_j"][n], last["x_hat_0"][n]
-        rollouts.append(np.stack([x[-1], x[i_k], x[i_j], x[0], x_hat_j, x_hat_0]))
-        axis.plot(*x.T, ".-", color=color, lw=0.8, ms=3, alpha=0.6)
-        leaps(axis, ((x[i_k], x_hat_j, x[i_j]), (x[i_j], x_hat_0, x[0])), color)
-    label_states(axis, max(rollouts, key=least_distance))
+    rollouts = [joined_states(last, n) for n in range(count)]
+    for n, (color, (_, x_k, x_j, x_0, x_hat_j, x_hat_0)) in enumerate(zip(COLORS, rollouts)):
+        axis.plot(*last["states"][:, n].T, ".-", color=color, lw=0.8, ms=3, alpha=0.6)
+        leaps(axis, ((x_k, x_hat_j, x_j), (x_j, x_hat_0, x_0)), color)
+    label_states(axis, max(rollouts, key=least_distance))  # the one whose states lie farthest apart
     axis.plot([], [], ".-", color="0.4", lw=0.8, ms=3, label="rollout")
     axis.plot([], [], "-", color="0.4", lw=1.8, label=r"leap, $x_k \to \hat{x}_{j|k}$ and $x_j \to \hat{x}_{0|j}$")
     axis.plot([], [], ":", color="k", lw=1.8, label="connector")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(folder / "trajectories.png", dpi=120)
+
+
+def joined_states(evaluation: dict[str, np.ndarray], n: int) -> np.ndarray:
+    """x_T, x_k, x_j, x_0, x̂_j and x̂_0 of one rollout, (6, 2)."""
+    i_k, i_j = evaluation["pair"]
+    real = evaluation["states"][[-1, i_k, i_j, 0], n]
+    return np.stack([*real, evaluation["x_hat_j"][n], evaluation["x_hat_0"][n]])
 
 
 def least_distance(points: np.ndarray) -> float:

@@ -13,14 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm, trange
 
-from leap_align import BadInput, interpolate
+from leap_align import interpolate
 from runtime.processes import run_on_rank0
 from runtime.run_dir import atomic_file
 from toy.nets import RewardNet, VelocityNet
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
-BATCH_SIZE, MAX_LR = 512, 2e-3
-"""Samples a step and peak learning rate, of both networks."""
+BATCH_SIZE, MAX_LR = 512, 2e-3  # samples a step and peak learning rate, of both networks
 
 
 def _optimize(model: nn.Module, loss: Callable[[], Tensor], steps: int, title: str) -> None:
@@ -82,30 +81,23 @@ def fit_or_load(
                 torch.save(models.state_dict(), temporary)
 
     run_on_rank0(fit_if_missing)
-    models.load_state_dict(_read(path, models))
+    models.load_state_dict(torch.load(path, weights_only=True))
 
 
 def _is_intact(path: Path, models: nn.ModuleDict) -> bool:
-    """Whether the cache has the weights; a damaged file is removed."""
-    try:
-        return path.exists() and bool(_read(path, models))
-    except BadInput:
-        tqdm.write(f"{path} is damaged: it is removed, and the networks are pre-trained again")
-        path.unlink()
+    """Whether a file holds the weights of `models`; checks every byte, runs no code, removes a damaged file."""
+    if not path.exists():
         return False
-
-
-def _read(path: Path, models: nn.ModuleDict) -> dict[str, Tensor]:
-    """The weights in a file, which must be those of `models`; every byte is checked, and no code in it is run."""
     try:
         with ZipFile(path) as file:
-            if broken := file.testzip():  # torch.load compares no checksums
-                raise ValueError(broken)
-        weights = torch.load(path, weights_only=True)
-        if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in models.state_dict().items()}:
-            raise ValueError("other weights")
+            broken = file.testzip()  # torch.load compares no checksums
+        shapes = {name: value.shape for name, value in torch.load(path, weights_only=True).items()}
+        if not broken and shapes == {name: value.shape for name, value in models.state_dict().items()}:
+            return True
     except OSError:
         raise
-    except Exception as error:  # a damaged file may raise anything
-        raise BadInput(f"{path} is damaged: delete it") from error
-    return weights
+    except Exception:  # a damaged file may raise anything
+        pass
+    tqdm.write(f"{path} is damaged: it is removed, and the networks are pre-trained again")
+    path.unlink()
+    return False

@@ -9,9 +9,9 @@ import numpy as np
 from leap_align import BadInput, require
 from runtime.run_dir import read_json
 
+# Settings in which the runs of one table may differ: their seeds, and what never changes a result.
 MAY_DIFFER = set("seed out resume gradient_accumulation_steps evaluate_every checkpoint_every".split())
 MAY_DIFFER |= {"checkpoints_total_limit", "max_skipped_steps"}
-"""Settings in which the runs of one table may differ: their seeds, and what never changes a result."""
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:

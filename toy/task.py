@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,10 +13,9 @@ from leap_align import Velocity, interpolate, leap, leap_trajectory, require, ro
 from runtime.task import EVALUATION_SEED, Task
 from toy import nets, pretrain
 from toy.nets import RewardNet, VelocityNet
-from toy.pictures import sample_files
+from toy.pictures import save_samples
 
-DRAWN = 64
-"""Samples of an evaluation that keep their whole trajectory for the figures."""
+DRAWN = 64  # samples of an evaluation that keep their whole trajectory for the figures
 
 
 @dataclass(frozen=True)
@@ -32,9 +30,8 @@ class ToyOptions:
     evaluation_T: int = 25  # Euler steps of an evaluation's sampling runs, whatever T and the solver are in training.
 
     def __post_init__(self) -> None:
-        least = {"pretrain_steps": 1, "reward_steps": 1, "pretrain_seed": 0, "evaluation_samples": 160}
-        least |= {"evaluation_T": 2}  # its figures show two leaps
-        for name, bound in least.items():
+        bounds = {"pretrain_steps": 1, "reward_steps": 1, "pretrain_seed": 0, "evaluation_samples": 160}
+        for name, bound in (bounds | {"evaluation_T": 2}).items():  # an evaluation's figures show two leaps
             require(getattr(self, name) >= bound, f"{name}={getattr(self, name)} must be at least {bound}")
 
 
@@ -47,10 +44,7 @@ class ToyTask(Task):
     name: ClassVar[str]
     shape: ClassVar[tuple[int, ...]]
     classes: ClassVar[int]
-    network: ClassVar[dict[str, int]]
-    """Width and depth of the velocity network."""
-    settings: ClassVar[dict[str, Any]] = {"lam": 0.0, "ema_decay": 0.99}
-    """Fields of Config and Hyper that the toy tasks set differently."""
+    network: ClassVar[dict[str, int]]  # width and depth of the velocity network
     Options = ToyOptions
 
     def __init__(self, options: ToyOptions, T: int) -> None:
@@ -133,8 +127,8 @@ class ToyTask(Task):
 
     @classmethod
     def defaults(cls, reward: str | None) -> dict[str, Any]:
-        """The settings of the toy tasks, which have one reward each."""
-        return cls.settings
+        """Those of the toy tasks, which have one reward each."""
+        return {"lam": 0.0, "ema_decay": 0.99}
 
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
         """x_T (n, *S), standard normal."""
@@ -163,17 +157,9 @@ class ToyTask(Task):
             reward = self.reward(samples, prompts).mean().item()
         leaps = self.leaps_to_draw(prompts[:DRAWN], [x[:DRAWN] for x in states])
         if folder is not None:
-            self.save_samples(folder, iteration, prompt=prompts, samples=samples, **leaps)
+            save_samples(folder, iteration, prompt=prompts, samples=samples, **leaps)
         utility = self.utility(samples).gather(1, prompts[:, None]).mean().item()
         return {"reward": reward, "utility": utility, **self.evaluate_held_out(samples, prompts)}
-
-    def save_samples(self, folder: Path, iteration: int, **arrays: Any) -> None:
-        """Writes samples/ITERATION.npz, and removes those of later iterations that a resumed run will repeat."""
-        (folder / "samples").mkdir(exist_ok=True)
-        for later, path in sample_files(folder).items():
-            if later > iteration:
-                path.unlink()
-        np.savez(folder / "samples" / f"{iteration:06d}.npz", **arrays)
 
     def leaps_to_draw(self, prompts: Tensor, states: list[Tensor]) -> dict[str, Any]:
         """The states of some rollouts, and the leaps of one pair over each."""

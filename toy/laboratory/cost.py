@@ -31,7 +31,7 @@ import train_leap_align
 from beyond import DEFAULTS
 from leap_align import BadInput, Hyper, Velocity
 from runtime.backward import CutVelocity
-from runtime.counters import flop_count, saved_bytes
+from runtime.cost_counter import flop_count, saved_bytes
 from runtime.task import Task
 from toy.laboratory.laboratory import Laboratory
 from toy.laboratory.variants import leap_align_variant

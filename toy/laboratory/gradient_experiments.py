@@ -3,7 +3,7 @@
 from itertools import product
 
 from leap_align import METHODS
-from runtime.counters import saved_bytes
+from runtime.cost_counter import saved_bytes
 from toy.laboratory import plots
 from toy.laboratory.gradients import INPUT_SEED, GradientSampler, Moments, gradient_comparisons
 from toy.laboratory.laboratory import Laboratory
