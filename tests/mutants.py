@@ -90,7 +90,7 @@ one-evaluation-noise ~ x_T[i : i + 1] ~ x_T[:1] ~ full_scale_runs saturated
 full_scale/transformer.py: lora-starts-changed ~ torch.zeros(p.shape) ~ torch.ones(p.shape) ~ flux lora
 memory-without-average ~ (5 * p.nbytes ~ (4 * p.nbytes ~ full_scale_errors memory
 full_scale/pipeline.py: shift-of-pixels ~ height // 2 * (width // 2) ~ height * width ~ flux grid
-full_scale/contents.py: prompts-in-any-order ~ join(prompts) ~ join(sorted(prompts)) ~ full_scale_errors same_content
+full_scale/contents.py: prompts-in-any-order ~ join(prompts) ~ join(sorted(prompts)) ~ full_scale_errors embed
 shapes-not-values ~ total.update(value.cpu() ~ (value.cpu() ~ damaged_files embedding
 full_scale/sample.py: noise-of-image-number ~ i << 16 | number ~ number ~ full_scale geneval_samples
 full_scale/score.py: pixels-of-256 ~ [None] / 255 ~ [None] / 256 ~ full_scale numbers_from
