@@ -40,8 +40,7 @@ from runtime.ema import EMA
 from runtime.processes import RaisedOnAllRanks, mean, rank, run_on_all_ranks, run_on_rank0, world_size
 from runtime.task import Task, check_evaluation, check_gradient, check_step_metrics, check_task, trained_parameters
 
-TOOL = "train_leap_align"
-"""The `tool` of config.json, by which a run's folder is recognised."""
+TOOL = "train_leap_align"  # the `tool` of config.json, by which a run's folder is recognised
 TASKS = {
     "toy": "toy.modes:Modes",
     "digits": "toy.digits:Digits",
@@ -50,8 +49,7 @@ TASKS = {
     "klein": "flux_adapter:Klein",
 }
 """Where each task's class is; it is imported only when the task is chosen."""
-METHODS = {**leap_align.METHODS, **beyond.METHODS}
-"""The methods of the paper, and those beyond it."""
+METHODS = {**leap_align.METHODS, **beyond.METHODS}  # the methods of the paper, and those beyond it
 METRICS = tuple("loss reward grad_norm weight d_j d_0 hinge_active i_k i_j leash v_norm seconds skipped".split())
 """The columns of metrics.csv, after `iteration` and before those of the task."""
 CHANGEABLE_ON_RESUME = frozenset(

@@ -23,27 +23,7 @@ computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, boo
 hair drier, toothbrush
 """
 """The 80 classes of COCO."""
-TEST_PROMPT_HASHES = """
-ABC/AGHlARMRAhw6AwA4BGrXBG88BQDIBYLtBZ/KBbPLBe3JBhAQBhaOBmUrBs+7ByLjB4HSB74hB8VZB+XZCAkYCIcwCLzzCnUGCvHiCwvBCzkGC0yWC2
-gkC7qfDCYsDDvyDQQ2DTsFDW+MDYvJDZvsDb9qDeJFDhILDpySD7xuD8XeENOtEfNFEvsnE407E/0HFDAJFJ03FMqCFNr5FOp+FOybFRdgFSeWFVraFXvU
-FknHFpZkF3joF3prF95OGE4YGNR3GPLKGPp9GpKJG9cDHAOOHDNdHK1iHVTiHc3pHddXHzIHH4iHH8aKIEUcIEgbINQTIWzpIYhrIcLfIcnvIzqjI8hjI/
-czJBsLJFutJHzUJT53Ja2PJgLKJhWbKGo2KY/vKaRXKuX4LNKlLOJ0LdOiLxipMHSmMRd5Mk0yMp+xMqATMsevM0OmM28iNBEKNfgRNi1RNr0oNsPyN9nR
-OPM7ORKWOYAbOYN/ObeuObt7OhNiOjPIOnU2OzXgOz5SO5afO59eO8hFO80lO/ztPL+rPMSVPUS4PWO4PctsPe+bPfwbPompPq8lQFCRQJCQQLtfQOMVQU
-dGQfUoQuUIQwaPQynlQy7rRNSJRTU/RUSsRuzjR2YLR7/5SAq5SEHhSvAkTITHTOY/ThQATkoVTnnCTouuTqdITrQcTtJ4T0vpT5g8T5tcT9nXUBeWUiSx
-U7hPVCyZVhOGVh2qVkquVn8wVtLsV39gV+4KWAGRWC8TWkANWs+9WtpEWv5XWxOdW89uXFAUXFHHXMEAXZAJXdQ1Xga8XiplXopCX2OEX+V8X+5RYTv/YU
-X1YWkkYeIdYj1GYzJNY2qeY4aOZIQeZgI7Zg+WZi1dZxlrZ15laF0mab7Iad0Nal1oan8+bBcjbLHlbUGNbbSnblhZbrLAbwiOb74kb/+acHsvcPHfcSZk
-chH2cnCIcn6DcqOMcswactMWdK00dObjdUHedZPOdiEtdrlIdupvdvKXd1iPePyleXpceZQKew+Nez6xe2N1e6/xfIWpfZBRffMYfhknfmt6fnJDfpfcfq
-oqftysfuGSfuckfzrtf2Fgf9JtgDEDgHvtgJCegVa+gbU7gg+6glF2gq76gw3pg9Lxg+E5g+q9hK3+hM1thaAfhjzuht04h5X7iG3MiMK1iUYJiUweiYPy
-ijjVimNVioaxixpFjClYjGZ8jPv4jY23jgswji0jjjHVjkOnjm7njqHxjqj9jyypj/d1kDlHkQPPkzCVkzx4lB0zlgS2l6q6l+cEmZaAmom7m+9cnIcvnI
-pUnUOrnVQdnuPgn/B1oGIaoK5OoMXpoYnAoan+odF7oeznopiOo1nKpAqYpOlLpP+FpRWzpY6rpdvfpi4Rpj4epu9hp7zhqGKiqaBYqdiKqkKBqoF7q1mD
-q7GWq815q+AEq/4arQfTriZ7r35Vr8tRsARrsFDksIDcsI8YsOM+sRwDsUFBseuGsgyrsioJswr/s1pds+/itCJJtIj9tZeits7etxAXtx/Lt1Ift/ZbuD
-jNuHMeuXt5uZ3zufC1uhf5ulj2ul6IvBv4vD6UvGFCvHrovafWvanjvdnDvklvv9fEwLBmwO+8wlgHwlk2wmhOwv51xMIKxN/+xPJSxZkNxcnKxif3xqCv
-xrn0xtYVxutwx03Yx//JyEQlyRccyTkoyq7Byy5gyzkiy0fIy2/Wy37Fy7p5y9PIy94uzE6HzGVIzG3szQmLzhx1zuFC0NeD0bQF0f1Q0lNy0lg80oLp0u
-Se0vSb010E04N9068J0+zi1A+31Bfc1Dgo1Dve1HmU1MI41WsR1kbv1soj11N+2CJu2EYw2Q7z2Upg2YfF2Z+S2b262fcv2ito2tgT20Qt24gt3FCM3IIS
-3NEJ3ORD3T1n3UvM3eAY3qYG3vvu33rP33+b37bj4IZb4JmG4Ljj4MPz4R6f4WNq4W1e4ZiG4em34nVG4pZx5Fab5K5I5PdY5S3K5WNt5Wws5XFo5cQh5c
-uB5doC5ekQ5i875lKg5zKJ53JH6BEP6SAq6gsF6oNe6sG16xQj6+D36/2i7D0G7EeD7Pt17VwP7bNI7e1g76nr78AO8I0V8UtC8WiA8Wyp8eS08kMr85k7
-89kv9KER9fa99kB19kEJ9k0d9k1R9tpM952B981E+NAz+NWF+TwQ+rZN+8A//E92/Q+m/oY//yKw/ykW/65Z/+IS
-"""
+TEST_PROMPT_HASHES = Path(__file__).parent / "geneval_test_hashes.txt"
 """The first three bytes of the SHA-1 of each of GenEval's 553 test prompts, in base64; never train on these."""
 
 
@@ -56,7 +36,7 @@ def geneval_prompts(out: Path) -> None:
         out: New text file, one prompt per line.
     """
     check_new_file(out)
-    hashes = b64decode(TEST_PROMPT_HASHES)
+    hashes = b64decode(TEST_PROMPT_HASHES.read_text())
     test_prompts = {hashes[i : i + 3] for i in range(0, len(hashes), 3)}
     generator, prompts = random.Random(0), []
     for kind, texts in tqdm(templates().items(), "geneval-prompts"):

@@ -18,8 +18,7 @@ from leap_align import BadInput, require
 from runtime.processes import barrier, rank, run_on_all_ranks, run_on_rank0, world_size
 from runtime.run_dir import claimed_output_folder, read_json, write_text
 
-ROW = ("image", "prompt", "reward")
-"""What a log holds of each image."""
+ROW = ("image", "prompt", "reward")  # what a log holds of each image
 
 
 @torch.no_grad()

@@ -12,11 +12,9 @@ import torchvision
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-PADDING = 4
-"""Pixels around each image."""
+PADDING = 4  # pixels around each image
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-LINES_OF_TEXT = 3
-"""Under the images of a prompt; a longer prompt is cut off."""
+LINES_OF_TEXT = 3  # under the images of a prompt; a longer prompt is cut off
 
 
 def draw_sheet(images: Tensor, prompts: Sequence[str], columns: int = 4) -> Image.Image:

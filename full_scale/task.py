@@ -31,8 +31,7 @@ from runtime.processes import all_gather, rank, reshard, run_on_all_ranks, world
 from runtime.run_dir import atomic_file
 from runtime.task import EVALUATION_SEED, Task
 
-IMAGES_PER_PROMPT = 2
-"""In an evaluation; the difference between them is the diversity."""
+IMAGES_PER_PROMPT = 2  # in an evaluation; the difference between them is the diversity
 
 
 @dataclass(frozen=True)

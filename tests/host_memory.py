@@ -28,8 +28,7 @@ WIDTH = dict(attention_head_dim=128, num_attention_heads=16, joint_attention_dim
 
 def status(name):
     """In bytes, of this process: VmRSS, what it holds; VmHWM, its peak; RssAnon, what it holds that no file does."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return 1024 * int(line.split()[1])
+    return 1024 * int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0])
 
 
 def peak(action):
@@ -66,8 +65,8 @@ def main():
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     family, folder, generator = FAMILIES["flux"], arguments.folder, torch.Generator()
+    config = {"num_layers": 1, "num_single_layers": arguments.blocks, **WIDTH}
     with torch.device("meta"):
-        config = {"num_layers": 1, "num_single_layers": arguments.blocks, **WIDTH}
         empty, model = (family.transformer_class(**config) for _ in range(2))
     transformer.shard(model, device_mesh("cpu"), torch.float32)
     model.to_empty(device="cpu")

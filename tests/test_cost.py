@@ -36,26 +36,12 @@ COSTS = {
 
 
 @pytest.fixture
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(IN, HIDDEN, bias=False), nn.Linear(HIDDEN, IN, bias=False))
-
-
-@pytest.fixture
-def task(net):
+def task():
     """The smallest possible task; its reward costs no matrix product."""
-    return SimpleNamespace(
-        model=net,
-        times=uniform_times(T),
-        velocity=lambda condition: lambda x, t: net(x),
-        decode=lambda x: x,
-        reward=lambda sample, condition: sample.sum(1),
-    )
-
-
-def test_the_floor_of_a_known_network(task):
-    assert (FORWARD, BACKWARD, BACKWARD_X) == (240, 360, 480)
-    assert floor_flop_count(task, None, torch.randn(B, IN)) == FLOOR == 2280
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(IN, HIDDEN, bias=False), nn.Linear(HIDDEN, IN, bias=False))
+    velocity, reward = lambda condition: lambda x, t: net(x), lambda sample, condition: sample.sum(1)
+    return SimpleNamespace(model=net, times=uniform_times(T), velocity=velocity, decode=lambda x: x, reward=reward)
 
 
 @pytest.mark.parametrize("name", COSTS)
@@ -84,9 +70,9 @@ def test_representative_draws_cost_the_mean_of_all_draws(task, name, number):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_leash_costs_a_forward_for_each_differentiated_evaluation_and_a_backward_to_x(task, net, name):
+def test_a_leash_costs_a_forward_for_each_differentiated_evaluation_and_a_backward_to_x(task, name):
     """The backward of this network to its input alone is FORWARD: a product for each of its two matrices."""
-    asked, nested = [], []
+    asked, nested, net = [], [], task.model
 
     def v_theta(x, t):
         nested.append(x.requires_grad)
@@ -113,8 +99,10 @@ def test_a_method_of_your_own_is_measured_whatever_it_logs():
     assert representative_seeds(mine, uniform_times(T), Hyper()) == [0]
 
 
-def test_the_bare_step_reaches_the_floor_and_every_weight(task, net):
-    with_graph = []
+def test_the_bare_step_reaches_the_floor_and_every_weight(task):
+    with_graph, net = [], task.model
+    assert (FORWARD, BACKWARD, BACKWARD_X) == (240, 360, 480) and FLOOR == 2280
+    assert floor_flop_count(task, None, torch.randn(B, IN)) == FLOOR
     task.velocity = lambda condition: lambda x, t: with_graph.append(torch.is_grad_enabled()) or net(x)
     assert flop_count(lambda: bare_step(task, None, torch.randn(B, IN))) == FLOOR
     assert len(with_graph) == T and sum(with_graph) == 2
@@ -181,10 +169,9 @@ def test_without_diffusers_the_tiny_pipelines_are_left_out(monkeypatch, capsys):
 
 
 def test_the_tables_of_the_page_are_those_of_the_committed_results():
-    rows, times = (
-        [{key: literal_eval(v) if v[:1].isdigit() else v for key, v in row.items()} for row in read_csv(RESULTS / name)]
-        for name in ("cost.csv", "cost-time.csv")
-    )
+    found = (read_csv(RESULTS / name) for name in ("cost.csv", "cost-time.csv"))
+    number = lambda text: literal_eval(text) if text[:1].isdigit() else text  # noqa: E731
+    rows, times = ([{key: number(value) for key, value in row.items()} for row in rows] for rows in found)
     assert len(rows) >= 44 and len(times) == 4
     page = (RESULTS.parent / "cost.md").read_text()
     assert all(table in page for table in cost.tables(rows, times).split("\n\n"))

@@ -17,28 +17,20 @@ def net():
 
 
 def test_a_forward_and_a_backward_cost_their_matrix_products(net):
-    x = torch.randn(B, IN)
-    forward = 2 * B * IN * HIDDEN + 2 * B * HIDDEN * IN
+    x, forward = torch.randn(B, IN), 2 * B * IN * HIDDEN + 2 * B * HIDDEN * IN
     assert flop_count(lambda: net(x)) == forward
     to_weights = forward + 2 * B * HIDDEN * IN  # of both weights, and of the hidden layer
     assert flop_count(lambda: net(x).sum().backward()) == forward + to_weights
-
-
-def test_fused_attention_counts_as_its_matrix_products():
     q = torch.randn(2, 3, 10, 8)
     assert flop_count(lambda: nn.functional.scaled_dot_product_attention(q, q, q)) == 2 * (2 * 2 * 3 * 10 * 10 * 8)
 
 
-def test_each_layer_saves_its_input_and_no_weight(net):
-    """A layer saves its input for the gradient of its weight: B x 4 and B x 5 numbers of four bytes."""
+def test_each_layer_saves_its_input_and_no_weight_except_for_a_frozen_one(net):
+    """B x 4 and B x 5 numbers of four bytes, for the gradients of the weights."""
     x = torch.randn(B, IN)
     assert saved_bytes(lambda: net(x)) == 4 * (B * IN + B * HIDDEN)
     assert saved_bytes(lambda: net(x) + net(x)) == 4 * (B * IN + 2 * B * HIDDEN)  # x once
-
-
-def test_frozen_weights_count_unless_they_belong_to_the_model(net):
     net[1].requires_grad_(False)  # it saves its weight for the gradient of its input, and does not save its input
-    x = torch.randn(B, IN)
     assert saved_bytes(lambda: net(x), net) == 4 * B * IN
     assert saved_bytes(lambda: net(x)) == 4 * (B * IN + HIDDEN * IN)
 
@@ -51,12 +43,10 @@ def test_a_storage_at_the_address_of_a_freed_one_counts(net):
     assert saved_bytes(steps) == 50 * 4 * (B * IN + B * HIDDEN)
 
 
+@pytest.mark.parametrize("T", [10, 20, 40])
 @pytest.mark.parametrize(("name", "evaluations"), [("leap_align", lambda T: 2), ("full_backprop", lambda T: T)])
-def test_leap_align_saves_two_evaluations_and_full_backprop_all(net, name, evaluations):
-    for T in (10, 20, 40):
-        generator = torch.Generator().manual_seed(0)
-        endpoints = METHODS[name](lambda x, t: net(x), torch.randn(B, IN), uniform_times(T), Hyper(), generator)
-        saved = saved_bytes(lambda endpoints=endpoints: next(endpoints), net)
-        # Apart from inputs and hidden layers, the lengths of the leaps are saved: a number each.
-        least = 4 * evaluations(T) * (B * IN + B * HIDDEN)
-        assert least <= saved <= least + 4 * (evaluations(T) + 4)
+def test_leap_align_saves_two_evaluations_and_full_backprop_all(net, name, evaluations, T):
+    arguments = torch.randn(B, IN), uniform_times(T), Hyper(), torch.Generator().manual_seed(0)
+    endpoints = METHODS[name](lambda x, t: net(x), *arguments)
+    saved, least = saved_bytes(lambda: next(endpoints), net), 4 * evaluations(T) * (B * IN + B * HIDDEN)
+    assert least <= saved <= least + 4 * (evaluations(T) + 4)  # and the lengths of the leaps: a number each

@@ -9,13 +9,12 @@ import socket
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -25,20 +24,15 @@ from tests import tiny_pipelines as tiny  # first: skips without the libraries
 
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-import train_leap_align as trainer
 from full_scale import __main__ as tools
 from full_scale import benchmark, transformer
 from full_scale.prompts import read_prompts
 from leap_align import BadInput
 from runtime.processes import UserCodeError, exit_process
-from runtime.run_dir import atomic_file, atomic_folder, claimed_output_folder, write_errors_named
-from tests.tiny_pipelines import ROOT, TASKS, content_of, flags, options_of, refusal, sampling, scoring, tool
+from runtime.run_dir import claimed_output_folder
+from tests.tiny_pipelines import PROMPTS, ROOT, TASKS, content_of, flags, options_of, refusal, sampling, start, tool
 
 pytestmark = pytest.mark.usefixtures("one_process")
-needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
-
-
-# Bad input is refused in one line, before anything is trained, drawn or written
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +65,11 @@ def odd(models, tmp_path_factory):
 
 
 DISTILLED = "holds a model that is distilled to few steps: train its base model, such as black-forest-labs/FLUX."
-LOG = "images_rewards_log.json"
 ANOTHER = "choose the weights of this pipeline's kind"
 REFUSALS = """
 train --height 500                      | height=500 must be a multiple of 16
 train --prompts {odd}/empty.txt         | empty.txt holds no prompt
 train --prompts {odd}/none.txt          | cannot read prompts from {odd}/none.txt
-train --prompts {models}/flux           | cannot read prompts
 train --prompts {odd}/flux              | flux was not filled by `python -m full_scale embed`
 train --prompts {odd}/embedded          | embedded holds embeddings of another model than {models}/flux
 sd3 --prompts {odd}/embedded            | embedded lacks 1 embeddings, such as that of
@@ -93,7 +85,6 @@ train --evaluation-images 3             | evaluation_images=3 must be even
 train --evaluation-T 0                  | evaluation_T=0 must be at least 1
 train --batch-size 3 --gradient-accumulation-steps 2 | batch_size=3 must be a multiple of
 train --guidance nan                    | guidance=nan must be at least 0 for FLUX.1-dev, and finite
-train --guidance inf                    | guidance=inf must be at least 0 for FLUX.1-dev, and finite
 train --guidance -1                     | guidance=-1.0 must be at least 0 for FLUX.1-dev, and finite
 sd3 --guidance 0.5                      | guidance=0.5 must be at least 1 for SD3.5-M, and finite
 klein --guidance 0.5                    | guidance=0.5 must be at least 1 for FLUX.2-klein, and finite
@@ -101,14 +92,12 @@ train --lora-rank -1                    | lora_rank=-1 must be at least 0
 train --lora-rank 33                    | lora_rank=33 must be at most 32, the width of the narrowest target layer
 train --lora-alpha 2                    | lora_alpha=2.0 scales adapters, but there are none: give --lora-rank, too
 train --lora-rank 2 --lora-alpha 0      | lora_alpha=0.0 must be positive and finite
-train --lora-rank 2 --lora-alpha nan    | lora_alpha=nan must be positive and finite
 train --lora-rank 2 --lora-alpha inf    | lora_alpha=inf must be positive and finite
 train --lora-rank 2 --lora-targets to_q nothing | no linear layer of FluxTransformer2DModel is called 'nothing'
 train --lora-rank 2 --lora-targets      | lora_targets is empty
 train --load-in-4bit                    | every weight is trained: give --lora-rank, too
 train --load-in-4bit --lora-rank 2 --compile | torch cannot compile these weights: leave out --compile
 plan --load-in-4bit --lora-rank 64 --gpus 2  | load_in_4bit does not shard the weights: start one process
-plan --model {odd}/flux                 | {odd}/flux {DISTILLED}1-dev
 plan --task klein --model {odd}/klein   | {odd}/klein {DISTILLED}2-klein-base-4B
 plan --prompts /nowhere                 | cannot read prompts from /nowhere
 plan --task toy                         | plan knows flux, sd3, klein
@@ -117,17 +106,12 @@ plan --model /nowhere                   | model=/nowhere: give a pipeline's fold
 plan --json /nowhere/plan.json          | json: /nowhere does not exist
 plan --gpus 0                           | gpus=0
 plan --tflops 0                         | tflops=0
-plan --batch-size 7                     | batch_size=7
 plan --gpus 3 --nodes 4                 | batch_size=64 must be a multiple of 12 processes
 sample --model {odd}/unknown            | holds a SomePipeline: choose a pipeline of class FluxPipeline, Stable
 sample --height 500                     | height=500 must be a multiple of 16
-sample --guidance nan                   | guidance=nan must be at least 0 for FLUX.1-dev, and finite
 sample --guidance inf                   | guidance=inf must be at least 0 for FLUX.1-dev, and finite
-sample --guidance -1                    | guidance=-1.0 must be at least 0 for FLUX.1-dev, and finite
 sample --model {models}/sd3 --guidance 0.5   | guidance=0.5 must be at least 1 for SD3.5-M, and finite
-sample --model {models}/klein --guidance 0.5 | guidance=0.5 must be at least 1 for FLUX.2-klein, and finite
 sample --model {odd}/flux --guidance 3.5     | guidance=3.5, but {odd}/flux is distilled to few steps and has none
-sample --model {odd}/klein --guidance 3.5    | guidance=3.5, but {odd}/klein is distilled to few steps and has none
 sample --steps 0                        | steps=0 must be at least 1
 sample --geneval {odd}/mine.txt         | give either --prompts FILE or --geneval
 sample --lora {odd}/run/lora            | lora does not fit the model: transformer_blocks.
@@ -135,7 +119,6 @@ sample --lora {odd}/wide.safetensors    | wide.safetensors does not fit the mode
 sample --lora {odd}/none                | none does not exist: a finished run leaves it in its own folder
 sample --lora {odd} --transformer {odd} | give --transformer or --lora, not both
 sample --transformer {models}/sd3/transformer   | a SD3Transformer2DModel, not a FluxTransformer2DModel: {ANOTHER}
-sample --transformer {models}/klein/transformer | a Flux2Transformer2DModel, not a FluxTransformer2DModel: {ANOTHER}
 score --images {odd}/images             | images lacks 1 of 5 images
 score --images {models}                 | images={models} needs a prompts.json
 score --images {odd}/whole --reward-weights {odd}/none | {odd}/none does not exist
@@ -154,77 +137,61 @@ def test_what_cannot_work_is_refused(models, odd, tmp_path, row):
     usual |= {"sample": sampling(models, out), "score": ["score", "--out", out], "tiny": ["tiny", out]}
     name, *more = shlex.split(command)
     is_tool = name in tools.TOOLS
-    command = [*usual.get(name, [name]), *more, *([] if is_tool else ["--out", out])]
-    assert words.strip() in refusal(command, tools.main if is_tool else trainer.main)
+    assert words.strip() in refusal([*usual.get(name, [name]), *more, *([] if is_tool else ["--out", out])])
     assert not (is_tool and out.exists())
 
 
 @pytest.mark.parametrize("name", ["flux", "klein"])
-def test_a_distilled_model_is_drawn_from_without_guidance_and_never_downloaded_for_training(
+def test_a_distilled_model_is_sampled_without_guidance_and_not_downloaded_for_training(
     models, odd, tmp_path, monkeypatch, name
 ):
     tool(*sampling(models, tmp_path / "i", "--model", odd / name))
     assert tiny.read(tmp_path / "i" / "settings.json")["guidance"] == 1 and list(tmp_path.glob("i/*.png"))
-    asked = []
-
-    def snapshot_download(_, allow_patterns, **__):
-        asked.extend(allow_patterns)
-        return odd / name
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download := Mock(return_value=odd / name))
     line = refusal([*flags(models, name), "--model", "someone/distilled", "--out", tmp_path / "run"])
     assert "distilled to few steps" in line
-    assert set(asked) == {"model_index.json", "scheduler/*", "transformer/config.json"}
+    asked = {pattern for call in download.call_args_list for pattern in call.kwargs["allow_patterns"]}
+    assert asked == {"model_index.json", "scheduler/*", "transformer/config.json"}
 
 
 RESPONSE = SimpleNamespace(headers={}, request=None)
 
 
 @pytest.mark.parametrize(
-    "error, expected",
+    "error, cause, remedy",
     [
-        (GatedRepoError("gated", response=RESPONSE), ["accept its licence", "hf auth login"]),
-        (RepositoryNotFoundError("none", response=RESPONSE), ["check the name", "hf auth login"]),
-        (LocalEntryNotFoundError("offline"), ["cannot be reached", "hf download"]),
-        (ConnectionError("refused"), ["cannot be reached", "hf download"]),
+        (GatedRepoError("gated", response=RESPONSE), "accept its licence", "hf auth login"),
+        (RepositoryNotFoundError("none", response=RESPONSE), "check the name", "hf auth login"),
+        (LocalEntryNotFoundError("offline"), "cannot be reached", "hf download"),
+        (ConnectionError("refused"), "cannot be reached", "hf download"),
     ],
-    ids=["gated", "missing", "offline", "unreachable"],
 )
-def test_a_model_that_the_hub_does_not_give(models, tmp_path, monkeypatch, error, expected):
-    def snapshot_download(*_, **__):
-        raise error
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+def test_a_model_that_the_hub_does_not_give(models, tmp_path, monkeypatch, error, cause, remedy):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=error))
     line = refusal([*flags(models, "flux"), "--model", "black-forest-labs/FLUX.1-dev", "--out", tmp_path / "run"])
-    assert "black-forest-labs/FLUX.1-dev" in line and all(words in line for words in expected)
+    assert all(words in line for words in ("black-forest-labs/FLUX.1-dev", cause, remedy))
 
 
 def test_a_local_path_asks_no_network(models, monkeypatch):
-    tried = []
-
-    def connect(*arguments):
-        tried.append(arguments)  # a library might catch the error, so it is also counted
-        raise OSError("no network here")
-
+    connect = Mock(side_effect=OSError("no network here"))  # a library might catch the error, so calls are counted
     monkeypatch.setattr(socket.socket, "connect", connect)
     monkeypatch.setattr(socket, "getaddrinfo", connect)
     TASKS["flux"](options_of(models, "flux"), 4)
-    assert not tried
+    assert not connect.called
     with pytest.raises(BadInput, match="cannot be reached"):
         TASKS["flux"](options_of(models, "flux", model="nobody/nothing"), 4)
-    assert tried
+    assert connect.called
 
 
-# Memory
-
-
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_too_little_memory_says_what_to_change(models, monkeypatch, device):
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [("cuda", "for each GPU.* use more GPUs, --lora-rank 64"), ("cpu", "for each process on the CPU.* use GPUs,")],
+)
+def test_too_little_memory_says_what_to_change(models, monkeypatch, device, words):
     task = TASKS["flux"](options_of(models, "flux"), 4)
     trained = sum(p.numel() for p in task.model.parameters())
     frozen = sum(p.numel() for module in task.frozen_modules() for p in module.parameters())
     needed = 20 * trained + (4 * frozen if device == "cuda" else 0)  # what is on the CPU already counts no more
-    words = {"cuda": "for each GPU.* use more GPUs, --lora-rank 64", "cpu": "for each process on the CPU.* use GPUs,"}
 
     def check(free, shards=1):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, needed))
@@ -232,7 +199,7 @@ def test_too_little_memory_says_what_to_change(models, monkeypatch, device):
         transformer.check_memory(task.model, task.frozen_modules(), torch.device(device), shards)
 
     check(needed)
-    with pytest.raises(BadInput, match=words[device]):
+    with pytest.raises(BadInput, match=words):
         check(needed - 1)
     check(needed - 1, shards=2)
     if device == "cpu":
@@ -244,7 +211,7 @@ def test_too_little_memory_says_what_to_change(models, monkeypatch, device):
 
 @pytest.mark.parametrize(
     ("changes", "frozen_bytes"),
-    [({}, 2), ({"lora_rank": 2}, 0), pytest.param({"lora_rank": 2, "load_in_4bit": True}, 0, marks=needs_torchao)],
+    [({}, 2), ({"lora_rank": 2}, 0), pytest.param({"lora_rank": 2, "load_in_4bit": True}, 0, marks=tiny.needs_torchao)],
     ids=["full", "lora", "4bit"],
 )
 def test_the_memory_check_counts_the_reference_of_a_leash(models, monkeypatch, changes, frozen_bytes):
@@ -261,12 +228,9 @@ def test_the_memory_check_counts_the_reference_of_a_leash(models, monkeypatch, c
             task.parallelize(SimpleNamespace(size=lambda dim: 1))
 
 
-# A folder is filled by one program with one content, wherever that lies
-
-
 def commands(inputs, out):
     """Each program's command line that fills a folder in `out`; the paths of its inputs lie in `inputs`."""
-    score = scoring(inputs, inputs / "images", out / "scores")
+    score = tiny.scoring(inputs, inputs / "images", out / "scores")
     return {
         "tiny": ["tiny", out / "tiny"],
         "embed": tiny.embedding(inputs, out / "embedded"),
@@ -274,36 +238,24 @@ def commands(inputs, out):
         "sample trained": sampling(inputs, out / "trained-images", "--transformer", inputs / "trained"),
         "score": score,
         "score mine": [*score[:-1], out / "my-scores", "--reward", "my_scored:bright", "--reward-weights"],
-        "benchmark": ["benchmark", "--out", out / "table"],
         "train": [*flags(inputs, "flux", "--iterations", 1), "--out", out / "run"],
+        "benchmark": ["benchmark", "--out", out / "table"],
     }
-
-
-def run(command):
-    if command[0] in tools.TOOLS:
-        return tool(*command)
-    return trainer.main(list(map(str, command)))
-
-
-def refusal_of(command):
-    return refusal(command, tools.main if command[0] in tools.TOOLS else trainer.main)
 
 
 @pytest.fixture(scope="module")
 def filled(models, tmp_path_factory):
-    """What each program has written, beside the model, prompts and rewards that it read."""
+    """What each program but the benchmark has written, beside the model, prompts and rewards that it read."""
     folder = tmp_path_factory.mktemp("filled")
     shutil.copytree(models / "flux", folder / "flux")
     shutil.copytree(models / "flux" / "transformer", folder / "trained")
     shutil.copy(models / "prompts.txt", folder / "prompts.txt")
-    source = "def bright():\n    return lambda images, prompts: images.mean((1, 2, 3))\n"
-    (folder / "my_scored.py").write_text(source)
+    (folder / "my_scored.py").write_text("def bright():\n    return lambda images, prompts: images.mean((1, 2, 3))\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         patch.setattr(sys, "dont_write_bytecode", True)
-        for name, command in commands(folder, folder).items():
-            if name != "benchmark":
-                run(command)
+        for command in [*commands(folder, folder).values()][:-1]:
+            start(command)
     return folder
 
 
@@ -316,8 +268,7 @@ def change(path):
     elif path.suffix == ".py":
         path.write_text(path.read_text().replace("mean", "std"))
     else:
-        first, *others = path.read_text().splitlines()
-        path.write_text("\n".join([first, *reversed(others)]))
+        path.write_text("\n".join(PROMPTS[:1] + PROMPTS[:0:-1]))
 
 
 CHANGES = """
@@ -326,12 +277,10 @@ tiny --sd3             |                     | tiny was filled with other settin
 embed                  |                     |
 embed                  | prompts.txt         | embedded was filled with other settings: prompts was content
 embed                  | flux/text_encoder_2 | embedded was filled with other settings: model was content
-sample                 |                     |
 sample --steps 3       |                     | images was filled with other settings: steps was 1, is 3
 sample                 | flux/transformer    | images was filled with other settings: transformer was content
 sample                 | flux/vae            | images was filled with other settings: model was content
 sample                 | flux/text_encoder   | images was filled with other settings: model was content
-sample                 | flux/text_encoder_2 | images was filled with other settings: model was content
 sample trained         | flux/transformer    |
 sample trained         | trained             | trained-images was filled with other settings: transformer was content
 score                  |                     |
@@ -362,12 +311,12 @@ def test_the_same_command_continues_only_from_the_same_content(filled, tmp_path,
         change(tmp_path / changed)
     before = content_of(tmp_path)
     if words:
-        line = refusal_of(command)
+        line = refusal(command)
         assert words in line and ("choose another folder" in line or "restore it, or choose another --out" in line)
     else:
-        run(command)
-    if name == "score" and not words:
-        assert f"of 5 images: {tiny.read(tmp_path / 'scores' / LOG)['mean']:.4f}; already in" in capsys.readouterr().out
+        start(command)
+        mean = tiny.read(tmp_path / "scores" / "images_rewards_log.json")["mean"]
+        assert (f"of 5 images: {mean:.4f}; already in" in capsys.readouterr().out) == (name == "score")
     assert content_of(tmp_path) == before
 
 
@@ -381,30 +330,20 @@ def program(filled, tmp_path, monkeypatch, request):
     return "train_leap_align" if request.param == "train" else request.param, command
 
 
-def test_a_folder_that_another_tool_or_a_user_has_filled_is_left_alone(models, program):
+def test_a_folder_that_another_process_tool_or_user_has_filled_is_left_alone(models, program, tmp_path):
     name, command = program
-    out = Path(command[-1])
-    shutil.copytree(models / "sd3", out)
-    settings_file = out / ("config.json" if name == "train_leap_align" else "settings.json")
-    for settings in ('{"tool": "another"}', '{"model": "x"}', "[1]", "{", None):
-        settings_file.unlink(missing_ok=True)
-        if settings:
-            settings_file.write_text(settings)
-        before, line = content_of(out), refusal_of(command)
-        assert f"{out} is not empty, and {name} did not fill it: choose another" in line or settings_file.name in line
-        assert content_of(out) == before
-
-
-def test_a_second_process_in_the_same_folder_is_refused(program):
-    name, command = program
-    out = Path(command[-1])
+    out, file = Path(command[-1]), "config.json" if name == "train_leap_align" else "settings.json"
     with claimed_output_folder(out, name, {}):
-        if name == "train_leap_align":  # whose settings are in another file
-            (out / "settings.json").rename(out / "config.json")
-        assert f"{out} is in use by another process" in refusal_of(command)
-
-
-# What a tool says at its end
+        (out / "settings.json").rename(out / file)
+        assert f"{out} is in use by another process" in refusal(command)
+    shutil.copytree(models / "sd3", out, dirs_exist_ok=True)
+    for settings in '{"tool": "another"}', '{"model": "x"}', "[1]", "{", None:
+        (out / file).unlink(missing_ok=True)
+        if settings:
+            (out / file).write_text(settings)
+        before, line = content_of(out), refusal(command)
+        assert f"{out} is not empty, and {name} did not fill it: choose another" in line or file in line
+        assert content_of(out) == before
 
 
 def test_the_mark_that_some_editors_put_first_is_not_part_of_a_prompt(tmp_path):
@@ -429,48 +368,30 @@ def test_a_tool_advises_only_what_it_has(monkeypatch, tmp_path, error, expected)
 
     monkeypatch.setattr("full_scale.sample.sample", sample)
     with pytest.raises(SystemExit) as stop:
-        tools.main(["sample", "--out", str(tmp_path)])
+        tool("sample", "--out", tmp_path)
     assert expected in stop.value.code and "--resume" not in stop.value.code
 
 
 def test_a_full_disk_names_the_file(models, tmp_path, monkeypatch):
-    write, count = Path.write_bytes, []
-
-    def write_bytes(path, content):
-        count.append(path)
-        if len(count) > 1:  # the first is settings.json
-            raise OSError(28, "No space left on device")
-        return write(path, content)
-
-    command = tiny.embedding(models, tmp_path / "e")
+    command = tiny.embedding(models, tmp_path)
     tool(*command)
-    removed = next((tmp_path / "e").glob("*.safetensors"))
+    removed = next(tmp_path.glob("*.safetensors"))
     removed.unlink()
-    monkeypatch.setattr("pathlib.Path.write_bytes", write_bytes)
-    line = refusal(command, tools.main)
+    before = content_of(tmp_path)
+    monkeypatch.setattr("full_scale.prompts.save", Mock(side_effect=OSError(28, "No space left on device")))
+    line = refusal(command)
     assert line == f"error: {removed}: No space left on device; then the same command continues from here"
-
-
-def test_a_full_disk_in_a_library_written_in_rust_names_the_folder(tmp_path):
-    with pytest.raises(OSError, match=r"No space left on device") as full, write_errors_named(tmp_path / "lora"):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    assert full.value.filename == str(tmp_path / "lora") and full.value.errno == 28
-    with pytest.raises(OSError) as full, atomic_file(tmp_path / "x.png"):
-        raise OSError(28, "No space left on device")
-    assert full.value.filename == str(tmp_path / "x.png")
-    with pytest.raises(OSError), atomic_folder(tmp_path / "f"):
-        raise OSError(28, "No space left on device")
-    assert list(tmp_path.iterdir()) == []
+    assert content_of(tmp_path) == before
 
 
 @pytest.mark.parametrize("handler, status", [(signal.SIG_DFL, -signal.SIGINT), (signal.SIG_IGN, 0)])
 def test_ctrl_c_during_the_imports_ends_without_a_traceback_unless_it_is_ignored(handler, status):
-    command, options = [sys.executable, "-m", "full_scale", "--help"], {"cwd": ROOT, "text": True}
-    options |= {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, handler), **options)
+    options = {"cwd": ROOT, "text": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, handler)
+    process = subprocess.Popen([sys.executable, "-m", "full_scale", "--help"], **options)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    errors = process.communicate(timeout=60)[1]
     assert process.returncode == status and "Traceback" not in errors
 
 

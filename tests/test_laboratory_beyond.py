@@ -12,7 +12,7 @@ from tests.test_laboratory import fake_laboratory
 from toy.laboratory import beyond, other_trainers, plots, train_run
 from toy.laboratory.beyond import Setting
 from toy.laboratory.gradients import INPUT_SEED, GradientSampler, step_fidelity
-from toy.laboratory.laboratory import Laboratory, Scale, tuning_score
+from toy.laboratory.laboratory import Laboratory, Scale
 from toy.laboratory.other_trainers import GROUP, TRAINERS, NoisyStep, advantages, noisy_mean
 from toy.laboratory.train_run import count_evaluations, fresh_task, make_trainer
 from train_leap_align import METHODS
@@ -23,8 +23,7 @@ def trainer_of(method, T=10, **hyper):
 
 
 def evaluations_of_a_step(trainer):
-    used = {"evaluations": 0.0}
-    with count_evaluations(trainer, used):
+    with count_evaluations(trainer, used := {"evaluations": 0.0}):
         trainer.step()
     trainer.evaluate()
     return used["evaluations"]
@@ -60,9 +59,8 @@ def test_a_sampling_run_is_replayed_for_four_updates():
 
 def test_a_run_is_evaluated_at_the_iteration_next_to_each_budget():
     run = train_run.train_run("toy", "leap_align", 1e-3, 0, {}, [0, 20, 40, 70], "evaluations", T=10, smoke=True)
-    assert not run["error"]
-    assert [metrics["evaluations"] for metrics in run["metrics"]] == [0, 14, 42, 70]
-    assert [metrics["iterations"] for metrics in run["metrics"]] == [0, 1, 3, 5]
+    found = [(metrics["evaluations"], metrics["iterations"]) for metrics in run["metrics"]]
+    assert found == [(0, 0), (14, 1), (42, 3), (70, 5)] and not run["error"]
 
 
 @pytest.mark.parametrize(
@@ -124,8 +122,7 @@ def test_the_first_update_has_the_policy_gradient():
     found = torch.autograd.grad(loss, weights)
     t, s = trainer.task.times[i], trainer.task.times[i - 1]
     v = trainer.task.model(x, t, prompts)
-    score = -(x + (1 - t) * v) / t
-    mean = x + (s - t) * v - 0.3**2 / 2 * (s - t) * score
+    mean = x + (s - t) * v + 0.3**2 / 2 * (s - t) * (x + (1 - t) * v) / t  # -(x + (1 - t) v) / t is the score
     walk = torch.distributions.Normal(mean, 0.3 * (t - s).sqrt())
     expected = torch.autograd.grad(-(advantage * walk.log_prob(x_s).sum(1)).mean(), weights)
     for a, b in zip(found, expected, strict=True):
@@ -149,10 +146,8 @@ def test_a_group_has_one_prompt_and_one_noise(monkeypatch):
     monkeypatch.setattr(trainer.task, "reward", lambda x, prompts: seen.append(prompts) or x.sum(1))
     monkeypatch.setattr(other_trainers, "rollout", lambda v, x_T, *rest: seen.append(x_T) or rollout(v, x_T, *rest))
     trainer.step()
-    assert len(seen) == 2
-    for drawn in seen:
-        groups = drawn.reshape(2, GROUP, -1)
-        assert (groups == groups[:, :1]).all() and (groups[0] != groups[1]).any()
+    for groups in (drawn.reshape(2, GROUP, -1) for drawn in (seen[0], seen[1])):
+        assert (groups == groups[:, :1]).all() and (groups[0] != groups[1]).any() and len(seen) == 2
 
 
 @pytest.mark.parametrize("trained", [[8], [8, 7, 6]])
@@ -165,8 +160,7 @@ def test_a_sampling_run_has_two_updates_each_with_the_mean_over_the_trained_time
     monkeypatch.setattr(trainer.optimizer, "step", lambda: gradients.append(weight.grad.clone()))
     monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", lambda *_: None)
     trainer.step()
-    assert len(gradients) == 2
-    assert all(torch.allclose(gradient, torch.ones_like(gradient)) for gradient in gradients)
+    assert len(gradients) == 2 and all(torch.allclose(g, torch.ones_like(g)) for g in gradients)
 
 
 def test_the_window_slides_from_the_noise_to_the_image_and_returns():
@@ -271,10 +265,8 @@ def laboratory(monkeypatch, utility):
 
 
 def test_learning_rates_are_chosen_by_the_utility_of_the_tuning_seeds_for_each_budget(monkeypatch):
-    def utility(s, budget):
-        assert s["hyper"]["solver"] == "euler"
-        return -abs(s["lr"] - (1e-2 if budget == 29 else 1e-4))
-
+    best = {("euler", 29): 1e-2, ("euler", 58): 1e-4}
+    utility = lambda s, budget: -abs(s["lr"] - best[s["hyper"]["solver"], budget])  # noqa: E731
     settings = [Setting("toy", "refl", "", 8), Setting("toy", "refl", "", 8, "ab2")]
     rates = beyond.learning_rates(laboratory(monkeypatch, utility), settings)
     assert rates == {(s, budget): lr for s in settings for budget, lr in (("small", 1e-2), ("large", 1e-4))}
@@ -288,16 +280,8 @@ def test_policy_gradient_has_lower_rates_and_the_small_budget_more_seeds():
     assert (Scale().more_tuning_seeds, Scale().tuning_seeds) == ((100, 101, 102, 103, 104, 105), (100, 101))
 
 
-def test_a_broken_run_is_worse_than_any_other():
-    good, broken = runs_with([-1e6])[0], {"metrics": [], "error": "broke"}
-    assert tuning_score([good, broken], "utility") < tuning_score([good, good], "utility")
-
-
 def test_the_setting_of_a_method_is_chosen_on_the_tuning_seeds(monkeypatch):
-    def utility(s, budget):
-        assert budget == 29
-        return {5: -3.0, 8: -1.0, 25: -2.0}[s["T"]]
-
+    utility = lambda s, budget: {(5, 29): -3.0, (8, 29): -1.0, (25, 29): -2.0}[s["T"], budget]  # noqa: E731
     settings = [Setting("toy", method, "", T) for method in ("refl", "drtune") for T in (5, 8, 25)]
     rates = {(setting, "small"): 1e-3 for setting in settings}
     assert beyond.chosen_settings(laboratory(monkeypatch, utility), settings, rates) == [settings[1], settings[4]]
@@ -305,9 +289,8 @@ def test_the_setting_of_a_method_is_chosen_on_the_tuning_seeds(monkeypatch):
 
 def test_rows_of_the_tables_against_a_hand_calculation():
     """A setting with a broken run has no metrics; the headline has the chosen setting's cost at the small budget."""
-    broken, chosen, published = (
-        Setting("toy", *own) for own in (("refl", "", 5), ("refl", "", 8), ("leap_align", "", 25))
-    )
+    broken, chosen = (Setting("toy", "refl", "", T) for T in (5, 8))
+    published = Setting("toy", "leap_align", "", 25)
     runs = {
         (broken, "small"): [*runs_with([-4.0]), {"metrics": [], "error": "broke"}],
         (chosen, "small"): runs_with([-4, -2], [-4, -2]),
@@ -316,9 +299,8 @@ def test_rows_of_the_tables_against_a_hand_calculation():
     }
     rows = beyond.table_rows(runs, dict.fromkeys(runs, 1e-3), {"toy": published})
     bad, small, large, _ = rows
-    assert bad["n"] == 0 and "utility" not in bad and "needed" not in bad
-    assert small["n"] == 2 and small["utility"] == -2
-    assert large["n"] == 2 and "needed" not in large
+    assert (bad["n"], small["n"], large["n"], small["utility"]) == (0, 2, 2, -2)
+    assert not {"utility", "needed"} & {*bad} and "needed" not in large
     shares = {"needed": 50.0, "share": 0.5, "share_alike": 0.5, "share_of_best": 0.5}
     costs = shares | {f"{name}_error": 0.0 for name in shares}
     assert beyond.headline_rows(rows, [chosen]) == [vars(chosen) | {"lr": 1e-3} | costs]

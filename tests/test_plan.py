@@ -1,4 +1,4 @@
-"""full_scale/plan.py: its counter against the allocator, its simulation against a real step, its judgement."""
+"""full_scale/plan.py: its counter against the allocator, its simulation against a real step; and benchmark.py."""
 
 import gc
 import json
@@ -6,36 +6,35 @@ import re
 import shutil
 from dataclasses import replace
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from tests.tiny_pipelines import options_of, read, task_of, tool  # first: skips without the libraries
+from tests import tiny_pipelines  # noqa: F401 (first: skips without the libraries)
 
 # isort: split
 
 from beyond import Hyper
-from full_scale import plan
+from full_scale import benchmark, plan
 from full_scale.components import network_from_config
 from full_scale.models import FAMILIES
 from full_scale.simulation import Simulation
+from leap_align import BadInput
 from runtime.backward import CutVelocity
 from runtime.cost_counter import BETWEEN, FLOP, WITHIN, CostCounter, flop_count
+from runtime.run_dir import read_csv
+from tests.tiny_pipelines import needs_torchao, options_of, read, refusal, small_config, task_of, tool
 from train_leap_align import METHODS, Config, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
-FULL = '{"precision": "bfloat16"}'
 LORA = '{"precision": "bfloat16", "lora_rank": 4}'
-FOUR_BITS = '{"precision": "bfloat16", "lora_rank": 4, "load_in_4bit": true}'
-needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
-CASES = [("flux", FULL), ("flux", LORA), ("sd3", "{}"), ("klein", LORA)]
-CASES += [pytest.param("flux", FOUR_BITS, marks=needs_torchao)]
-MORE_CASES = [*CASES, ("flux", "{}"), ("sd3", '{"gradient_checkpointing": "off"}')]
+FOUR_BITS = pytest.param("flux", LORA.replace("}", ', "load_in_4bit": true}'), marks=needs_torchao)
+CASES = [("flux", '{"precision": "bfloat16"}'), ("flux", LORA), ("sd3", "{}"), ("klein", LORA), FOUR_BITS]
 
 
 def trainer_of(models, name, changes):
@@ -66,13 +65,13 @@ def measured(models, name, changes):
     return SimpleNamespace(phases=counter.phases, peak=peak, before=before, allocated=allocated, operations=operations)
 
 
-def flags_of(models, name, changes, **machine):
+def flags_of(models, name, changes=None, batch_size=2, **machine):
     """Flags of a plan for the tiny pipeline and the tiny reward."""
-    run, machine = Config(task=name, batch_size=2, T=4), plan.Machine(**{"gpus": 1} | machine)
-    return plan.PlanFlags(run, Hyper(lam=None), options_of(models, name, **changes), machine)
+    run, machine = Config(task=name, batch_size=batch_size, T=4), plan.Machine(**{"gpus": 1} | machine)
+    return plan.PlanFlags(run, Hyper(lam=None), options_of(models, name, **(changes or {})), machine)
 
 
-@pytest.mark.parametrize(("name", "changes"), MORE_CASES)
+@pytest.mark.parametrize(("name", "changes"), [*CASES, ("flux", "{}"), ("sd3", '{"gradient_checkpointing": "off"}')])
 def test_the_counter_agrees_with_the_allocator_within_3_percent(models, name, changes):
     step = measured(models, name, changes)
     print(f"{name} {changes}: counter / allocator = {(step.peak - step.before) / step.allocated:.3f}")  # pytest -s
@@ -84,8 +83,7 @@ def test_the_counter_sees_storages_come_and_go():
     counter = CostCounter(["a", "b"])
     with counter:
         with record_function("a"):
-            kept = torch.zeros(1000)
-            gone = torch.zeros(5000)
+            kept, gone = torch.zeros(1000), torch.zeros(5000)
             view = gone[:10]
             del gone, view
         with record_function("b"):
@@ -120,16 +118,15 @@ def test_a_simulated_step_costs_what_a_real_one_costs(models, name, changes):
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_two_nodes_exchange_their_gradients_once_an_iteration(models, steps):
-    flags = flags_of(models, "flux", {}, nodes=2, gpus=2)
-    run = replace(flags.run, batch_size=4 * steps, gradient_accumulation_steps=steps)
-    costs = plan.simulate(replace(flags, run=run), "")
+    flags = flags_of(models, "flux", batch_size=4 * steps, nodes=2, gpus=2)
+    costs = plan.simulate(replace(flags, run=replace(flags.run, gradient_accumulation_steps=steps)), "")
     parameters = sum(p.nbytes for p in task_of(models).model.parameters())
     # Each GPU holds half of the float32 gradients; a ring of two moves them twice, half at a time.
     between = sum(counts[BETWEEN] for counts in costs.counts.values())
     assert between == pytest.approx(parameters / 2, rel=0.02)
     assert 0 < costs.peaks["rollout"]["gathered weights"] < 3 * parameters
     assert costs.peaks["optimizer"]["gradients"] == pytest.approx(parameters / 2, rel=0.02)
-    assert costs.counts["rollout"][WITHIN] == pytest.approx(2 * steps * parameters / 2, rel=0.02)
+    assert costs.counts["rollout"][WITHIN] == pytest.approx(steps * parameters, rel=0.02)
 
 
 def test_a_joint_backward_needs_the_unsharded_gradients_of_both_leaps(models, monkeypatch, tmp_path):
@@ -138,8 +135,8 @@ def test_a_joint_backward_needs_the_unsharded_gradients_of_both_leaps(models, mo
     wide = {"num_single_layers": 6, "num_attention_heads": 24, "attention_head_dim": 128}
     path = tmp_path / "flux" / "transformer" / "config.json"
     path.write_text(json.dumps(config := read(path) | wide | {"axes_dims_rope": [16, 56, 56]}))
-    flags = flags_of(models, "flux", {"precision": "bfloat16", "model": str(tmp_path / "flux")}, gpus=8)
-    flags = replace(flags, run=replace(flags.run, batch_size=8))
+    changes = {"precision": "bfloat16", "model": str(tmp_path / "flux")}
+    flags = flags_of(models, "flux", changes, batch_size=8, gpus=8)
     cut = plan.simulate(flags, "")
 
     class Joint(CutVelocity):
@@ -160,13 +157,11 @@ def test_a_joint_backward_needs_the_unsharded_gradients_of_both_leaps(models, mo
 
 def test_every_operation_of_every_phase_is_counted(models):
     """`stratified` evaluates earlier leaps again after the endpoint's backward."""
-    trainer = trainer_of(models, "flux", {})
-    trainer.method, trainer.hyper = METHODS["stratified"], Hyper(lam=None, K=3, alpha=1.0)
+    trainer, flags = trainer_of(models, "flux", {}), flags_of(models, "flux")
+    trainer.method, trainer.hyper = METHODS["stratified"], replace(flags.method, K=3, alpha=1.0)
     operations = flop_count(trainer.step)
     torch.distributed.destroy_process_group()
-    flags = flags_of(models, "flux", {})
-    run, hyper = replace(flags.run, method="stratified"), replace(flags.method, K=3, alpha=1.0)
-    costs = plan.simulate(replace(flags, run=run, method=hyper), "")
+    costs = plan.simulate(replace(flags, run=replace(flags.run, method="stratified"), method=trainer.hyper), "")
     assert sum(counts[FLOP] for counts in costs.counts.values()) == operations
 
 
@@ -181,33 +176,31 @@ def costs_of(gib):
 
 
 def test_a_run_that_does_not_fit_is_told_the_cheapest_change_that_helps(models, monkeypatch):
-    run, machine = Config(task="flux", batch_size=16), plan.Machine(gpus=2)
-    flags = plan.PlanFlags(run, Hyper(), options_of(models, "flux"), machine)
+    flags = flags_of(models, "flux", batch_size=16, gpus=2)
 
     def simulate(flags, title=""):
-        gib = 60 - flags.run.gradient_accumulation_steps - 10 * flags.machine.stored_embeddings
-        gib -= 10 if flags.task.lora_rank else 0
-        return costs_of(gib)
+        less = flags.run.gradient_accumulation_steps + 10 * flags.machine.stored_embeddings
+        return costs_of(60 - less - (10 if flags.task.lora_rank else 0))
 
     monkeypatch.setattr(plan, "simulate", simulate)
-
-    def verdict(gib):
-        machine = replace(flags.machine, gpu_memory=gib + plan.RESERVED_GIB)
-        return plan.verdict(replace(flags, machine=machine), simulate(flags))
-
-    stored = "--stored-embeddings (prompts from `embed`, or at most 200)"
     steps = "--gradient-accumulation-steps 8"
-    assert verdict(59) == "fits"
-    assert verdict(53) == f"does not fit; with {steps} it does (52.0 GiB)"
-    assert verdict(43) == f"does not fit; with {steps} {stored} it does (42.0 GiB)"
-    assert verdict(33) == f"does not fit; with {steps} {stored} --lora-rank 64 --lr 1e-4 it does (32.0 GiB)"
-    assert verdict(31).endswith("it still needs 32.0 GiB: use more or larger GPUs")
+    stored = f"{steps} --stored-embeddings (prompts from `embed`, or at most 200)"
+    for gib, verdict in {
+        59: "fits",
+        53: f"does not fit; with {steps} it does (52.0 GiB)",
+        43: f"does not fit; with {stored} it does (42.0 GiB)",
+        33: f"does not fit; with {stored} --lora-rank 64 --lr 1e-4 it does (32.0 GiB)",
+        31: "it still needs 32.0 GiB: use more or larger GPUs",
+    }.items():
+        machine = replace(flags.machine, gpu_memory=gib + plan.RESERVED_GIB)
+        found = plan.verdict(replace(flags, machine=machine), simulate(flags))
+        assert found.endswith(verdict) if gib == 31 else found == verdict
 
 
 @pytest.mark.parametrize("gpus, package, offered", [(1, "torchao", True), (2, "torchao", False), (1, None, False)])
 def test_four_bits_are_the_last_change_and_one_gpus_alone(models, monkeypatch, gpus, package, offered):
     monkeypatch.setattr(plan, "find_spec", lambda name: package)
-    flags = plan.PlanFlags(Config(task="flux"), Hyper(), options_of(models, "flux"), plan.Machine(gpus=gpus))
+    flags = flags_of(models, "flux", batch_size=64, gpus=gpus)
     *_, (change, changed) = plan.remedies(flags)
     assert changed.task.load_in_4bit == change.endswith(" --lora-rank 64 --lr 1e-4 --load-in-4bit") == offered
     monkeypatch.setattr(plan, "simulate", lambda *_: costs_of(100))
@@ -218,16 +211,14 @@ def test_four_bits_are_the_last_change_and_one_gpus_alone(models, monkeypatch, g
 
 def test_the_plan_is_printed_and_written(models, tmp_path, capsys):
     files = ["--model", models / "flux", "--reward-weights", models / "flux" / "reward"]
-    arguments = [*files, "--gpus", 1, "--height", 64, "--width", 64, "--T", 3, "--batch-size", 2]
-    tool("plan", *arguments, "--json", tmp_path / "plan.json")
-    printed = capsys.readouterr().out
+    sizes = "--gpus 1 --height 64 --width 64 --T 3 --batch-size 2".split()
+    tool("plan", *files, *sizes, "--json", tmp_path / "plan.json")
+    printed, numbers = capsys.readouterr().out, read(tmp_path / "plan.json")
     assert all(phase in printed for phase in plan.PHASES) and "fits" in printed
-    numbers = read(tmp_path / "plan.json")
-    assert numbers["fits"] and 0 < numbers["training_gib"] < numbers["peak_gib"] < 1
+    assert numbers["fits"] and numbers["verdict"] == "fits" and set(numbers["phases"]) == set(plan.PHASES)
+    assert 0 < numbers["training_gib"] < numbers["peak_gib"] < 1 and numbers["tflop_per_step"] > 0
     assert numbers["host_gb"]["checkpoint"] == 3 * numbers["disk_gb"]["checkpoint"]
     assert numbers["disk_gb"]["checkpoint"] > numbers["host_gb"]["export"] == numbers["disk_gb"]["export"] > 0
-    assert numbers["verdict"] == "fits"
-    assert numbers["tflop_per_step"] > 0 and set(numbers["phases"]) == set(plan.PHASES)
 
 
 @pytest.mark.parametrize("source", ["few", "many", "folder", "none"])
@@ -249,13 +240,11 @@ assert len(ROWS) == 12
 def test_the_page_shows_what_the_plan_computes(flags, training, every, step, tmp_path):
     gpus = 1 if "--gpus 1" in flags else 16 if "--nodes 2" in flags else 8
     tool("plan", *flags.split(), "--gradient-accumulation-steps", 64 // gpus, "--json", tmp_path / "plan.json")
-    numbers = read(tmp_path / "plan.json")
+    numbers, (time, unit) = read(tmp_path / "plan.json"), step.split()
     assert numbers["training_gib"] == pytest.approx(float(training), abs=0.06)
     assert numbers["peak_gib"] == pytest.approx(float(every), abs=0.06)
-    number, unit = step.split()
-    minutes_or_seconds = numbers["seconds_per_step"] / (60 if unit == "min" else 1)
-    rounding = 0.505 / 10 ** len(number.partition(".")[2])
-    assert minutes_or_seconds == pytest.approx(float(number), abs=rounding)
+    rounding = 0.505 / 10 ** len(time.partition(".")[2])
+    assert numbers["seconds_per_step"] / (60 if unit == "min" else 1) == pytest.approx(float(time), abs=rounding)
 
 
 @pytest.mark.slow
@@ -282,3 +271,61 @@ def test_the_configs_have_the_numbers_of_weights_of_the_published_models(task, n
     network = network_from_config(FAMILIES[task].configs[name])
     for each in (network, Simulation().empty(network, torch.bfloat16)):
         assert sum(p.numel() for p in each.parameters()) == parameters
+
+
+def small_step(folder, task="flux", checkpointing="on"):
+    """Flags of a step of a transformer with four blocks, two of each kind."""
+    if not (folder / "transformer").exists():
+        config = small_config(task)
+        widths = {key: 32 for key in ("joint_attention_dim", "pooled_projection_dim") if key in config}
+        benchmark.write_pipeline(folder, task, config | widths)
+    return benchmark.step_flags(task, folder, checkpointing, False, 1, T=2, pixels=32)
+
+
+@pytest.mark.parametrize("task", ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd3", "klein"))])
+def test_the_step_runs_at_a_tiny_size_and_costs_what_the_plan_says(tmp_path, task):
+    counts, planned = [], []
+    for checkpointing in benchmark.CHECKPOINTING:
+        flags = small_step(tmp_path, task, checkpointing)
+        row = benchmark.measure(flags)
+        assert row["s"], row
+        benchmark.release_memory()
+        counts.append(flop_count(benchmark.start_trainer(flags).step))
+        planned.append(row["planned GiB"])
+        assert row["share of peak"] * row["s"] * benchmark.PEAK_FLOPS == pytest.approx(counts[-1], rel=1e-9)
+    on, selective, off = counts  # selective computes two of four blocks again, one of each kind
+    assert off < selective < on and selective - off == pytest.approx((on - off) / 2, rel=0.2)
+    assert 0 < planned[0] < planned[1] < planned[2]
+
+
+@pytest.mark.parametrize(
+    "start, shown",
+    [
+        (BadInput("needs 24 GiB"), "needs 24 GiB"),
+        (torch.OutOfMemoryError("..."), "out of memory"),
+        (
+            [Mock(**{"step.return_value": {"skipped": 1.0, "seconds": 1.0}})],
+            "not measured: a gradient was not finite, so a step was skipped",
+        ),
+    ],
+)
+def test_a_step_that_does_not_fit_or_is_skipped_is_not_measured(tmp_path, monkeypatch, start, shown):
+    monkeypatch.setattr(benchmark, "start_trainer", Mock(side_effect=start))
+    row = benchmark.measure(small_step(tmp_path))
+    assert row["GiB"] == shown and row["s"] == "" and row["planned GiB"] > 0
+
+
+def test_without_a_gpu_the_benchmark_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for task, words in ("flux", "no CUDA device"), ("toy", "task=toy: benchmark knows flux, sd3, klein"):
+        assert words in refusal(["benchmark", "--task", task, "--out", tmp_path / "out"])
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_table_has_a_row_for_each_combination(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(benchmark, "write_pipeline", lambda *_: None)
+    monkeypatch.setattr(benchmark, "measure", lambda flags: {"GiB": 1.0, **vars(flags.run), **vars(flags.task)})
+    benchmark.benchmark(out=tmp_path)
+    rows = read_csv(tmp_path / "gpu.csv")
+    assert len({tuple(row.values()) for row in rows}) == len(rows) == 2 * 3 * 4

@@ -43,20 +43,10 @@ TOOLS = commands("-m full_scale")
 MODULES = [command for command in commands("python -m ") if command[0] != "full_scale"]
 every_page = pytest.mark.parametrize("page", PAGES)
 
-# Form
-
-
-def test_the_readme_has_at_most_16_kilobytes():
-    assert len(README.encode()) <= 16 * 1024
-
 
 @every_page
-def test_no_line_is_longer_than_120_characters(page):
-    assert not [line for line in PAGES[page].splitlines() if len(line) > 120]
-
-
-@every_page
-def test_every_link_figure_and_test_that_a_page_names_exists(page):
+def test_every_link_figure_and_test_that_a_page_names_exists_and_no_line_is_too_long(page):
+    assert not [line for line in PAGES[page].splitlines() if len(line) > 120] and len(README.encode()) <= 16 * 1024
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", PAGES[page]):
         path = ROOT / Path(page).parent / target
         assert target.startswith("http") or path.is_dir() or path.stat().st_size > 0
@@ -64,18 +54,12 @@ def test_every_link_figure_and_test_that_a_page_names_exists(page):
         assert f"def {name}(" in TESTS
 
 
-@pytest.mark.parametrize("row", EQUATIONS, ids=lambda row: row.split("|")[1].strip())
-def test_every_function_of_the_equation_table_exists_and_has_a_test(row):
-    functions, proofs = re.split(r"(?<!\\)\|", row)[2:4]
-    assert all(callable(getattr(leap_align, name)) for name in re.findall(r"`(\w+)`", functions))
-    assert "`test_" in proofs
-
-
-def test_every_method_of_the_paper_is_in_the_equation_table():
+def test_the_equation_table_has_every_method_of_the_paper_and_functions_that_exist_each_with_a_test():
+    for row in EQUATIONS:
+        functions, proofs = re.split(r"(?<!\\)\|", row)[2:4]
+        assert all(callable(getattr(leap_align, name)) for name in re.findall(r"`(\w+)`", functions)), row
+        assert "`test_" in proofs, row
     assert set(leap_align.METHODS) - {"full_backprop"} <= set(re.findall(r"`(\w+)`", "".join(EQUATIONS)))
-
-
-# Commands
 
 
 @pytest.mark.parametrize("command", TRAINER, ids=" ".join)
@@ -112,18 +96,14 @@ def test_there_are_commands():
     assert len(TRAINER) >= 9 and len(TOOLS) >= 6 and len(MODULES) >= 8
 
 
-def test_the_toy_command_installs_the_pinned_versions():
-    pinned = (ROOT / "requirements.txt").read_text().split("\n\n")[0].splitlines()[1:]
-    (command,) = re.findall(r"pip install (torch==.*?) &&", README.replace("\\\n", ""))
-    assert command.split() == pinned
-
-
 SHORT = "--batch-size 16 --pretrain-steps 20 --reward-steps 20 --evaluation-samples 160".split()
 
 
-def test_the_toy_needs_only_the_packages_of_its_command(tmp_path):
+def test_the_toys_command_installs_pinned_versions_and_all_that_it_needs(tmp_path):
     """The main job, with a checkpoint, where every other package of requirements.txt cannot be imported."""
-    _, others, _ = (ROOT / "requirements.txt").read_text().split("\n\n")
+    pinned, others, _ = (ROOT / "requirements.txt").read_text().split("\n\n")
+    (command,) = re.findall(r"pip install (torch==.*?) &&", README.replace("\\\n", ""))
+    assert command.split() == pinned.splitlines()[1:]
     names = [line.split("==")[0].removesuffix("_torch") for line in others.splitlines()[1:]]
     code = f"""
 import sys
@@ -139,9 +119,6 @@ train_leap_align.main({[*SHORT, "--iterations", "1", "--out", str(tmp_path / "ru
     assert (tmp_path / "run" / "result.json").exists()
 
 
-# Examples
-
-
 def examples(page):
     return re.findall(r"```python\n(.*?)```", PAGES[page], re.S)
 
@@ -149,14 +126,9 @@ def examples(page):
 def test_the_snippet_trains():
     exec(examples("README.md")[0], names := {})
     model = torch.nn.Conv2d(16, 16, 1)
-    before = model.weight.clone()
-    names["update"](
-        lambda x, t, prompt: model(x),
-        lambda x_0, prompt: x_0.flatten(1).mean(1),
-        ["a", "b"],
-        torch.optim.SGD(model.parameters(), lr=1.0),
-        torch.Generator().manual_seed(0),
-    )
+    optimizer, before = torch.optim.SGD(model.parameters(), lr=1.0), model.weight.clone()
+    velocity, reward = lambda x, t, prompt: model(x), lambda x_0, prompt: x_0.flatten(1).mean(1)
+    names["update"](velocity, reward, ["a", "b"], optimizer, torch.Generator().manual_seed(0))
     assert not torch.equal(model.weight, before)
 
 
@@ -170,14 +142,12 @@ def extended(tmp_path_factory):
         shutil.copytree(ROOT / name, folder / name)
     field, method, entry, task = examples(RUNTIME)
     task_entry = re.search(r'`("points": "my_task:Points")`', PAGES[RUNTIME]).group(1)
-    for path, mark, text in (
-        (folder / "leap_align.py", "\n    def __post_init__(self)", field),
-        (folder / "train_leap_align.py", '    "digits": ', f"    {task_entry},\n"),
+    for path, mark, text, end in (
+        (folder / "leap_align.py", "\n    def __post_init__(self)", field, f"\n\n{method}\n\n{entry}"),
+        (folder / "train_leap_align.py", '    "digits": ', f"    {task_entry},\n", ""),
     ):
         before, mark, after = path.read_text().rpartition(mark)
-        path.write_text(before + text + mark + after)
-    with (folder / "leap_align.py").open("a") as file:
-        file.write(f"\n\n{method}\n\n{entry}")
+        path.write_text(before + text + mark + after + end)
     (folder / "my_task.py").write_text(task)
     return folder
 

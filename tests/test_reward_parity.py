@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from full_scale.rewards import load
-from full_scale.rewards.hpsv3 import INSTRUCTION, patchify, resized_size
+from full_scale.rewards.hpsv3 import INSTRUCTION, resized_size
 from full_scale.rewards.images import CLIP_STD, crop, normalise
 from runtime.cost_counter import saved_bytes
 from tests.tiny_rewards import PROMPTS, random_images, refusal, tiny_folder, tiny_reward, use_tiny_vit
@@ -35,8 +35,6 @@ def assert_same_preprocessing(pixels, official):
     difference = (pixels - official).abs() * torch.tensor(CLIP_STD)[:, None, None] * 255
     assert difference.max() < 1.5 and difference.mean() < 0.5
 
-
-# HPSv2: the official package, in a subprocess
 
 OFFICIAL_HPSV2 = """
 import builtins, json, os, sys, types, warnings
@@ -114,13 +112,12 @@ def test_full_size_hpsv2_equals_the_official_score(tmp_path):
     file.unlink()
 
 
-# PickScore: the model card's code, with transformers
-
 SIZES = pytest.mark.parametrize("size", [(224, 227), (300, 200), (300, 201), (411, 97), (225, 640), (150, 1001)])
 
 
 @SIZES
 def test_pickscore_equals_the_models_logit_over_100_after_the_official_processor(size):
+    """As in the model card's code, with transformers."""
     module = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
     reward, image = tiny_reward("pickscore"), random_uint8_images([size])[0]
     official = module.CLIPImageProcessorPil()(as_pil(image), return_tensors="pt").pixel_values
@@ -134,12 +131,8 @@ def test_pickscore_equals_the_models_logit_over_100_after_the_official_processor
     assert_scores(reward, [image] * 3, prompts, expected.tolist(), tolerance=2e-5)
 
 
-# ImageReward and HPSv3: scores and gradients that the official code gave for tiny random models, where its old
-# libraries could be installed
-
-
 def official_fixture(name, folder):
-    """The recorded results, and the official state dict, filled by the fixture's rule.  folder: gets a tokenizer."""
+    """Recorded results of the official code with its old libraries, and its random weights; folder gets a tokenizer."""
     for file in tiny_folder(name).glob("tokenizer*"):
         (folder / file.name).symlink_to(file)
     recorded, state = json.loads((Path(__file__).parent / "fixtures" / f"{name}_tiny_1.json").read_text()), {}
@@ -189,15 +182,12 @@ def test_imagereward_preprocesses_as_the_official_transform(size, monkeypatch):
 
 
 def test_hpsv3_equals_the_official_score(tmp_path):
-    """With given pixels and token ids; the second sequence is shorter, so there is padding.
-
-    config.json is like Qwen2-VL-7B-Instruct's of 2024: the language model's settings stand at the top level.
-    """
+    """With given pixels and token ids; the second sequence is shorter, so there is padding."""
+    # Qwen2-VL-7B-Instruct's config.json of 2024 has the language model's settings at the top level.
     recorded, state = official_fixture("hpsv3", tmp_path)
     config = recorded["config"] | recorded["config"]["text"] | {"vision_config": recorded["config"]["vision"]}
     config["rope_scaling"] = {"type": "mrope", "mrope_section": config.pop("mrope_section")}
-    # Qwen2-VL's number of rows; HPSv3's file has another one.
-    config |= {"vocab_size": 152064, "tie_word_embeddings": False}
+    config |= {"vocab_size": 152064, "tie_word_embeddings": False}  # HPSv3's file has another number of rows
     (tmp_path / "config.json").write_text(json.dumps(config))
     torch.save(state, tmp_path / "HPSv3.pt")
     reward = load("hpsv3", [tmp_path / "HPSv3.pt"])
@@ -253,13 +243,3 @@ def test_hpsv3_resizes_to_the_official_size():
     official = {(512, 512): (448, 448), (720, 720): (448, 448), (1024, 1024): (448, 448), (768, 768): (420, 420)}
     official |= {(40, 56): (392, 532), (448, 448): (448, 448)}
     assert {size: resized_size(*size) for size in official} == official
-
-
-def test_hpsv3_patches_equal_the_image_processors():
-    """transformers' image processor, on images that need no resizing."""
-    module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
-    images = random_uint8_images([(448, 448)] * 2)
-    official = module.Qwen2VLImageProcessorPil()(list(map(as_pil, images)), return_tensors="pt")
-    patches = patchify(normalise(torch.cat(images) / 255))
-    assert torch.allclose(patches, official.pixel_values, atol=1e-6)
-    assert official.image_grid_thw.tolist() == [[1, 32, 32]] * 2

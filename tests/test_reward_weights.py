@@ -5,6 +5,7 @@ import socket
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from full_scale.rewards import load
 from full_scale.rewards.weights import SUFFIXES, read_state_dict
@@ -17,9 +18,6 @@ def weights_file(folder):
     """The file that holds the tiny model's tensors."""
     (file,) = [path for path in folder.iterdir() if path.suffix in SUFFIXES]
     return file
-
-
-# What loads
 
 
 @pytest.mark.parametrize("name", ["pickscore", "hpsv3", "imagereward"])
@@ -39,23 +37,15 @@ def test_hpsv3_in_bfloat16_keeps_its_head_in_float32():
     assert images.grad.any()
 
 
-# The hub
-
-
-def without_network(*arguments, **options):
+def without_network(*_, **options):
     raise OSError("no network\nand more lines")
 
 
 @every_reward
 def test_a_local_folder_needs_no_network(name, monkeypatch):
-    attempts = []
-
-    def refuse(*arguments):
-        attempts.append(arguments)  # a library may catch the error
-        without_network()
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    attempts = []  # a library may catch the error
+    for owner, function in ((socket.socket, "connect"), (socket, "getaddrinfo")):
+        monkeypatch.setattr(owner, function, lambda *_: attempts.append(1) or without_network())
     tiny_reward(name)
     assert not attempts
 
@@ -105,8 +95,6 @@ def test_a_reward_downloads_the_files_that_it_needs(name, monkeypatch, tmp_path)
     assert all(set(files.split()) <= requested[repository] for repository, files in HUB[name].items())
 
 
-# What is refused, in one line
-
 MISSING = ["no/such/folder", "weights/missing.safetensors", "nothing", "/no/where"]
 
 
@@ -114,14 +102,8 @@ def rename_a_key(folder):
     """In the weights: one is missing, one unexpected."""
     file = weights_file(folder)
     state = {key: value.clone() for key, value in read_state_dict(file).items()}  # they may be mapped from the file
-    key = max(key for key in state if key.endswith("weight") and "lm_head" not in key)
-    state["stranger"] = state.pop(key)
-    if file.suffix == ".safetensors":
-        from safetensors.torch import save_file
-
-        save_file(state, file)
-    else:
-        torch.save(state, file)
+    state["stranger"] = state.pop(max(key for key in state if key.endswith("weight") and "lm_head" not in key))
+    save_file(state, file) if file.suffix == ".safetensors" else torch.save(state, file)
 
 
 DAMAGES = {
@@ -136,9 +118,8 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_folder_is_refused(name, damage, tmp_path):
     shutil.copytree(tiny_folder(name), tmp_path, dirs_exist_ok=True)
-    spoil, words = DAMAGES[damage]
+    (spoil, words), path = DAMAGES[damage], damage if damage in MISSING else tmp_path
     spoil(tmp_path)
-    path = damage if damage in MISSING else tmp_path
     line = refusal(load, name, [path])
     assert all(word in line for word in (str(path), *words))
 
@@ -146,5 +127,5 @@ def test_a_damaged_folder_is_refused(name, damage, tmp_path):
 def test_a_folder_without_tokenizer_is_refused(tmp_path):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(tiny_folder("pickscore") / name)
-    line = refusal(load, "pickscore", [tmp_path])
-    assert "copy the tokenizer files of laion/CLIP-ViT-H-14-laion2B-s32B-b79K" in line
+    words = "copy the tokenizer files of laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    assert words in refusal(load, "pickscore", [tmp_path])

@@ -15,9 +15,6 @@ from tests.tiny_rewards import LIBRARY, PROMPTS, every_reward, random_images, re
 HERE = "tests.test_rewards"
 
 
-# The contract, for every reward
-
-
 def test_every_reward_has_its_table_entries(tmp_path):
     assert LIBRARY.keys() == REWARDS.keys() == PRESETS.keys() == TINY.keys()
     assert "unknown reward 'x'" in refusal(tiny, "x", tmp_path)
@@ -31,10 +28,8 @@ def test_a_reward_keeps_the_contract(name, size):
 
 @every_reward
 def test_the_gradient_equals_finite_differences(name):
-    """Central differences in float64, along the gradient and a random direction, both of length 1.
-
-    Qwen2-VL's norms always compute in float32, and HPSv3's head has kinks: it gets a longer step and a looser bound.
-    """
+    """Central differences in float64, along the gradient and a random direction, both of length 1."""
+    # Qwen2-VL's norms compute in float32, and HPSv3's head has kinks: a longer step and a looser bound.
     step, tolerance = (0.01, 5e-3) if name == "hpsv3" else (1e-4, 1e-6)
     images, reward = random_images(1).double().requires_grad_(), tiny_reward(name).double()
     (gradient,) = torch.autograd.grad(reward(images, PROMPTS[:1]), images)
@@ -76,8 +71,6 @@ def test_a_reward_stays_frozen_and_in_eval_mode(name):
     assert parent.training and [module for module in reward.modules() if module.training] == recomputed
     assert bool(recomputed) == (name == "hpsv3")
     assert not any(p.requires_grad for p in reward.parameters())
-    reward(random_images().requires_grad_(), PROMPTS).sum().backward()
-    assert all(p.grad is None for p in reward.parameters())
 
 
 WRONG_BATCHES = [
@@ -100,7 +93,8 @@ def test_a_reward_refuses_a_wrong_batch(name):
         assert words in refusal(reward, images, prompts)
 
 
-# Custom rewards and weighted sums
+def mean(images):
+    return images.mean((1, 2, 3))
 
 
 class Trainable(nn.Module):
@@ -110,10 +104,6 @@ class Trainable(nn.Module):
 
     def forward(self, images, prompts):
         return self.scale * mean(images)
-
-
-def mean(images):
-    return images.mean((1, 2, 3))
 
 
 def redness():
@@ -183,9 +173,6 @@ def test_a_module_is_found_in_pythonpath_as_the_message_says(tmp_path, monkeypat
     load("more_rewards.colours:Nested.redness")
 
 
-# A custom reward that is broken
-
-
 def returns(value):
     """A factory of a reward that returns value(images)."""
     return lambda: lambda images, prompts: value(images)
@@ -193,15 +180,11 @@ def returns(value):
 
 def shrink(images):
     """Darkens the images of its caller."""
-    with torch.no_grad():
-        images.mul_(0.5)
+    images.detach().mul_(0.5)
     return mean(images)
 
 
-def nothing_at_all():
-    return None
-
-
+nothing_at_all = lambda: None  # noqa: E731
 a_list = returns(lambda images: mean(images).tolist())
 in_place = returns(shrink)
 not_a_number = returns(lambda images: mean(images) * float("nan"))
@@ -264,21 +247,16 @@ def test_an_exception_in_the_users_code_names_it(name, source, what, cause, tmp_
     assert str(error.value) == f"your {what}" and isinstance(error.value.__cause__, cause)
 
 
-# python -m full_scale check-reward
-
-
 def test_the_tool_says_in_one_line_that_a_reward_keeps_the_contract_or_what_is_wrong(capsys):
     weights = [str(tiny_folder(name)) for name in ("hpsv2.1", "pickscore")]
     for spec, more in ((f"{HERE}:redness", []), ("hpsv2.1:1,pickscore:2", ["--reward-weights", *weights])):
         tools.main(["check-reward", spec, *more])
         assert capsys.readouterr().out == f"{spec} keeps the contract\n"
-    line = refusal(tools.main, ["check-reward", f"{HERE}:normalised"], error=SystemExit)
-    assert line.startswith(f"error: your reward {HERE}:normalised breaks the contract: a score depends on the rest")
-    line = refusal(tools.main, ["check-reward", f"{HERE}:no_such_factory"], error=SystemExit)
-    assert line.startswith(f"error: cannot import the reward '{HERE}:no_such_factory'")
-
-
-# check_reward finds every violation
+    for spec, words in (
+        (f"{HERE}:normalised", f"your reward {HERE}:normalised breaks the contract: a score depends on the rest"),
+        (f"{HERE}:no_such_factory", f"cannot import the reward '{HERE}:no_such_factory'"),
+    ):
+        assert refusal(tools.main, ["check-reward", spec], error=SystemExit).startswith(f"error: {words}")
 
 
 def darken_blue(images, prompts):
@@ -294,14 +272,11 @@ noise_generator = torch.Generator().manual_seed(0)
 
 VIOLATIONS = {
     "detached": (without_gradient(), "no gradient"),
-    "through uint8": (lambda images, prompts: mean((images * 255).to(torch.uint8).float() / 255), "no gradient"),
     "rounded": (lambda images, prompts: mean((images * 255).round() / 255), "no finite gradient"),
     "a column": (lambda images, prompts: mean(images)[:, None], f"gave a tensor (2, 1) {FLOAT}"),
     "one number": (lambda images, prompts: images.mean(), f"gave a tensor () {FLOAT}"),
     "a list": (a_list(), f"gave a value of type list {ALLOWED}"),
     "nothing": (lambda images, prompts: None, f"gave None {ALLOWED}"),
-    "a number": (lambda images, prompts: 0.5, f"gave a value of type float {ALLOWED}"),
-    "an array": (lambda images, prompts: mean(images.detach()).numpy(), f"gave a value of type ndarray {ALLOWED}"),
     "integers": (lambda images, prompts: mean(images).long(), f"gave a tensor (2,) of torch.int64 on cpu {ALLOWED}"),
     "elsewhere": (lambda images, prompts: mean(images).to("meta"), "gave a tensor (2,) of torch.float32 on meta for"),
     "squeezed": (lambda images, prompts: mean(images).squeeze(), "a tensor () of torch.float32 on cpu for 1 images"),
@@ -321,10 +296,7 @@ VIOLATIONS = {
     "in place, past autograd": (through_data(), "changes its images"),
     "in place, later": (darken_blue, "changes its images"),
     "at random": (lambda images, prompts: mean(images) * torch.rand((), generator=noise_generator), "another score"),
-    "partly detached": (
-        lambda images, prompts: mean(images) + mean(images.detach()) * images.detach()[:, 0, 0, 0],
-        "finite differences",
-    ),
+    "partly detached": (lambda x, prompts: mean(x) + mean(x.detach()) * x.detach()[:, 0, 0, 0], "finite differences"),
     "cliff": (lambda images, prompts: mean(images) + 9 * (images[:, 0, 0, 0] * 255 % 1 < 1e-2).float(), "8 bits"),
     "landscape only": (lambda images, prompts: mean(images) / (images.shape[3] > images.shape[2]), "another shape"),
 }

@@ -66,10 +66,8 @@ TABLES = [
     (RESULTS, "| claim |", "ablations-directions", "claim", {"figure": "reward"}, {"": verdict}),
     (RESULTS, "| method | `toy`, c", "fidelity", "method", {"T": "25", "iterations": "0"}, {"length": number("ratio")}),
 ]
-"""Page, beginning of the table, CSV file, key column, values that all cells share, and cells by the end of a head.
-
-A head that ends with a column of the file shows it without an entry among the cells.
-"""
+"""Page, beginning of the table, CSV file, key column, values that all cells share, and cells by the end of a head; a
+column of the file at the end of a head needs no entry among them."""
 
 
 def split(line):
@@ -130,14 +128,10 @@ def test_the_papers_scores_are_those_of_the_claims():
         assert {*re.findall(r"\d\.\d{4}", table_of(page, head))} <= known
 
 
-def with_error(text):
-    return set(re.findall(r"-?\d+\.\d+ ± \d+\.\d+", text))
-
-
 def test_every_number_with_an_error_is_in_a_csv_file():
     rows = [row for path in (LABORATORY / "results").glob("*.csv") for row in read_csv(path)]
     known = {number(n, digits)(row) for row in rows for n in row if row.get(f"{n}_error") for digits in (2, 3)}
-    shown = with_error(FINDINGS.read_text() + RESULTS.read_text())
+    shown = set(re.findall(r"-?\d+\.\d+ ± \d+\.\d+", FINDINGS.read_text() + RESULTS.read_text()))
     assert len(shown) > 150 and not shown - known
 
 
@@ -147,8 +141,7 @@ def better_and_worse(task, budget):
     found = {tuple(row[n] for n in ("method", "option", "T", "solver")): row for row in rows}
     both = [(found[*key, "ab2"], found[*key, "euler"]) for *key, solver in found if solver == "ab2"]
     gains = [float(ab2["utility"]) - float(euler["utility"]) for ab2, euler in both]
-    errors = [math.hypot(*(float(row["utility_error"]) for row in rows)) for rows in both]
-    t = [gain / error for gain, error in zip(gains, errors)]
+    t = [gain / math.hypot(*(float(row["utility_error"]) for row in rows)) for gain, rows in zip(gains, both)]
     assert len(t) == 48
     return sum(x > 2.306 for x in t), sum(x < -2.306 for x in t)
 

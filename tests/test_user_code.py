@@ -15,9 +15,6 @@ from runtime.task import Task
 from tests.tiny_rewards import refusal
 from tests.toy_runs import ROOT
 
-# A task
-
-
 MINE = {
     "held_out": {"spread": -0.1},
     "__init__": lambda self, options, T: vars(self).update(model=nn.Linear(2, 2), times=uniform_times(T)),
@@ -72,19 +69,11 @@ NO_NUMBERS = "evaluate must return a dict of numbers, reward, spread among them"
 @pytest.mark.parametrize(
     ("member", "value", "words"),
     [
-        (
-            "__init__",
-            lambda self, *_: vars(self).update(times=uniform_times(4)),
-            "task mine lacks model: see the class",
-        ),
-        ("__init__", lambda self, *_: vars(self).update(model=nn.Linear(2, 2)), "task mine lacks times: see the class"),
+        ("__init__", lambda self, *_: setattr(self, "times", uniform_times(4)), "task mine lacks model: see the class"),
+        ("__init__", lambda self, *_: setattr(self, "model", nn.Linear(2, 2)), "task mine lacks times: see the class"),
         ("velocity_of", lambda self, model, inputs: lambda x, t: model(x).detach(), f"velocity {NO_GRADIENT}"),
         ("decode", lambda self, x_0: 2 * x_0.detach(), f"task mine: decode {NO_GRADIENT}"),
-        (
-            "reward",
-            lambda self, sample, condition: sample.sum(1).tolist(),
-            "a reward of type list must be a tensor (B,)",
-        ),
+        ("reward", lambda self, sample, _: sample.sum(1).tolist(), "a reward of type list must be a tensor (B,)"),
         ("evaluate", lambda *_: None, NO_NUMBERS),
         ("evaluate", lambda *_: {"reward": torch.ones(()), "spread": 1.0}, NO_NUMBERS),
         ("evaluate", lambda *_: {"spread": 1.0}, "evaluate returns no reward:"),
@@ -95,9 +84,6 @@ NO_NUMBERS = "evaluate must return a dict of numbers, reward, spread among them"
 def test_a_member_that_does_something_else_is_named(member, value, words, train):
     line = refusal(lambda: train(**{member: value}), error=SystemExit)
     assert line.startswith("error: ") and words in line
-
-
-# A reward
 
 
 def flux_run(models, out, *more):
@@ -121,9 +107,8 @@ def test_a_reward_that_cannot_train_is_refused_before_the_model_is_loaded(name, 
 
 def test_an_exception_in_a_reward_is_shown_below_a_line_that_names_it(models, tmp_path):
     reward = "tests.test_rewards:raising"
-    commands = {tools.main: ["check-reward", reward]}
-    commands[trainer.main] = flux_run(models, tmp_path, "--reward", reward, "--reward-weights")
-    for program, command in commands.items():
+    training = flux_run(models, tmp_path, "--reward", reward, "--reward-weights")
+    for program, command in ((tools.main, ["check-reward", reward]), (trainer.main, training)):
         with pytest.raises(SystemExit) as stop:
             program(command)
         first, *traceback = stop.value.code.split("\n")
@@ -138,14 +123,9 @@ OWN_LINE = [BadInput("x"), torch.OutOfMemoryError("x"), StoppedBySignal(15, Fals
 def test_an_exception_of_user_code_becomes_a_user_code_error_unless_it_has_a_line_of_its_own(error):
     with pytest.raises(BaseException) as caught, user_code("your reward"):
         raise error
-    if error in OWN_LINE:
-        assert caught.value is error
-    else:
-        assert isinstance(caught.value, UserCodeError) and str(caught.value) == "your reward"
-        assert caught.value.__cause__ is error
-
-
-# Packages that are not installed
+    found = caught.value
+    wrapped = isinstance(found, UserCodeError) and str(found) == "your reward" and found.__cause__ is error
+    assert found is error if error in OWN_LINE else wrapped
 
 
 @pytest.mark.parametrize(

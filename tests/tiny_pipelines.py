@@ -8,7 +8,7 @@ import pkgutil
 import socket
 import subprocess
 import sys
-from pathlib import Path
+from importlib.util import find_spec
 from unittest.mock import patch
 
 import pytest
@@ -22,18 +22,37 @@ for library in ("diffusers", "transformers", "peft", "open_clip", "torchvision")
 import train_leap_align as trainer
 from full_scale import __main__ as tools
 from full_scale.models import FAMILIES
-from runtime.run_dir import read_csv
+from full_scale.transformer import repeated_blocks
+from tests.problems import seeded  # noqa: F401 (for the tests of pipelines)
+from tests.toy_runs import ROOT
+from tests.toy_runs import metrics as read_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["a red cube", "two dogs on a beach", "an old clock in the rain", "a photo of a bench", "a"]
 TASKS = {name: pkgutil.resolve_name(trainer.TASKS[name]) for name in FAMILIES}
 every_task = pytest.mark.parametrize("name", TASKS)
+needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 SAMPLING = "--height 32 --width 48 --steps 2 --images-per-prompt 3 --batch-size 2 --precision float32".split()
 
+SMALL = {
+    "flux": {"num_layers": 2, "num_single_layers": 2, "axes_dims_rope": [4, 4, 8]},
+    "sd3": {"num_layers": 4, "dual_attention_layers": [0, 1], "caption_projection_dim": 64},
+    "klein": {"num_layers": 2, "num_single_layers": 2, "axes_dims_rope": [4, 4, 4, 4]},
+}
+"""What is left of the real architectures, which keep the widths of their inputs: four blocks of four heads."""
 
-def tool(*arguments):
-    """python -m full_scale, in this process."""
-    tools.main(list(map(str, arguments)))
+
+def small_config(name):
+    return FAMILIES[name].configs["transformer"] | {"attention_head_dim": 16, "num_attention_heads": 4} | SMALL[name]
+
+
+def start(command):
+    """A tool of `python -m full_scale`, or the trainer, in this process."""
+    command = list(map(str, command))
+    (tools if command[0] in tools.TOOLS else trainer).main(command)
+
+
+def tool(*command):
+    start(command)
 
 
 def tiny_flags(name):
@@ -42,7 +61,6 @@ def tiny_flags(name):
 
 
 def write_models(folder):
-    """A tiny pipeline of each task in a folder of its name, and prompts.txt."""
     for name in TASKS:
         tool("tiny", folder / name, *tiny_flags(name))
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
@@ -79,8 +97,7 @@ def flags(models, name, *more):
 def options_of(models, name, **changes):
     settings = {"model": str(models / name), "prompts": models / "prompts.txt", "height": 64, "width": 96}
     settings |= {"reward_weights": (str(models / name / "reward"),), "precision": "float32", "evaluation_images": 2}
-    settings |= {"guidance": 3.5}
-    return TASKS[name].Options(**settings | changes)
+    return TASKS[name].Options(**settings | {"guidance": 3.5} | changes)
 
 
 def task_of(models, name="flux", T=4, **changes):
@@ -111,10 +128,6 @@ def final_latents(task, x_0):
         return task.decode(x_0) if task.family is FAMILIES["klein"] else x_0
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def assert_close(a, b, rtol=1e-4, atol=1e-6):
     assert a.keys() == b.keys() and a
     for name in a:
@@ -127,30 +140,39 @@ def train(out, arguments):
     return read_metrics(out)
 
 
-def read_metrics(out):
-    return [{k: float(v) for k, v in row.items() if v and k != "seconds"} for row in read_csv(out / "metrics.csv")]
-
-
 def assert_same_metrics(one, two):
     """Rows of metrics.csv, up to rounding."""
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
 
+def dequantised(model):
+    """The weights as layers use them, by the name in the pipeline's file; frozen linear layers of the blocks alone."""
+    layers = [layer for block in repeated_blocks(model) for layer in block.modules()]
+    frozen = {layer.weight for layer in layers if isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad}
+    named = [(name.replace(".base_layer", ""), p) for name, p in model.named_parameters() if p in frozen]
+    return {name: p.get_original_weight() if hasattr(p, "get_original_weight") else p for name, p in named}
+
+
+def exported(out):
+    """The weights that a run has exported."""
+    (file,) = [*out.glob("transformer/*.safetensors"), *out.glob("lora/*.safetensors")]
+    return load_file(file)
+
+
 def assert_same_run(one, two):
     """The same metrics and the same exported weights, up to rounding."""
     assert_same_metrics(read_metrics(one), read_metrics(two))
-    (file,) = [*one.glob("transformer/*.safetensors"), *one.glob("lora/*.safetensors")]
-    a, b = load_file(file), load_file(two / file.relative_to(one))
+    a, b = exported(one), exported(two)
     # Adam's first steps are lr * sign(gradient): where a gradient is only rounding, two runs may differ by 2 lr a step.
     difference = torch.cat([(a[k] - b[k]).abs().flatten() for k in a])
     assert a.keys() == b.keys() and (difference > 1e-5).float().mean() < 0.01
 
 
-def refusal(arguments, program=trainer.main):
+def refusal(command, program=start):
     """The one line with which a program ends."""
     with pytest.raises(SystemExit) as stop:
-        program([str(argument) for argument in arguments])
+        program([str(word) for word in command])
     line = str(stop.value)
     assert line.startswith("error: ") and "\n" not in line
     return line
@@ -160,8 +182,7 @@ def change_weights(folder):
     """Another value in one of the weights files of a folder."""
     file = next(folder.glob("*.safetensors"))
     weights = load_file(file)
-    name = sorted(weights)[0]
-    save_file(weights | {name: weights[name] + 1}, file, metadata={"format": "pt"})
+    save_file(weights | {(name := min(weights)): weights[name] + 1}, file, metadata={"format": "pt"})
 
 
 def content_of(folder):
@@ -170,12 +191,11 @@ def content_of(folder):
 
 
 def read(path):
-    """The value in a JSON file."""
     return json.loads(path.read_text())
 
 
-def start_torchrun(*arguments, nodes=1, processes=2, environment=None):
-    """Starts a program on two processes, on one node or on two, or on one process; returns a Popen for each node."""
+def torchrun(*arguments, nodes=1, processes=2, environment=None, status=0):
+    """Runs a program on two processes, on one node or on two, or on one process; returns what it writes to stderr."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -183,11 +203,7 @@ def start_torchrun(*arguments, nodes=1, processes=2, environment=None):
     command += [f"--nproc_per_node={processes // nodes}", f"--master_port={port}"]
     options = {"cwd": ROOT, "env": {**os.environ, **(environment or {})}, "stderr": subprocess.PIPE, "text": True}
     programs = [[*command, f"--node_rank={node}", *map(str, arguments)] for node in range(nodes)]
-    return [subprocess.Popen(program, **options) for program in programs]
-
-
-def torchrun(*arguments, **options):
-    """Runs a program on two processes; options: those of `start_torchrun`."""
-    for process in start_torchrun(*arguments, **options):
-        _, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors[-3000:]
+    for process in [subprocess.Popen(program, **options) for program in programs]:
+        errors = process.communicate(timeout=600)[1]
+        assert process.returncode == status, errors[-3000:]
+    return errors

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -10,13 +11,16 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from runtime.run_dir import read_json
+
 Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Family:
-    """The pipelines of one diffusers class."""
+    """The pipelines of one diffusers class; NAME.json has the published config of every network, by subfolder."""
 
+    name: str  # of the task
     title: str  # the model's name, for people
     model: str  # the hub id of the published pipeline
     pipeline_class: Any
@@ -25,7 +29,6 @@ class Family:
     """(pipeline, prompts, device) to the transformer's text inputs by name, each (B, ...)."""
     text_shapes: Callable[[Config], dict[str, tuple[int, ...]]]
     """The transformer's config to the shapes of one prompt's text inputs by name."""
-    configs: dict[str, Config]  # of every network and of the scheduler, by subfolder, as its authors publish it
     tiny: Callable[..., Any]
     """() to a tiny random pipeline; its arguments replace transformer, VAE and the widths of its text encoders."""
     widths: Config = field(default_factory=dict)
@@ -33,30 +36,10 @@ class Family:
     guidance: float = 3.5  # the usual guidance scale
     guidance_is_input: bool = False  # whether the transformer reads the scale; otherwise guidance is classifier-free
 
-
-# fmt: off
-CLIP_L = {
-    "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": 49408,
-    "max_position_embeddings": 77, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-    "num_attention_heads": 12, "projection_dim": 768, "hidden_act": "quick_gelu",
-}
-CLIP_G = CLIP_L | {
-    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
-    "projection_dim": 1280, "hidden_act": "gelu",
-}
-T5_XXL = {
-    "architectures": ["T5EncoderModel"], "model_type": "t5", "vocab_size": 32128, "d_model": 4096, "d_kv": 64,
-    "d_ff": 10240, "num_layers": 24, "num_decoder_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu",
-    "is_encoder_decoder": True, "tie_word_embeddings": False, "use_cache": True,
-}
-VAE = {
-    "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 16, "layers_per_block": 2,
-    "block_out_channels": [128, 256, 512, 512], "norm_num_groups": 32, "act_fn": "silu", "sample_size": 1024,
-    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "mid_block_add_attention": True, "use_quant_conv": False, "use_post_quant_conv": False, "force_upcast": True,
-}
-SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
-# fmt: on
+    @property
+    def configs(self) -> dict[str, Config]:
+        """The config of every network and of the scheduler, by subfolder, as its authors publish it."""
+        return read_json(Path(__file__).parent / f"{self.name}.json")
 
 
 def text_shapes(tokens: int) -> Callable[[Config], dict[str, tuple[int, ...]]]:

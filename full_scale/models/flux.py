@@ -8,22 +8,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from full_scale.models.family import CLIP_L, SCHEDULER, T5_XXL, VAE, Family, text_shapes, tiny_text, tiny_vae
-
-CONFIGS = {
-    "scheduler": SCHEDULER | {
-        "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
-        "max_image_seq_len": 4096,
-    },
-    "transformer": {
-        "_class_name": "FluxTransformer2DModel", "patch_size": 1, "in_channels": 64, "num_layers": 19,
-        "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 4096,
-        "pooled_projection_dim": 768, "guidance_embeds": True, "axes_dims_rope": [16, 56, 56],
-    },
-    "vae": VAE | {"scaling_factor": 0.3611, "shift_factor": 0.1159},
-    "text_encoder": CLIP_L,
-    "text_encoder_2": T5_XXL,
-}  # fmt: skip
+from full_scale.models.family import Family, text_shapes, tiny_text, tiny_vae
 
 
 def encode_text(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
@@ -52,14 +37,14 @@ def tiny(t5_width: int = 32, clip_widths: Sequence[int] = (32,), **networks: nn.
 
 
 FAMILY = Family(
+    name="flux",
     title="FLUX.1-dev",
     model="black-forest-labs/FLUX.1-dev",
     pipeline_class=diffusers.FluxPipeline,
     transformer_class=diffusers.FluxTransformer2DModel,
     encode_text=encode_text,
     text_shapes=text_shapes(512),
-    configs=CONFIGS,
     tiny=tiny,
-    widths={"t5_width": T5_XXL["d_model"], "clip_widths": (CLIP_L["hidden_size"],)},
+    widths={"t5_width": 4096, "clip_widths": (768,)},
     guidance_is_input=True,
 )

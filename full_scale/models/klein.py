@@ -1,4 +1,8 @@
-"""FLUX.2-klein-base-4B; the 9B model has the same classes."""
+"""FLUX.2-klein-base-4B; the 9B model has the same classes.
+
+Sources of klein.json: diffusers' scripts/convert_flux2_to_diffusers.py ("klein-4b"; the VAE has its class's defaults),
+and Qwen3-4B, of which the pipeline joins three layers: 3 x 2560 is the transformer's joint_attention_dim.
+"""
 
 from typing import Any
 
@@ -8,28 +12,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from full_scale.models.family import SCHEDULER, Family
+from full_scale.models.family import Family
 
-CONFIGS = {
-    # Its dynamic shift is that of FLUX.1-dev's config, of which the pipeline reads nothing: it computes its own mu.
-    "scheduler": SCHEDULER | {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15},
-    # "klein-4b" of diffusers' scripts/convert_flux2_to_diffusers.py.
-    "transformer": {
-        "_class_name": "Flux2Transformer2DModel", "patch_size": 1, "in_channels": 128, "num_layers": 5,
-        "num_single_layers": 20, "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 7680,
-        "timestep_guidance_channels": 256, "mlp_ratio": 3.0, "axes_dims_rope": [32, 32, 32, 32], "rope_theta": 2000,
-        "eps": 1e-6, "guidance_embeds": False,
-    },
-    # The class's defaults, with which that script converts the VAE of every FLUX.2; it has 32 latent channels.
-    "vae": {"_class_name": "AutoencoderKLFlux2"},
-    # Qwen3-4B.  The pipeline joins three of its layers: 3 x 2560 is the transformer's joint_attention_dim.
-    "text_encoder": {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 2560,
-        "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "head_dim": 128, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000},
-    },
-}  # fmt: skip
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "<|im_start|>assistant\n<think>\n\n</think>\n\n"
@@ -78,13 +62,13 @@ def tiny(qwen3_width: int = 16, **networks: nn.Module) -> Any:
 
 
 FAMILY = Family(
+    name="klein",
     title="FLUX.2-klein",
     model="black-forest-labs/FLUX.2-klein-base-4B",
     pipeline_class=diffusers.Flux2KleinPipeline,
     transformer_class=diffusers.Flux2Transformer2DModel,
     encode_text=encode_text,
     text_shapes=lambda config: {"encoder_hidden_states": (512, config["joint_attention_dim"])},
-    configs=CONFIGS,
     tiny=tiny,
     widths={"qwen3_width": 2560},
     guidance=4.0,

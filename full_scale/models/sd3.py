@@ -8,21 +8,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from full_scale.models.family import CLIP_G, CLIP_L, SCHEDULER, T5_XXL, VAE, Family, text_shapes, tiny_text, tiny_vae
-
-CONFIGS = {
-    "scheduler": SCHEDULER,
-    "transformer": {
-        "_class_name": "SD3Transformer2DModel", "sample_size": 128, "patch_size": 2, "in_channels": 16,
-        "out_channels": 16, "num_layers": 24, "attention_head_dim": 64, "num_attention_heads": 24,
-        "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048,
-        "pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": list(range(13)),
-    },
-    "vae": VAE | {"scaling_factor": 1.5305, "shift_factor": 0.0609},
-    "text_encoder": CLIP_L | {"architectures": ["CLIPTextModelWithProjection"]},
-    "text_encoder_2": CLIP_G | {"architectures": ["CLIPTextModelWithProjection"]},
-    "text_encoder_3": T5_XXL,
-}  # fmt: skip
+from full_scale.models.family import Family, text_shapes, tiny_text, tiny_vae
 
 
 def encode_text(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
@@ -54,13 +40,13 @@ def tiny(t5_width: int = 64, clip_widths: Sequence[int] = (32, 32), **networks: 
 
 
 FAMILY = Family(
+    name="sd3",
     title="SD3.5-M",
     model="stabilityai/stable-diffusion-3.5-medium",
     pipeline_class=diffusers.StableDiffusion3Pipeline,
     transformer_class=diffusers.SD3Transformer2DModel,
     encode_text=encode_text,
     text_shapes=text_shapes(77 + 256),
-    configs=CONFIGS,
     tiny=tiny,
-    widths={"t5_width": T5_XXL["d_model"], "clip_widths": (CLIP_L["hidden_size"], CLIP_G["hidden_size"])},
+    widths={"t5_width": 4096, "clip_widths": (768, 1280)},
 )

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from leap_align import BadInput, require
 from runtime.processes import user_code
 
-TEXT_CACHE_SIZE = 4096
-"""The number of prompts whose text features a reward keeps."""
+TEXT_CACHE_SIZE = 4096  # the number of prompts whose text features a reward keeps
 CHANGES_IMAGES = "changes its images in place: let it work on images.clone()"
 TEST_PROMPTS = ("a red cube", "two dogs on a beach, oil painting")
 

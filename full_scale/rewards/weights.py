@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from leap_align import BadInput, require
 from runtime.processes import one_line
 
-SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
-"""The suffixes of weights files."""
+SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")  # the suffixes of weights files
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
 
