@@ -81,14 +81,14 @@ ignored-signal-handled ~ if signal.getsignal(number) != signal.SIG_IGN] ~ ] ~ ch
 runtime/ema.py: ema-not-swapped-back ~ average.copy_(own) ~ average.copy_(parameter) ~ runtime
 runtime/report.py: hacking-direction ~ if now[ ~ if direction > 0 and now[ ~ runtime
 flux_adapter.py: flux-guidance ~ (len(condition),), self.options.guidance ~ (len(condition),), 1.0 ~ flux rollout
-sd3-timestep ~ timestep = (1000 * t) ~ timestep = (999 * t) ~ flux rollout or sd3
+sd3-timestep ~ timestep = (1000 * t) ~ timestep = (999 * t) ~ flux rollout
 klein-epsilon ~ (variance + vae.config.batch_norm_eps).sqrt() ~ variance.sqrt() ~ flux statistics
 unpacked-sideways ~ = self.options.height, self.options.width ~ = self.options.width, self.options.height ~ flux rollout
 vae-shift ~ x_0 / vae.scaling_factor + vae ~ x_0 / vae.scaling_factor - vae ~ flux rollout
 full_scale/task.py: reward-not-clamped ~ (sample.clamp(0, 1), condition) ~ (sample, condition) ~ flux saturated
 one-evaluation-noise ~ x_T[i : i + 1] ~ x_T[:1] ~ full_scale_runs saturated
-full_scale/transformer.py: lora-starts-changed ~ torch.zeros(p.shape) ~ torch.ones(p.shape) ~ flux lora
-memory-without-average ~ (5 * p.nbytes ~ (4 * p.nbytes ~ full_scale_errors memory
+full_scale/transformer.py: lora-starts-changed ~ torch.zeros(p.shape) ~ torch.ones(p.shape) ~ flux only_the_adapters
+memory-without-average ~ (5 * p.nbytes ~ (4 * p.nbytes ~ full_scale_errors too_little
 full_scale/pipeline.py: shift-of-pixels ~ height // 2 * (width // 2) ~ height * width ~ flux grid
 full_scale/contents.py: prompts-in-any-order ~ join(prompts) ~ join(sorted(prompts)) ~ full_scale_errors embed
 shapes-not-values ~ total.update(value.cpu() ~ (value.cpu() ~ damaged_files embedding
