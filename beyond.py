@@ -13,8 +13,10 @@ Active nodes (A) have gradient, the other nodes are constants:
     sparse       T -> 0        all, w_i = h_i                      gamma                    FlowBP
     bridge       T -> j -> 0   all, w_i = h_i                      gamma                    FlowBP
     lagrange     k -> j -> 0   up to three, Lagrange's weights     gamma, delta gamma       FlowBP
-    stratified   K leaps       the start, w = length of the leap   1                        ours; LeapAlign has K = 2
+    stratified   K leaps       the start, w = length of the leap   1                        ours
 
+LeapAlign has two leaps from any pair, `stratified` one from each of K equal parts; `leap_align_per_sample`, ours, has a
+pair for each sample.
 The length of a step is h_i = times[i] - times[i-1].  Weights w_i belong to a surrogate, not to the solver of the run.
 Shapes, grids, symbols and the contract of a method are those of leap_align.py; these symbols are new:
 
@@ -86,14 +88,14 @@ SOLVERS: dict[str, Callable[[], Step]] = {"euler": lambda: leap, "ab2": AdamsBas
 # -------------------------------------------------- Hyperparameters --------------------------------------------------
 @dataclass(frozen=True)
 class Hyper(leap_align.Hyper):
-    """The hyperparameters of every method; each method's own values for FLUX.1 are in DEFAULTS."""
+    """The hyperparameters of all methods; a method ignores those that do not name it."""
 
     alpha: float = 0.3  # Discount of the nested gradient, in [0, 1] (alpha; leap_align*, stratified, bridge, lagrange).
     tau: float = 0.1  # Lower bound of distances in the similarity weight (tau; leap_align*, stratified, lagrange).
     K: int = 2  # Trained timesteps (K; drtune, sparse, bridge), or leaps (stratified).
     rho: float = 1.0  # Share of the other timesteps' weight that trained ones take over, in [0, 1] (rho; FlowBP's).
     late_bias: float = 2.0  # Preference for timesteps near the image, 0 for none (b; sparse, bridge).
-    node_discount: float = 0.25  # Discount of the second node's gradient, in [0, 1] (delta, FlowBP's beta; lagrange).
+    node_discount: float = 0.25  # Discount of the second node's gradient, in [0, 1] (delta; lagrange).
 
     def __post_init__(self) -> None:
         super().__post_init__()

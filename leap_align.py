@@ -11,7 +11,8 @@ S; a time is a number, a () tensor or, with one time a sample, a (B,) tensor in 
 
 Symbols are the paper's: x_hat_j is x̂_{j|k}, x_hat_0 is x̂_{0|j}; i_k and i_j are the discrete timesteps t_k and t_j, k
 and j their times; a_t and b_t are the path's alpha_t and beta_t; lam is lambda, hinge is L_raw, weight is w_sim.
-Equations are numbered S in the supplement and M in the main text; README.md names the proof of each.
+Equations are numbered S in the supplement and M in the main text, and lines are those of Algorithm 1; README.md names
+the proof of each.  A bad argument raises BadInput, a ValueError of one line.
 """
 
 import math
@@ -45,7 +46,7 @@ def require(condition: object, message: str) -> None:
 # ----------------------------------------------------- Time grids ----------------------------------------------------
 def uniform_times(T: int) -> Tensor:
     """The even grid: times[i] = i / T, shape (T+1,)."""
-    require(T >= 1, f"T={T} must be at least 1")
+    require(isinstance(T, int) and T >= 1, f"T={T} must be a whole number, at least 1")
     return torch.linspace(0, 1, T + 1)
 
 
@@ -203,17 +204,17 @@ def leap_rollout(
         t = times[i]
         if i == i_k:
             v = velocity(x_t, t)
-            x_hat_j = leap(x_t, v, t, times[i_j])  # S10
+            x_hat_j = leap(x_t, v, t, times[i_j])  # S10, line 29
         elif i == i_j:
-            x_j = connect(x_hat_j, x_t)  # S11
-            v = velocity(discount(x_j, alpha), t)
-            x_hat_0 = leap(x_j, v, t, 0)  # S12, S17
+            x_j = connect(x_hat_j, x_t)  # S11, line 20
+            v = velocity(discount(x_j, alpha), t)  # S17, line 21
+            x_hat_0 = leap(x_j, v, t, 0)  # S12, line 31
         else:
             with torch.no_grad():
                 v = velocity(x_t, t)
-        # The step uses only the value of v; otherwise every later state would carry the graph of v_k.
+        # Only the value of v (lines 32, 33); otherwise every later state would carry the graph of v_k.
         x_t = step(x_t, stop_gradient(v), t, times[i - 1])
-    return LeapTrajectory(connect(x_hat_0, x_t), x_hat_0, x_j, x_hat_j)  # S13
+    return LeapTrajectory(connect(x_hat_0, x_t), x_hat_0, x_j, x_hat_j)  # S13, line 38
 
 
 def _at(states: list[Tensor], i: int | Tensor) -> Tensor:
@@ -293,13 +294,13 @@ class Hyper:
     m: int = 11  # Early stop: the last timestep is drawn from 1..m (m; refl, drtune).
     K: int = 2  # Trained timesteps (K; drtune).
     n: int = 2  # Re-noised copies of the image (n; draft_lv).
-    low: int = 1  # Least timestep of a pair (leap_align).
-    high: int | None = None  # Greatest timestep of a pair, None for T (leap_align).
+    low: int = 1  # Least timestep of a pair (leap_align*).
+    high: int | None = None  # Greatest timestep of a pair, None for T (leap_align*).
 
     def __post_init__(self) -> None:
         one = torch.ones(1)  # these functions check their hyperparameter
         discount(one, self.alpha), weight_of(one, one, self.tau), hinge(one, self.lam)
-        for name, least in (("m", 1), ("K", 1), ("n", 0)):
+        for name, least in (("m", 1), ("K", 1), ("n", 0), ("low", 1)):
             n = getattr(self, name)
             require(isinstance(n, int) and n >= least, f"{name}={n} must be a whole number, at least {least}")
 
@@ -347,8 +348,8 @@ def leap_align(velocity, x_T, times, hyper, generator, step=leap) -> Endpoints:
     """LeapAlign: gradient through two leaps between states of the rollout; weight by how well they match it."""
     i_k, i_j = sample_pair(_steps(times), generator, hyper.low, hyper.high)  # line 7
     trajectory = leap_rollout(velocity, x_T, times, i_k, i_j, hyper.alpha, step)
-    d_j, d_0 = distances(trajectory)  # line 37
-    yield trajectory.x_0, weight_of(d_j, d_0, hyper.tau), {"i_k": i_k, "i_j": i_j, "d_j": d_j, "d_0": d_0}  # line 38
+    d_j, d_0 = distances(trajectory)
+    yield trajectory.x_0, weight_of(d_j, d_0, hyper.tau), {"i_k": i_k, "i_j": i_j, "d_j": d_j, "d_0": d_0}  # line 37
 
 
 def full_backprop(velocity, x_T, times, hyper, generator, step=leap) -> Endpoints:
@@ -390,5 +391,5 @@ def _noise_like(x: Tensor, generator: Generator) -> Tensor:
 
 
 def _batch(x: Tensor, generator: Generator) -> tuple[int, slice]:
-    """How many samples to draw for, and which of them are x: a generator of a larger batch knows both."""
+    """Samples of the whole batch, and which of its rows are x; a plain generator draws for x alone."""
     return getattr(generator, "batch_size", len(x)), getattr(generator, "rows", slice(None))

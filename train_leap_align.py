@@ -65,13 +65,13 @@ class Config:
 
     task: str = "toy"  # Model and reward: toy, digits, flux (FLUX.1-dev), sd3 (SD3.5-M) or klein (FLUX.2-klein).
     # How the reward's gradient reaches the model: leap_align, refl, draft_lv, drtune, full_backprop; beyond the paper
-    # sparse, bridge, lagrange, stratified, leap_align_per_sample, whose own defaults --help shows beside --method.
+    # sparse, bridge, lagrange, stratified, leap_align_per_sample. --method NAME --help shows a method's own defaults.
     method: str = "leap_align"
     iterations: int = 300  # Optimizer steps.
     batch_size: int = 256  # Samples per iteration, over all processes (B).
     gradient_accumulation_steps: int = 1  # Microbatches per iteration and process; more of them need less memory.
     T: int = 25  # Steps of a sampling run (T).
-    solver: Literal["euler", "ab2"] = "euler"  # Of the sampling runs in training; ab2 is second-order Adams-Bashforth.
+    solver: Literal["euler", "ab2"] = "euler"  # Solver of sampling runs in training; ab2: second-order Adams-Bashforth.
     beta: float = 0.0  # Weight of the leash to the pre-trained model (beta); 0 for no leash.
     lr: float = 1e-4  # AdamW's learning rate (eta).
     weight_decay: float = 1e-4  # AdamW's weight decay.
@@ -135,8 +135,8 @@ class Trainer:
         with record_function("data"):
             condition = task.sample_conditions(batch_size, self.generator)
             x_T = task.noise(batch_size, self.generator)
-        state, metrics, steps = self.generator.get_state(), [], self.config.gradient_accumulation_steps
-        microbatches = rows_of_rank(batch_size, steps, rank(), world_size())
+        state, metrics = self.generator.get_state(), []
+        microbatches = rows_of_rank(batch_size, self.config.gradient_accumulation_steps, rank(), world_size())
         for rows in microbatches:
             # Every microbatch starts from the same state, so that all of them draw the same timesteps.
             generator = BatchGenerator(batch_size, rows)
@@ -226,10 +226,10 @@ class Trainer:
         self.progress.consecutive_skips += 1
         message = f"loss {loss:.3g}, gradient norm {norm:.3g}, {report.not_finite_gradients(self.task.model)}"
         if rank() == 0:
-            tqdm.write(f"iteration {self.progress.iteration + 1}: {message}: this step is skipped")
+            tqdm.write(f"iteration {self.progress.iteration + 1}: {message}: this update is skipped")
         if (skips := self.progress.consecutive_skips) >= self.config.max_skipped_steps:
             remedy = "start again in another --out with a lower --lr, or check the reward"
-            raise RaisedOnAllRanks(f"{skips} steps in a row skipped, now with {message}: {remedy}")
+            raise RaisedOnAllRanks(f"{skips} updates in a row skipped, now with {message}: {remedy}")
 
     def evaluate(self, folder: Path | None = None) -> dict[str, float]:
         """Evaluates the averaged weights and warns of reward hacking.

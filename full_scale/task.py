@@ -308,8 +308,8 @@ class DiffusersTask(Task):
         if folder is not None:
             with atomic_file(folder / "samples" / f"{iteration:06d}.png") as temporary:
                 draw_sheet(torch.cat(pixels), self.evaluation_prompts).save(temporary, format="png")
-        pairs = torch.cat(thumbnails).unflatten(0, (-1, IMAGES_PER_PROMPT))
-        diversity = (pairs[:, 0] - pairs[:, 1]).abs().mean().item()
+        of_prompt = torch.cat(thumbnails).unflatten(0, (-1, IMAGES_PER_PROMPT))
+        diversity = (of_prompt[:, 0] - of_prompt[:, 1]).abs().mean().item()
         return {"reward": float(np.mean(scores)), "diversity": diversity, "saturated": float(np.mean(saturated))}
 
     def evaluate_image(self, prompt: str, x_T: Tensor) -> tuple[float, float, Tensor, Tensor]:

@@ -10,9 +10,11 @@ The sum is over the differentiated evaluations of an endpoint. l_i = |d x_0 / d 
 starts there, times the factor of its gradient in a surrogate, and w the weight of the reward. The sum over a whole run
 is the integral of the squared distance, which bounds the Wasserstein-2 distance between what the two models generate
 (ORW-CFM-W2, arXiv 2502.06061), and which in Flow-GRPO (arXiv 2505.05470) is the KL divergence up to a factor. Without
-hinge and nested gradient, dL/dv_i is l_i w dr/dx_0 a sample, so loss and leash balance where v_theta - v_ref = -D/(2
-beta) dr/dx_0 (D dimensions), whatever l_i and w are. So one beta should suit all methods; on a toy it does for the
-paper's (`python -m toy.laboratory leash`).
+hinge and nested gradient, dL/dv_i is l_i w dr/dx_0 a sample, so in D dimensions loss and leash balance where
+
+    v_theta - v_ref = -D / (2 beta) dr/dx_0,    whatever l_i and w are.
+
+So one beta should suit all methods; on a toy it does for the paper's (`python -m toy.laboratory leash`).
 
 The gradient of R goes to theta alone: the leash does not move the states of the rollout.  (Through x, with v_ref
 constant, training was the same at alpha = 0.3 and broke at alpha = 1.)
@@ -35,7 +37,7 @@ def leaf(x: Tensor) -> Tensor:
 class BatchGenerator(torch.Generator):
     """A generator for a caller that holds only `rows` of a batch of `batch_size` samples.
 
-    Draws per sample are made for the whole batch and cut to these rows; draws per batch are shared.  So N processes
+    Draws per sample are made for the whole batch, then sliced; draws per batch are shared.  So N processes
     or N microbatches that start from the same state draw exactly what one process draws.
     """
 

@@ -1,7 +1,7 @@
 """A task: a flow model, its prompts, a reward, evaluators.  It knows no method, and the trainer knows no model.
 
 A task of your own inherits from Task and gives a model, noise, prompts, a velocity, a reward and evaluators; the base
-class does the ordinary thing for the rest.  The functions below refuse a task that does not, in one line.
+class has defaults for the rest.  The functions below refuse a task that does not, in one line.
 """
 
 import copy
@@ -38,7 +38,7 @@ class Task(ABC):
     Options: ClassVar[type] = NoOptions  # a dataclass of the task's own flags
     changeable_on_resume: ClassVar[frozenset[str]] = frozenset()  # options that affect speed or memory, never results
     held_out: ClassVar[dict[str, float]] = {}
-    """Evaluators that training never sees: from which change on a warning is due, negative where lower is better."""
+    """Evaluators that training never sees, with the drop that brings a warning; negative where lower is better."""
     step_metric_names: ClassVar[tuple[str, ...]] = ()  # the columns that step_metrics adds to metrics.csv
     next_commands: ClassVar[tuple[str, ...]] = ("python train_leap_align.py --help",)
     """What to try after a run: one command, or one each after a run with a hinge, without a hinge, on a leash."""
@@ -66,7 +66,7 @@ class Task(ABC):
     def reward(self, sample: Tensor, condition: Any) -> Tensor:
         """(B,), with gradient to the sample."""
 
-    # The ordinary thing
+    # The defaults
 
     def evaluate_held_out(self, samples: Tensor, condition: Any) -> dict[str, float]:
         """The evaluators of `held_out`, and others if you like, of samples under their prompts."""

@@ -2,7 +2,7 @@
 
     python -m tests.mutants [NAME ...]     every mutant, about 15 minutes on one core, or some; --list shows them
 
-A *mutant* is the project with one change for the worse: a sign, an index, a lost stop_gradient, a skipped fsync.  It is
+A *mutant* is the project with one deliberate bug: a sign, an index, a lost stop_gradient, a skipped fsync.  It is
 *killed* if a test that passes without the change fails with it; if all pass, it *survives*: a person could make the
 same mistake, and nothing would say so.  Coverage does not show this, because a line may run in a hundred tests that
 never look at its result.  So write a mutant for what must not break and, if it survives, a test.  A change without any

@@ -100,8 +100,8 @@ REFUSALS = [
     ("T=2 must be at least 3", method, "lagrange", grid(2)),
     *((f"beta={value} must be at least 0", check, Config(beta=value), Hyper(), None, 1) for value in (-1.0, NAN, INF)),
     # Grids
-    ("T=0 must be at least 1", la.uniform_times, 0),
-    ("T=0 must be at least 1", la.shifted_times, 0, 3),
+    ("T=0 must be a whole number, at least 1", la.uniform_times, 0),
+    ("T=2.5 must be a whole number", la.shifted_times, 2.5, 3),
     ("low=1, high=1 ... T=1", la.sample_pair, 1, seeded()),
     *((f"shift={value} must be", la.shifted_times, 5, value) for value in (0, -1, NAN, INF)),
     ("times=[0, 0.5, 1] must be a tensor", la.rollout, velocity, X, [0, 0.5, 1]),

@@ -95,7 +95,7 @@ def test_a_broken_run_keeps_what_it_has_reports_its_error_and_does_not_affect_th
     run = partial(train_run, "toy", "leap_align", seed=0, evaluate_at=[0, 12], hyper={}, smoke=True)
     before = run(lr=1e-3)
     broken = run(lr=1e30)
-    assert len(broken["metrics"]) == 1 and "steps in a row skipped" in broken["error"]
+    assert len(broken["metrics"]) == 1 and "updates in a row skipped" in broken["error"]
     assert before == run(lr=1e-3) and len(before["metrics"]) == 2 and not before["error"]
     assert not capsys.readouterr().out
 

@@ -322,7 +322,7 @@ def test_too_many_skipped_steps_stop_the_run_and_keep_the_checkpoint(reference, 
         flags = ["--out", str(tmp_path / "resumed"), "--resume", "--max-skipped-steps", "2"]
         assert "2 steps in a row" in error_line(*flags)
         patch.setattr(Modes, "evaluate", lambda self, folder, iteration: {"reward": 0.0, **self.held_out})
-        assert "3 steps in a row skipped" in error_line("--out", str(tmp_path / "new"), "--max-skipped-steps", "3")
+        assert "3 updates in a row skipped" in error_line("--out", str(tmp_path / "new"), "--max-skipped-steps", "3")
     assert run(tmp_path / "resumed", "--resume") == metrics(reference)
 
 
