@@ -58,8 +58,8 @@ leash-order ~ self.leash_gradients.pop() ~ self.leash_gradients.pop(0) ~ backwar
 leash-of-microbatch ~ (difference.numel() * self.microbatches) ~ difference.numel() ~ backward parts
 leash-through-state ~ v.backward(dv, retain ~ v.backward(dv + self.leash_gradients[-1], retain ~ backward formula
 rows-of-rank-0 ~ microbatches), rank * ~ microbatches), 0 * ~ backward rows_of
-train_leap_align.py: accumulated-sum ~ loss / self.config.gradient_accumulation_steps ~ loss ~ trainer whole_batch
-never-clipped ~ if norm > self.config.max_grad_norm ~ if norm < 0 ~ trainer norm
+train_leap_align.py: never-clipped ~ if norm > self.config.max_grad_norm ~ if norm < 0 ~ trainer norm
+accumulated-sum ~ loss / self.config.gradient_accumulation_steps ~ loss ~ trainer whole_batch and refl
 never-reduced ~ self.task.model, is_last ~ self.task.model, False ~ plan exchange
 live-weights-evaluated ~ with self.ema.swapped(): ~ with torch.no_grad(): ~ trainer averaged
 skip-not-counted ~ consecutive_skips += 1 ~ consecutive_skips += 0 ~ trainer skipped
@@ -68,7 +68,7 @@ state-not-advanced ~ self.generator.set_state(generator.get_state()) ~ pass ~ tr
 gradient-not-cleared ~ self.optimizer.zero_grad() ~ pass ~ trainer not_finite
 leash-without-weight ~ (x_0, gradient, weight, before ~ (x_0, gradient, torch.ones_like(weight), before ~ trainer leash
 runtime/command_line.py: batch-of-ranks ~ % (world_size * config ~ % (1 * config ~ full_scale_errors nodes
-runtime/checkpoint.py: digest-not-checked ~ digest(path / name) != ~ "" == ~ checkpoint reported
+runtime/checkpoint.py: digest-not-checked ~ digest(path / name) == ~ "" != ~ checkpoint reported
 state-not-synced ~ fsync(part / "state.json", part) ~ fsync(part) ~ checkpoint newest
 rename-not-synced ~ fsync(part.parent) ~ pass ~ checkpoint newest
 generator-not-restored ~ generator.set_state( ~ torch.tensor( ~ checkpoint uninterrupted
@@ -81,16 +81,16 @@ ignored-signal-handled ~ if signal.getsignal(number) != signal.SIG_IGN] ~ ] ~ ch
 runtime/ema.py: ema-not-swapped-back ~ average.copy_(own) ~ average.copy_(parameter) ~ runtime
 runtime/report.py: hacking-direction ~ if now[ ~ if direction > 0 and now[ ~ runtime
 flux_adapter.py: flux-guidance ~ (len(condition),), self.options.guidance ~ (len(condition),), 1.0 ~ flux rollout
-sd3-timestep ~ timestep = (1000 * t) ~ timestep = (999 * t) ~ flux rollout or sd3
+sd3-timestep ~ timestep = (1000 * t) ~ timestep = (999 * t) ~ flux rollout
 klein-epsilon ~ (variance + vae.config.batch_norm_eps).sqrt() ~ variance.sqrt() ~ flux statistics
 unpacked-sideways ~ = self.options.height, self.options.width ~ = self.options.width, self.options.height ~ flux rollout
 vae-shift ~ x_0 / vae.scaling_factor + vae ~ x_0 / vae.scaling_factor - vae ~ flux rollout
 full_scale/task.py: reward-not-clamped ~ (sample.clamp(0, 1), condition) ~ (sample, condition) ~ flux saturated
 one-evaluation-noise ~ x_T[i : i + 1] ~ x_T[:1] ~ full_scale_runs saturated
-full_scale/transformer.py: lora-starts-changed ~ torch.zeros(p.shape) ~ torch.ones(p.shape) ~ flux lora
-memory-without-average ~ (5 * p.nbytes ~ (4 * p.nbytes ~ full_scale_errors memory
+full_scale/transformer.py: lora-starts-changed ~ torch.zeros(p.shape) ~ torch.ones(p.shape) ~ flux only_the_adapters
+memory-without-average ~ (5 * p.nbytes ~ (4 * p.nbytes ~ full_scale_errors too_little
 full_scale/pipeline.py: shift-of-pixels ~ height // 2 * (width // 2) ~ height * width ~ flux grid
-full_scale/contents.py: prompts-in-any-order ~ join(prompts) ~ join(sorted(prompts)) ~ full_scale_errors same_content
+full_scale/contents.py: prompts-in-any-order ~ join(prompts) ~ join(sorted(prompts)) ~ full_scale_errors embed
 shapes-not-values ~ total.update(value.cpu() ~ (value.cpu() ~ damaged_files embedding
 full_scale/sample.py: noise-of-image-number ~ i << 16 | number ~ number ~ full_scale geneval_samples
 full_scale/score.py: pixels-of-256 ~ [None] / 255 ~ [None] / 256 ~ full_scale numbers_from
