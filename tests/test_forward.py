@@ -11,7 +11,7 @@ from torch.func import grad, vmap
 import leap_align as la
 from leap_align import COSINE, RECTIFIED
 from tests.oracles import assert_frequencies, bumpy
-from tests.problems import B, T, problem, randn, seeded, trajectory
+from tests.problems import B, T, grid, problem, randn, seeded, trajectory
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -62,6 +62,13 @@ def test_rollout_is_euler_and_a_leap_over_one_interval_its_step(shift, i_end):
         assert torch.equal(la.leap(x, net(net.theta, x, t), t, s), x_next)
 
 
+@all_dtypes
+@pytest.mark.parametrize("times_dtype", [torch.float64, torch.float32], ids=str)
+def test_states_keep_their_dtype_through_a_leap_trajectory(dtype, times_dtype):
+    x_T, times = randn(B, 3, dtype=dtype), grid(T, 2.2243, times_dtype)
+    assert all(x.dtype == dtype for x in la.leap_rollout(lambda x, t: torch.sin(x), x_T, times, 4, 2, 0.3))
+
+
 # General paths
 def test_interpolate_against_a_hand_calculation():
     x_0, x_1 = torch.tensor([[1.0], [1.0]]), torch.tensor([[3.0], [3.0]])
@@ -99,6 +106,23 @@ def test_leap_general_is_eq_s7_between_the_ends(path):
         x_hat_1 = (v - da * x / a) / (db - da * b / a)  # S5
         x_hat_0 = (v - db * x / b) / (da - db * a / b)  # S6
         assert near(la.leap_general(x, v, t, s, path), a_s * x_hat_0 + b_s * x_hat_1, 1e-13)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.25, 0.6, 1.0])
+@pytest.mark.parametrize("curve", ["rectified", "cosine"])
+def test_leap_with_the_true_velocity_is_the_posterior_mean(t, curve):
+    """x_0 ~ N(mean, scale^2), x_1 ~ N(0, 1): E[x_0 | x_t], E[x_1 | x_t] and so v(x_t) are regressions on x_t."""
+    mean, scale, x = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.3, 1.0, 2.0]), randn(B, 3)
+    path, (a, b, da, db) = RECTIFIED, (1 - t, t, -1, 1)
+    if curve == "cosine":
+        path, u = COSINE, t * math.pi / 2
+        a, b, da, db = math.cos(u), math.sin(u), -math.pi / 2 * math.sin(u), math.pi / 2 * math.cos(u)
+    surprise = (x - a * mean) / (a**2 * scale**2 + b**2)
+    image, noise = mean + a * scale**2 * surprise, b * surprise
+    v = da * image + db * noise
+    assert near(la.leap_general(x, v, t, 0.0, path), image, 1e-13)
+    assert near(la.leap_general(x, v, t, 1.0, path), noise, 1e-13)
+    assert curve == "cosine" or near(la.leap(x, v, t, 0), image, 1e-13)
 
 
 # Connector and discount

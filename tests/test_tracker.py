@@ -198,6 +198,13 @@ def test_a_missing_library_is_one_line_before_anything_is_written(name, module, 
     assert not (tmp_path / "run").exists()
 
 
+def test_only_rank_0_has_a_tracker(tmp_path, wandb, monkeypatch):
+    monkeypatch.setattr(report, "rank", lambda: 1)
+    with report.tracker_class("wandb")(tmp_path, {}) as tracker:
+        assert isinstance(tracker, report.NoTracker)
+    assert not wandb.inits
+
+
 def test_a_run_without_a_tracker_imports_nothing_of_it(tmp_path):
     script = "import sys, train_leap_align; train_leap_align.main(sys.argv[1:]); print(*sys.modules)"
     command = [sys.executable, "-c", script, *SMALL, "--iterations", "1", "--out", str(tmp_path)]
