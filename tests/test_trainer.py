@@ -314,7 +314,7 @@ def test_too_many_skipped_steps_stop_the_run_and_keep_the_checkpoint(reference, 
     with monkeypatch.context() as patch:
         patch.setattr(Modes, "reward", lambda self, sample, condition: BROKEN["nan"](sample))
         flags = ["--out", str(tmp_path / "resumed"), "--resume", "--max-skipped-steps", "2"]
-        assert "2 steps in a row" in error_line(*flags)
+        assert "2 updates in a row" in error_line(*flags)
         patch.setattr(Modes, "evaluate", lambda self, folder, iteration: {"reward": 0.0, **self.held_out})
         assert "3 updates in a row skipped" in error_line("--out", str(tmp_path / "new"), "--max-skipped-steps", "3")
     assert run(tmp_path / "resumed", "--resume") == metrics(reference)
