@@ -67,7 +67,7 @@ seed-unused ~ manual_seed(config.seed) ~ manual_seed(0) ~ trainer seed
 state-not-advanced ~ self.generator.set_state(generator.get_state()) ~ pass ~ trainer same_seed
 gradient-not-cleared ~ self.optimizer.zero_grad() ~ pass ~ trainer not_finite
 leash-without-weight ~ (x_0, gradient, weight, before ~ (x_0, gradient, torch.ones_like(weight), before ~ trainer leash
-runtime/command_line.py: batch-of-ranks ~ % (world_size * config ~ % (1 * config ~ full_scale_errors nodes
+runtime/command_line.py: batch-of-ranks ~ % (world_size * config ~ % (1 * config ~ trainer all_ranks
 runtime/checkpoint.py: digest-not-checked ~ digest(path / name) == ~ "" != ~ checkpoint reported
 state-not-synced ~ fsync(part / "state.json", part) ~ fsync(part) ~ checkpoint newest
 rename-not-synced ~ fsync(part.parent) ~ pass ~ checkpoint newest

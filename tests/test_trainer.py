@@ -180,6 +180,8 @@ def test_microbatches_equal_the_whole_batch(flags, tmp_path):
 def test_the_microbatches_of_all_ranks_are_the_batch():
     slices = [rows_of_rank(12, microbatches=2, rank=rank, world_size=3) for rank in range(3)]
     assert [list(range(12)[rows]) for rank in slices for rows in rank] == [[i, i + 1] for i in range(0, 12, 2)]
+    with pytest.raises(BadInput, match="batch_size=16 must be a multiple of 3 processes"):
+        command_line.check(trainer.Config(batch_size=16), beyond.Hyper(), trainer.METHODS["leap_align"], world_size=3)
 
 
 SLOW = [METHOD_FLAGS[name] for name in ("leap_align", "leap_align_per_sample", "draft_lv", "stratified")]
