@@ -92,7 +92,7 @@ def leap(x: Tensor, v: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
 
 
 class Path(NamedTuple):
-    """A path x_t = a_t x_0 + b_t x_1 between image x_0 and noise x_1 (Eq. S2): four functions of a time tensor."""
+    """A path x_t = a_t x_0 + b_t x_1 of image x_0 and noise x_1 (Eq. S2): functions of time and their derivatives."""
 
     a_t: Callable[[Tensor], Tensor]
     b_t: Callable[[Tensor], Tensor]
@@ -119,7 +119,7 @@ def interpolate(x_0: Tensor, x_1: Tensor, t: Tensor | float, path: Path = RECTIF
 def leap_general(x: Tensor, v: Tensor, t: Tensor | float, s: Tensor | float, path: Path) -> Tensor:
     """One-step leap along any path (Eq. S7):  x̂_{s|t} = a_s x̂_{0|t} + b_s x̂_{1|t}.
 
-    S5 and S6 are multiplied out, since a and b are 0 at one end of the path.  For RECTIFIED this is `leap`.
+    S5 is multiplied by a, S6 by b, which are 0 at one end.  Arguments and gradient as in `leap`, equal on RECTIFIED.
     """
     require(v.shape == x.shape, f"the velocity's shape {tuple(v.shape)} must be the state's, {tuple(x.shape)}")
     t, s = (_over_batch(t if torch.is_tensor(t) else x.new_tensor(t), x) for t in (t, s))
@@ -324,7 +324,7 @@ def draft_lv(velocity, x_T, times, hyper, generator, step=leap) -> Endpoints:
     yield x_0, weight, {}
     for _ in range(hyper.n):  # line 43
         x_1 = interpolate(image, _noise_like(image, generator), t)  # line 45
-        yield leap(x_1, velocity(x_1, t), t, 0), weight, {}  # line 46
+        yield leap(x_1, velocity(x_1, t), t, 0), weight, {}  # line 46, Euler's step
 
 
 def drtune(velocity, x_T, times, hyper, generator, step=leap) -> Endpoints:

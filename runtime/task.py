@@ -102,6 +102,9 @@ class Task(ABC):
 
     def parallelize(self, mesh: DeviceMesh | None) -> None:
         """Moves the model to its device and shards it over the mesh (FSDP2); without a mesh there is one process."""
+        self.model.to(self.device)
+        if isinstance(self.reference, nn.Module):
+            self.reference.to(self.device)
         if mesh is not None:
             self.model.register_forward_hook(lambda model, inputs, v: v.clone())  # FSDP2 cannot hook a view
             # Reshard after each forward: an evaluation has no backward that does it before the weights are swapped.
@@ -123,7 +126,7 @@ class Task(ABC):
         """
         generator, n = Generator().manual_seed(EVALUATION_SEED), self.evaluation_samples
         x_T, condition = self.noise(n, generator), self.sample_conditions(n, generator)
-        samples = self.decode(rollout(self.velocity(condition), x_T, self.times)[0])
+        samples = self.decode(rollout(self.velocity(condition), x_T.to(self.device), self.times)[0])
         with torch.no_grad():
             reward = self.reward(samples, condition)
         require(torch.is_tensor(reward), f"a reward of type {type(reward).__name__} must be a tensor (B,) = ({n},)")
