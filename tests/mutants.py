@@ -1,6 +1,6 @@
 """How strong are the tests?  Puts faults into the code, one line at a time, and says which of them a test notices.
 
-    python -m tests.mutants [NAME ...]     every mutant, about 15 minutes on one core, or some; --list shows them
+    python -m tests.mutants [NAME ...]     every mutant, about 10 minutes on one core, or some; --list shows them
 
 A *mutant* is the project with one deliberate bug: a sign, an index, a lost stop_gradient, a skipped fsync.  It is
 *killed* if a test that passes without the change fails with it; if all pass, it *survives*: a person could make the
