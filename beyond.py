@@ -45,6 +45,7 @@ from leap_align import (
     Step,
     Velocity,
     _batch,
+    _check_generator,
     _randint,
     _steps,
     connect,
@@ -175,7 +176,7 @@ def lagrange_weights(nodes: list[float], t: float, s: float) -> list[float]:
 # ---------------------------------------------------- Random draws ---------------------------------------------------
 def late_draw(i_a: int, i_b: int, n: int, late_bias: float, generator: Generator) -> list[int]:
     """n distinct timesteps from i_a down to i_b + 1, descending.  The f-th is drawn with probability ~ f^late_bias."""
-    require(isinstance(generator, Generator), f"generator={generator} must be a torch.Generator: draws are seeded")
+    _check_generator(generator)
     if n == 0:
         return []
     odds = torch.arange(1.0, i_a - i_b + 1, device=generator.device) ** late_bias
@@ -188,7 +189,7 @@ def sample_thirds(T: int, generator: Generator) -> tuple[int, int]:
 
     i_j = 1 + first, i_k = 1 + first + second.  Gamma(a) is half a sum of 2a squared normals, so 5, 12 and 4 of them.
     """
-    require(isinstance(generator, Generator), f"generator={generator} must be a torch.Generator: draws are seeded")
+    _check_generator(generator)
     require(T >= 3, f"T={T} must be at least 3: lagrange splits the run in three")
     squares = torch.randn(21, generator=generator, device=generator.device).square()
     share = [part.sum().item() / squares.sum().item() for part in squares.split([5, 12, 4])]

@@ -59,11 +59,11 @@ def shifted_times(T: int, shift: float) -> Tensor:
 
 def _steps(times: Tensor) -> int:
     """T of a grid, which must ascend from 0 to 1."""
-    require(torch.is_tensor(times), f"times={times!r:.40} must be a tensor (T+1,), as from uniform_times")
-    is_grid = times.ndim == 1 and len(times) > 1 and times[0] == 0 and times[-1] == 1 and (times.diff() > 0).all()
-    shown = f"times={times.flatten()[:3].tolist()}... of shape {tuple(times.shape)}"
-    require(is_grid, f"{shown} must ascend strictly from 0 (image) to 1 (noise); flip a schedule that descends")
-    return len(times) - 1
+    is_row = torch.is_tensor(times) and times.ndim == 1 and len(times) > 1
+    if is_row and times[0] == 0 and times[-1] == 1 and (times.diff() > 0).all():
+        return len(times) - 1
+    rule = "must be a tensor (T+1,) that ascends strictly from 0 (image) to 1 (noise); flip a schedule that descends"
+    raise BadInput(f"times={' '.join(repr(times).split()):.60} {rule}")
 
 
 def _over_batch(t: Tensor | float, x: Tensor) -> Tensor | float:
@@ -379,13 +379,13 @@ def sample_pair(T: int, generator: Generator, low: int = 1, high: int | None = N
 
 def _randint(low: int, high: int, generator: Generator, size: int | None = None) -> Tensor:
     """Uniform integers, both ends included as in the paper; () or (size,)."""
-    require(isinstance(generator, Generator), f"generator={generator} must be a torch.Generator: draws are seeded")
+    _check_generator(generator)
     return torch.randint(low, high + 1, () if size is None else (size,), generator=generator, device=generator.device)
 
 
 def _noise_like(x: Tensor, generator: Generator) -> Tensor:
     """Gaussian noise with the shape, dtype and device of x, drawn on the generator's device."""
-    require(isinstance(generator, Generator), f"generator={generator} must be a torch.Generator: draws are seeded")
+    _check_generator(generator)
     B, rows = _batch(x, generator)
     return torch.randn(B, *x.shape[1:], generator=generator, dtype=x.dtype, device=generator.device)[rows].to(x.device)
 
@@ -393,3 +393,7 @@ def _noise_like(x: Tensor, generator: Generator) -> Tensor:
 def _batch(x: Tensor, generator: Generator) -> tuple[int, slice]:
     """Samples of the whole batch, and which of its rows are x; a plain generator draws for x alone."""
     return getattr(generator, "batch_size", len(x)), getattr(generator, "rows", slice(None))
+
+
+def _check_generator(generator: Generator) -> None:
+    require(isinstance(generator, Generator), f"generator={generator} must be a torch.Generator: draws are seeded")

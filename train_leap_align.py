@@ -113,7 +113,7 @@ def task_class(name: str) -> type[Task]:
 
 
 class Trainer:
-    """A task under training by one method: step, backward, optimizer step, evaluate."""
+    """A task under training by one method: an iteration is `step`, its parts are `backward` and `optimizer_step`."""
 
     def __init__(
         self, config: Config, hyper: Hyper, task: Task, method: Callable[..., Endpoints] | None = None

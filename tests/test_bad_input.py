@@ -153,7 +153,7 @@ REFUSALS = [
 BAD_GRIDS = [[1.0, 0.5, 0.0], [0.1, 0.5, 1.0], [0.0, 0.5, 0.9], [0.0, 500.0, 1000.0], [0.0, 0.5, 0.5, 1.0]]
 BAD_GRIDS += [[0.0, 0.7, 0.3, 1.0], [0.0, NAN, 1.0], [0.0], [], [[0.0, 0.5, 1.0], [0.0, 0.5, 1.0]]]
 for times in map(torch.tensor, BAD_GRIDS):
-    words = f"times={times.flatten()[:3].tolist()}... of shape {tuple(times.shape)} must ascend"
+    words = "times=tensor( ... must be a tensor (T+1,) that ascends strictly from 0 (image) to 1 (noise)"
     calls = [(la.rollout, velocity, X, times), (two_passes, 2, 1, 0.3, times), (one_pass, 2, 1, 0.3, times)]
     REFUSALS += [(words, *call) for call in [*calls, *((method, name, times) for name in METHODS)]]
 

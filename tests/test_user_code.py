@@ -48,6 +48,17 @@ def test_a_task_with_the_required_members_trains(beta, train, tmp_path):
     assert (tmp_path / "run" / "result.json").exists()
 
 
+def test_the_models_and_the_noise_of_an_evaluation_move_to_the_device_of_a_task():
+    found, zero = [], lambda self, sample, condition: torch.zeros(len(sample))
+    held_out = lambda self, samples, condition: found.append(samples.is_meta) or {}  # noqa: E731
+    members = {**MINE, "device": torch.device("meta"), "reward": zero, "evaluate_held_out": held_out}
+    task = type("OnMeta", (Task,), members)(None, 2)
+    task.keep_reference()
+    task.parallelize(None)
+    task.evaluate(None, 0)
+    assert found == [True] and all(p.is_meta for m in (task.model, task.reference) for p in m.parameters())
+
+
 @pytest.mark.parametrize("member", sorted(Task.__abstractmethods__))
 def test_a_missing_member_of_a_task_is_named_before_the_task_is_built(member, train, tmp_path):
     members = {member: None, "__init__": lambda *_: pytest.fail("the task is built")}
