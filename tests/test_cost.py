@@ -1,6 +1,7 @@
 """toy/laboratory/cost.py: its counts against hand calculations, its times, and its page."""
 
 from ast import literal_eval
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from beyond import DEFAULTS, Hyper
-from leap_align import METHODS, BadInput, uniform_times
+from leap_align import METHODS, uniform_times
 from runtime.backward import CutVelocity, Leash
 from runtime.cost_counter import flop_count
 from runtime.run_dir import read_csv
@@ -16,7 +17,7 @@ from tests.problems import seeded
 from toy.laboratory import cost
 from toy.laboratory.cost import SHARES, SMOKE, bare_step, floor_flop_count, method_cost, representative_seeds
 
-RESULTS = cost.ROOT / "toy" / "laboratory" / "results"
+RESULTS = Path(cost.__file__).parent / "results"
 B, IN, HIDDEN, T = 3, 4, 5, 6
 FORWARD = 2 * B * IN * HIDDEN + 2 * B * HIDDEN * IN  # a product and a sum for each entry of two matrices
 BACKWARD = FORWARD + 2 * B * HIDDEN * IN  # the gradients of both weights and of the hidden layer
@@ -140,23 +141,6 @@ def test_timing_the_shares_does_not_change_a_step(monkeypatch):
     assert {**rows[0], "seconds": 0} == {**rows[1], "seconds": 0}
     assert tuple(shares) == SHARES and sum(shares.values()) == pytest.approx(1)
     assert min(shares.values()) > 0 and shares["rollout"] / shares["leaps"] == pytest.approx(23 / 2)
-
-
-def test_the_second_run_finds_the_networks_of_the_first(monkeypatch):
-    caches, run_python = [], cost.run_python
-
-    def observed(*words):
-        run_python(*words)
-        caches.append([(path.name, path.stat().st_mtime_ns) for path in cost.Path(words[2]).iterdir()])
-
-    monkeypatch.setattr(cost, "run_python", observed)
-    assert set(cost.run_seconds("toy", *SMOKE)) == {"first run s", "second run s"}
-    assert caches[0] == caches[1] != []
-
-
-def test_a_failed_process_is_refused_in_one_line():
-    with pytest.raises(BadInput, match=r"^`python -m toy.nothing` failed: [^\n]*No module named toy.nothing$"):
-        cost.run_python("-m", "toy.nothing")
 
 
 def test_without_diffusers_the_tiny_pipelines_are_left_out(monkeypatch, capsys):

@@ -8,8 +8,6 @@ calls of the network, without a method and without gradient checkpointing.
 
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -29,7 +27,7 @@ from torch import Tensor
 
 import train_leap_align
 from beyond import DEFAULTS
-from leap_align import BadInput, Hyper, Velocity
+from leap_align import Hyper, Velocity
 from runtime.backward import CutVelocity
 from runtime.cost_counter import flop_count, saved_bytes
 from runtime.task import Task
@@ -38,19 +36,13 @@ from toy.laboratory.variants import leap_align_variant
 from toy.summary import markdown_table
 from train_leap_align import METHODS, Trainer
 
-ROOT = Path(__file__).resolve().parents[2]
-TINY_PIPELINES = {"tiny flux": [], "tiny sd3": ["--sd3"]}
-"""Tasks on a tiny random pipeline, with the flags of `python -m full_scale tiny` that make it."""
+TINY_PIPELINES = {"tiny flux": {}, "tiny sd3": {"sd3": True}}
+"""Tasks on a tiny random pipeline, with the options of `python -m full_scale tiny` that make it."""
 TWO_PASSES = {"two passes": leap_align_variant}
 """LeapAlign as in the published pseudo-code: a rollout, then two more evaluations for the leaps."""
 SHARES = ("data", "text", "rollout", "leaps", "decode", "reward", "backward", "optimizer", "EMA", "other")
 """Phases of a step: those that the trainer marks, and the velocity's calls without and with gradient."""
 SMOKE = "--batch-size 8 --pretrain-steps 1 --reward-steps 1 --evaluation-samples 160 --iterations 2".split()
-RUN = (
-    "import pathlib, sys, toy.pretrain, train_leap_align as trainer; toy.pretrain.CACHE = pathlib.Path(sys.argv[1]); "
-    "trainer.main(sys.argv[2:])"
-)
-"""A program: a run of the trainer with a cache of pre-trained networks in another folder."""
 
 Row = dict[str, Any]
 
@@ -74,20 +66,14 @@ def tasks_to_measure(lab: Laboratory) -> list[str]:
 
 
 # ---------------------------------------------- The task and its trainer ----------------------------------------------
-def run_python(*arguments: str) -> None:
-    """Runs Python in its own process; raises BadInput with the last line of its stderr if it fails."""
-    finished = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
-    if finished.returncode:
-        last_line = (finished.stderr.strip().splitlines() or ["no message"])[-1]
-        raise BadInput(f"`python {' '.join(arguments)}` failed: {last_line}")
-
-
 @cache
 def tiny_pipeline(name: str) -> tempfile.TemporaryDirectory:
     """A folder with a tiny random pipeline, its reward, and prompts; it lives as long as this process."""
+    from full_scale.tiny import tiny
+
     folder = tempfile.TemporaryDirectory()
     (Path(folder.name) / "prompts.txt").write_text("a red cube\ntwo dogs on a beach\n")
-    run_python("-m", "full_scale", "tiny", f"{folder.name}/model", *TINY_PIPELINES[name])
+    tiny(Path(folder.name) / "model", **TINY_PIPELINES[name])
     return folder
 
 
@@ -262,26 +248,14 @@ def step_shares(trainer: Trainer, steps: int) -> dict[str, float]:
     return {name: seconds[name] / total for name in SHARES}
 
 
-def run_seconds(task: str, *flags: str) -> dict[str, float]:
-    """Seconds of `python train_leap_align.py --task NAME`: from nothing, then with the networks in the cache."""
-    seconds = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("first run s", "second run s"):
-            start = now()
-            run_python("-c", RUN, f"{folder}/cache", "--task", task, "--out", f"{folder}/{name}", *flags)
-            seconds[name] = now() - start
-    return seconds
-
-
 def step_times(task: str, smoke: bool) -> Row:
-    """A row of cost-time.csv: a minute of steps and bare steps, shares of further steps, and a toy's whole runs."""
+    """A row of cost-time.csv: a minute of steps and bare steps, and the shares of further steps."""
     trainer, condition, x_T = start_trainer(task, *SMOKE if smoke else ())
     times = time_in_turns(trainer, condition, x_T, seconds=0.1 if smoke else 60)
     ratio, error = median_ratio(times["step"], times["bare"])
     row = {"task": task, **{f"{name} ms": 1e3 * statistics.median(times[name]) for name in ("step", "bare")}}
     row |= {"ratio": ratio, "ratio_error": error, "steps": len(times["step"])}
-    row |= step_shares(trainer, max(3, len(times["step"]) // 4))
-    return row if smoke or task in TINY_PIPELINES else row | run_seconds(task)
+    return row | step_shares(trainer, max(3, len(times["step"]) // 4))
 
 
 # ------------------------------------------------- Tables and figure --------------------------------------------------
@@ -294,7 +268,7 @@ def tables(rows: list[Row], times: list[Row]) -> str:
         cells |= {name: f"{row[name]:.3g}" for name in ("evaluations", "with gradient")}
         cells |= {f"FLOP, {row['task']}": row["operations"], "bytes": row["MiB"] / mib[row["task"]]}
     costs = ["method", "evaluations", "with gradient", *(f"FLOP, {task}" for task in mib), "bytes"]
-    seconds = ["task", "step ms", "bare ms", "ratio", "steps", "first run s", "second run s"]
+    seconds = ["task", "step ms", "bare ms", "ratio", "steps"]
     shares = [row | {name: round(row[name], 3) for name in SHARES} for row in times]
     shown = (list(methods.values()), costs), (times, seconds), (shares, ["task", *SHARES])
     return "\n\n".join(markdown_table(table, columns) for table, columns in shown)
