@@ -131,7 +131,7 @@ class WithoutWeights:
         """The text inputs, computed or as if read from files."""
         if not self.stored_embeddings:
             return super().encode(prompts)
-        shapes = self.family.text_shapes(self.configs["transformer"])
+        shapes = self.family.text_shapes(self.configs["transformer"], self.options.max_sequence_length)
         with self.simulation.fake:
             return {name: torch.empty(len(prompts), *shape, dtype=self.dtype) for name, shape in shapes.items()}
 

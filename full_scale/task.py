@@ -48,6 +48,8 @@ class Options:
     width: int = 720  # Pixels, a multiple of 16.
     # Guidance scale: an input of FLUX.1-dev, classifier-free guidance in SD3.5-M and FLUX.2-klein.
     guidance: float = FAMILIES["flux"].guidance
+    # Tokens of the largest text encoder, padding included: fewer are faster if all prompts are short.
+    max_sequence_length: int = FAMILIES["flux"].max_sequence_length
     shift: float | None = None  # Shift s of the time grid; the pipeline's own scheduler decides if not given.
     # What the networks compute in; states, trained weights, their average and the reward are always float32.
     precision: pipeline.Precision = "bfloat16"
@@ -91,6 +93,7 @@ class DiffusersTask(Task):
     def __init__(self, options: Options, T: int) -> None:
         pipeline.check_image_size(options.height, options.width)
         pipeline.check_guidance(self.family, options.guidance)
+        pipeline.check_sequence_length(options.max_sequence_length)
         transformer.check_lora(options.lora_rank, options.lora_alpha)
         if options.load_in_4bit:
             transformer.check_4bit(options.lora_rank, options.compile)
@@ -106,7 +109,7 @@ class DiffusersTask(Task):
         pipeline.check_trainable(self.family, pipeline.pipeline_folder(options.model, ()))  # before any gigabyte moves
         self.folder = pipeline.pipeline_folder(options.model)
         sources = [(options.prompts, self.prompts), (evaluation_source, self.evaluation_prompts)]
-        self.embedding_folders = embedding_folders(sources, self.folder)
+        self.embedding_folders = embedding_folders(sources, self.folder, options.max_sequence_length)
         needs_text = len(self.embedding_folders) < len(sources)
         self.prompts_to_encode_once = few_prompts(self.prompts, self.evaluation_prompts) if needs_text else []
         self.encoded_once: dict[str, dict[str, Tensor]] = {}
@@ -239,10 +242,10 @@ class DiffusersTask(Task):
         """Encodes the prompts of a run that has few of them and frees the text encoders."""
         if not self.prompts_to_encode_once:
             return
-        encoders, encode = self.text_encoders(), self.family.encode_text
+        encoders = self.text_encoders()
         for encoder in encoders.values():
             encoder.to(self.device)
-        self.encoded_once = {text: encode(self.pipeline, [text], self.device) for text in self.prompts_to_encode_once}
+        self.encoded_once = {text: self.encode_now([text]) for text in self.prompts_to_encode_once}
         self.pipeline.register_modules(**dict.fromkeys(encoders))
 
     @torch.no_grad()
@@ -254,7 +257,11 @@ class DiffusersTask(Task):
         if self.encoded_once:
             rows = [self.encoded_once[prompt] for prompt in prompts]
             return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-        return self.family.encode_text(self.pipeline, prompts, self.device)
+        return self.encode_now(prompts)
+
+    def encode_now(self, prompts: list[str]) -> dict[str, Tensor]:
+        """The text inputs, by the text encoders."""
+        return self.family.encode_text(self.pipeline, prompts, self.device, self.options.max_sequence_length)
 
     def latent_size(self) -> tuple[int, int, int]:
         """Channels, height and width of the VAE's latents."""
