@@ -20,7 +20,6 @@ ABOVE = "0 0.0796 0.1609 0.2461 0.3379 0.4407 0.5626 0.723 1"
 NF4 = torch.tensor([*(-float(level) for level in BELOW.split()), *map(float, ABOVE.split())])
 """The levels of QLoRA (arXiv:2305.14314, appendix E)."""
 FILE = "transformer/diffusion_pytorch_model.safetensors"
-FOUR_BITS = ["--lora-rank", "2", "--load-in-4bit"]
 
 
 def rounded(weight):
@@ -74,5 +73,5 @@ def test_the_gradient_is_that_of_the_dequantised_weights(models, name, checkpoin
 
 def test_four_bits_without_torchao_are_refused(models, tmp_path, monkeypatch):
     monkeypatch.setattr(transformer, "find_spec", lambda name: None)
-    line = tiny.refusal([*flags(models, "flux", *FOUR_BITS), "--out", tmp_path])
+    line = tiny.refusal([*flags(models, "flux", "--lora-rank", 2, "--load-in-4bit"), "--out", tmp_path])
     assert line == "error: load_in_4bit needs torchao: pip install torchao==0.18.0"
