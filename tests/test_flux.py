@@ -105,7 +105,6 @@ def test_half_precision_applies_the_statistics_of_kleins_latents_in_float32(mode
 
 @every_task
 def test_half_precision_rounds_the_time_where_the_pipeline_does(models, name):
-    """Not for SD3.5."""
     task, pipeline = task_of(models, name, precision="bfloat16"), pipeline_of(models, name)
     pipeline.to(torch.bfloat16)
     times = {task.model: [], pipeline.transformer: []}
@@ -117,7 +116,7 @@ def test_half_precision_rounds_the_time_where_the_pipeline_does(models, name):
     draw(pipeline, x_T.to(torch.bfloat16), PROMPTS[:1], 4)
     found, expected = map(torch.cat, times.values())
     assert len(expected) >= 4 and torch.equal(found, expected)
-    assert torch.equal(found, found.bfloat16().float()) == (name != "sd3")
+    assert torch.equal(found, found.bfloat16().float()) == (name != "sd3")  # whose times stay float32
 
 
 @every_task

@@ -27,7 +27,6 @@ from full_scale import __main__ as tools
 from full_scale import transformer
 from full_scale.prompts import embedding_file
 from leap_align import BadInput
-from runtime.processes import exit_process
 from tests.tiny_pipelines import PROMPTS, ROOT, TASKS, content_of, flags, options_of, refusal, sampling, start, tool
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -325,9 +324,13 @@ def test_the_same_command_continues_only_from_the_same_content(filled, tmp_path,
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out"), RuntimeError("DefaultCPUAllocator: can't")])
 def test_a_tool_that_runs_out_of_memory_advises_only_what_it_has(monkeypatch, tmp_path, error):
+    """And does so on a line of its own, below the progress bar of a loop that the error leaves."""
+    output = io.StringIO()
+    bar = tqdm(total=3, file=output, leave=False)
     monkeypatch.setattr("full_scale.pipeline.check_image_size", Mock(side_effect=error))
     line = refusal(["sample", "--model", "m", "--out", tmp_path])
     assert line.startswith("error: out of memory") and "--batch-size of sample" in line and "--resume" not in line
+    assert bar.disable and output.getvalue().endswith("\r")
 
 
 def test_a_full_disk_names_the_file(models, tmp_path, monkeypatch):
@@ -345,13 +348,3 @@ def test_ctrl_c_during_the_imports_ends_without_a_traceback_unless_it_is_ignored
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == status and "Traceback" not in errors
-
-
-def test_an_error_does_not_follow_a_progress_bar_on_its_line():
-    output = io.StringIO()
-    bar = tqdm(range(3), file=output, leave=False)
-    rounds = iter(bar)
-    next(rounds)  # as in a loop that an error leaves
-    with pytest.raises(SystemExit, match="error: mine"):
-        exit_process(BadInput("mine"), "", "")
-    assert bar.disable and output.getvalue().endswith("\r")

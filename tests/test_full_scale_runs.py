@@ -25,6 +25,7 @@ from tests.tiny_pipelines import PROMPTS, TASKS, assert_close, every_task, flags
 
 pytestmark = pytest.mark.usefixtures("one_process")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+IN_4BIT = "--lora-rank 2 --load-in-4bit"
 
 
 def slow(*values):
@@ -126,9 +127,7 @@ def test_a_sheet_shows_every_image_unchanged_and_its_prompt_below():
     [
         ("flux", "--lora-rank 2 --method lagrange", ""),
         ("flux", "--T 8 --solver ab2", "--gradient-accumulation-steps 2 --gradient-checkpointing off"),
-        pytest.param(
-            "flux", "--lora-rank 2 --load-in-4bit --precision bfloat16 --beta 1e-3", "", marks=tiny.needs_torchao
-        ),
+        pytest.param("flux", f"{IN_4BIT} --precision bfloat16 --beta 1e-3", "", marks=tiny.needs_torchao),
         *(("flux", f"--lora-rank {rank} --beta 1", "") for rank in (0, 2)),
         *(slow(name, f"--lora-rank {rank} --beta 1", "") for name in ("sd3", "klein") for rank in (0, 2)),
     ],
