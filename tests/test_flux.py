@@ -287,6 +287,5 @@ def test_an_evaluation_of_the_reference_does_not_change_the_gradient(models, lor
     expected = gradients(task)
     task.model.zero_grad()
     velocity, reference = task.velocity_and_reference(PROMPTS[:2])
-
     task.velocity = lambda condition: lambda x, t: (velocity(x, t), torch.no_grad()(reference)(x, t))[0]
     assert_close(gradients(task), expected, 0, 0)

@@ -144,14 +144,13 @@ def test_what_cannot_work_is_refused(models, odd, tmp_path, monkeypatch, row):
 
 @pytest.mark.parametrize("name", ["flux", "klein"])
 def test_a_distilled_model_is_only_sampled_and_without_guidance(models, odd, tmp_path, monkeypatch, name):
-    """For training it is refused before the download of its weights."""
     tool(*sampling(models, tmp_path / "i", "--model", odd / name))
     assert tiny.read(tmp_path / "i" / "settings.json")["guidance"] == 1 and list(tmp_path.glob("i/*.png"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", download := Mock(return_value=odd / name))
     line = refusal([*flags(models, name), "--model", "someone/distilled", "--out", tmp_path / "run"])
     assert "distilled to few steps" in line
     asked = {pattern for call in download.call_args_list for pattern in call.kwargs["allow_patterns"]}
-    assert asked == {"model_index.json", "scheduler/*", "transformer/config.json"}
+    assert asked == {"model_index.json", "scheduler/*", "transformer/config.json"}  # no weights
 
 
 RESPONSE = SimpleNamespace(headers={}, request=None)
