@@ -24,7 +24,7 @@ from tests import tiny_pipelines as tiny  # first: skips without the libraries
 
 from full_scale import geneval_prompts
 from full_scale.components import weight_shapes
-from full_scale.models import FAMILIES
+from full_scale.models import FAMILIES, Family
 from full_scale.score import read_image
 from leap_align import BadInput
 from tests.tiny_pipelines import PROMPTS, ROOT, TASKS, every_task, flags, options_of, sampling, task_of, tool, train
@@ -57,8 +57,8 @@ def test_the_whole_path_on_two_processes_and_on_one(tmp_path):
 def test_a_pipeline_of_the_real_size_trains_and_samples(tmp_path, monkeypatch, name):
     """The path of `tiny --full-size`, with fewer and narrower blocks in place of the real ones."""
     networks = FAMILIES[name].configs
-    monkeypatch.setitem(networks, "transformer", tiny.small_config(name))
-    monkeypatch.setitem(networks, "vae", networks["vae"] | {"block_out_channels": [32] * 4, "layers_per_block": 1})
+    vae = networks["vae"] | {"block_out_channels": [32] * 4, "layers_per_block": 1}
+    monkeypatch.setattr(Family, "configs", networks | {"transformer": tiny.small_config(name), "vae": vae})
     model, prompts, written = tmp_path / "model", tmp_path / "prompts.txt", []
     prompts.write_text("\n".join(PROMPTS[:2]))
     for _ in range(2):
