@@ -147,11 +147,6 @@ def claimed_output_folder(folder: Path, tool: str, settings: dict[str, Any]) -> 
         yield
 
 
-def check_new_file(path: Path) -> None:
-    """Refuses to overwrite a file."""
-    require(not path.exists(), f"{path} exists: choose another --out, or delete it")
-
-
 def check_shared_folder(folder: Path) -> None:
     """Refuses a folder that the nodes do not share: each node would keep its own part of a checkpoint."""
     shared = (folder / LOCK).exists()
