@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from full_scale.contents import pipeline_content, prompts_content, tensors_content
+from full_scale.contents import files_content, prompts_content, tensors_content
 from full_scale.models import Family
 from full_scale.pipeline import TEXT_SUBFOLDERS, Precision, family_of, gpu_or_cpu, open_pipeline, pipeline_folder
 from leap_align import BadInput, require
@@ -62,7 +62,7 @@ def embed(model: str, prompts: Path, out: Path, precision: Precision = "bfloat16
     folder = run_on_all_ranks(lambda: pipeline_folder(model, TEXT_SUBFOLDERS))
     family, dtype = run_on_all_ranks(lambda: family_of(folder)), getattr(torch, precision)
     pipeline = run_on_all_ranks(lambda: open_pipeline(family, folder, dtype, transformer=None, vae=None))
-    content = run_on_all_ranks(lambda: pipeline_content(folder, *TEXT_SUBFOLDERS) if rank() == 0 else None)
+    content = run_on_all_ranks(lambda: files_content(folder, *TEXT_SUBFOLDERS) if rank() == 0 else None)
     settings = {"model": content, "prompts": prompts_content(texts), "precision": precision}
     with claimed_output_folder(out, EMBED, settings):
         # Classifier-free guidance also needs the empty prompt.
@@ -132,7 +132,7 @@ def check_embeddings(folder: Path, pipeline: Path) -> None:
     is_own = settings.get("tool") == EMBED
     require(is_own, f"{folder} was not filled by `python -m full_scale embed`: give a text file, or embed it")
     if rank() == 0 and any(pipeline.glob("text_encoder*/*.safetensors")):
-        is_same = settings.get("model") == pipeline_content(pipeline, *TEXT_SUBFOLDERS)
+        is_same = settings.get("model") == files_content(pipeline, *TEXT_SUBFOLDERS)
         remedy = "embed the prompts with this --model"
         require(is_same, f"{folder} holds embeddings of another model than {pipeline}: {remedy}")
 

@@ -150,9 +150,9 @@ class DiffusersTask(Task):
         if self.embedding_folders:
             text_encoders = read_json(self.embedding_folders[0] / "settings.json")["model"]
         else:
-            text_encoders = contents.pipeline_content(self.folder, *pipeline.TEXT_SUBFOLDERS)
+            text_encoders = contents.files_content(self.folder, *pipeline.TEXT_SUBFOLDERS)
         return {
-            "model": contents.pipeline_content(self.folder, "transformer", "vae", "scheduler"),
+            "model": contents.files_content(self.folder, "transformer", "vae", "scheduler"),
             "text_encoders": text_encoders,
             "prompts": contents.prompts_content(self.prompts),
             "evaluation_prompts": contents.prompts_content(self.evaluation_prompts),

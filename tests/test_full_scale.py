@@ -25,7 +25,7 @@ from tests import tiny_pipelines as tiny  # first: skips without the libraries
 
 from full_scale import geneval_prompts, rewards
 from full_scale.components import weight_shapes
-from full_scale.contents import pipeline_content
+from full_scale.contents import files_content
 from full_scale.models import FAMILIES
 from full_scale.pipeline import TEXT_SUBFOLDERS
 from full_scale.score import read_image
@@ -198,7 +198,7 @@ def test_another_chat_template_makes_other_text_encoders(models, tmp_path):
     shutil.copytree(models / "klein", tmp_path / "klein")
     template = tmp_path / "klein" / "tokenizer" / "chat_template.jinja"
     template.write_text(template.read_text() + "!")
-    assert len({pipeline_content(folder / "klein", *TEXT_SUBFOLDERS) for folder in (models, tmp_path)}) == 2
+    assert len({files_content(folder / "klein", *TEXT_SUBFOLDERS) for folder in (models, tmp_path)}) == 2
 
 
 EMBEDDED = "the embeddings of 5 prompts are in {0}: train with --prompts {0}\n"
