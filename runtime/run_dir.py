@@ -192,10 +192,14 @@ def _lock_own(lock: FileLock, folder: Path, settings_file: Path, tool: str) -> N
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """A run's checkpoints, the newest last.  Other names in the folder do not count."""
-    paths = (folder / "checkpoint").glob("*")
-    folders = [path for path in paths if re.fullmatch(r"\d{6,}", path.name) and path.is_dir()]
-    return sorted(folders, key=lambda path: int(path.name))
+    """A run's checkpoints, the newest last."""
+    return [path for path in numbered(folder / "checkpoint").values() if path.is_dir()]
+
+
+def numbered(folder: Path, suffix: str = "") -> dict[int, Path]:
+    """Iteration -> what has its number as name, in their order.  Other names in the folder do not count."""
+    paths = [path for path in folder.glob(f"*{suffix}") if re.fullmatch(r"\d{6,}", path.name.removesuffix(suffix))]
+    return {int(path.stem): path for path in sorted(paths, key=lambda path: int(path.stem))}
 
 
 def read_json(path: Path) -> dict[str, Any]:
