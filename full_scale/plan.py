@@ -298,7 +298,7 @@ def numbers(costs: Costs, machine: Machine) -> dict[str, Any]:
         "peak_gib": costs.gib(),
         "training_gib": max(total_gib(peak | {"frozen models": 0}) for peak in costs.peaks.values()),
         "fits": costs.fits(machine),
-        "tflop_per_step": step[FLOP] / 1e12 * machine.gpus * machine.nodes,
+        "tflop_per_step": step[FLOP] / 1e12 * machine.world_size,
         "seconds_per_step": sum(seconds(counts, machine) for counts in costs.counts.values()),
         "host_gb": {name: value / 1e9 for name, value in costs.host.items()},
         "disk_gb": {name: value / 1e9 for name, value in costs.disk.items()},
