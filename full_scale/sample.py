@@ -155,8 +155,7 @@ def open_trained(model: str, transformer: Path | None, lora: Path | None, dtype:
         remedy = "a finished run leaves one in its own folder"
         require(transformer.is_dir(), f"transformer={transformer} is not a folder: {remedy}")
         components["transformer"] = load_component(transformer, family.transformer_class, dtype)
-    if lora:
-        require(lora.exists(), f"lora={lora} does not exist: a finished run leaves it in its own folder")
+    require(not lora or lora.exists(), f"lora={lora} does not exist: a finished run leaves it in its own folder")
     pipe = pipeline.open_pipeline(family, folder, dtype, **components)
     if lora:
         check_adapters(lora, pipe.transformer)
