@@ -83,7 +83,6 @@ CHANGEABLE = frozenset({"iterations"})
     (lambda out: enter(run_dir.claimed_output_folder(out, "sample", {"lr": 2.0})), "lr was 1.0, is 2.0; choose"),
     (lambda out: run_dir.check_run_folder(out, {"lr": 2.0, "iterations": 5}, True, CHANGEABLE), "is 2.0; give"),
     (lambda out: run_dir.check_contents(out, {"prompts": "a", "model": "c"}), "model changed since"),
-    (lambda out: run_dir.check_new_file(out / "config.json"), "config.json exists: choose another --out"),
     (lambda out: enter(run_dir.locked_folder(out / "config.json", "config.json", "sample")), "config.json is a file"),
     (lambda out: enter(run_dir.locked_folder(out / "config.json" / "a", "config.json", "sample")), "cannot write to"),
 ])  # fmt: skip
@@ -94,7 +93,6 @@ def test_other_settings_contents_or_files_are_refused(refused, words, tmp_path):
     run_dir.write_settings(tmp_path / "config.json", settings | {"contents": {"prompts": "a", "model": "b"}})
     run_dir.check_run_folder(tmp_path, settings | {"iterations": 4}, True, CHANGEABLE)
     run_dir.check_contents(tmp_path, {"prompts": "a", "model": "b"})
-    run_dir.check_new_file(tmp_path / "new")
     with pytest.raises(BadInput) as stop:
         refused(tmp_path)
     assert words in str(stop.value) and "\n" not in str(stop.value)
