@@ -128,8 +128,7 @@ def step_cost(flags: PlanFlags) -> tuple[float, float]:
     is_complete = not any(row["skipped"] for row in rows)
     require(is_complete, "not measured: a gradient was not finite, so a step was skipped")
     median = statistics.median(row["seconds"] for row in rows[1:])
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return median, peak / 2**30
+    return median, torch.cuda.max_memory_allocated() / 2**30  # 0 without a GPU
 
 
 def start_trainer(flags: PlanFlags) -> Trainer:

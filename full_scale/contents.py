@@ -17,18 +17,15 @@ def prompts_content(prompts: Sequence[str]) -> str:
     return _short(digest("\n".join(prompts).encode()))
 
 
-def pipeline_content(folder: Path, *subfolders: str) -> str:
-    """The digest of what diffusers and transformers read from some subfolders (patterns of names)."""
+def files_content(path: Path, *subfolders: str) -> str:
+    """The digest of a file, or of what diffusers and transformers read from a folder's subfolders (patterns)."""
+    if path.is_file():
+        return _short(digest(path))
     suffixes = [".json", ".txt", ".model", ".safetensors"]
-    if any(template for name in subfolders for template in folder.glob(f"{name}/*.jinja")):
+    if any(template for name in subfolders for template in path.glob(f"{name}/*.jinja")):
         suffixes.append(".jinja")  # a tokenizer's chat template; digests of folders without one stay what they were
     patterns = [f"{name}/*{suffix}" for name in subfolders for suffix in suffixes]
-    return _short(digest("".join(digest_folder(folder, pattern, "*.fp16.*") for pattern in patterns).encode()))
-
-
-def weights_content(path: Path) -> str:
-    """The digest of a weights file, or of a folder with weights."""
-    return pipeline_content(path, ".") if path.is_dir() else _short(digest(path))
+    return _short(digest("".join(digest_folder(path, pattern, "*.fp16.*") for pattern in patterns).encode()))
 
 
 def tensors_content(tensors: Mapping[str, Tensor]) -> str:
@@ -38,11 +35,6 @@ def tensors_content(tensors: Mapping[str, Tensor]) -> str:
         total.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         total.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return _short(total.hexdigest())
-
-
-def images_content(images: Path, prompts: Mapping[str, str]) -> str:
-    """The digest of the images in a folder and of their prompts, by file."""
-    return prompts_content([*(f"{name} {digest(images / name)} {prompts[name]}" for name in prompts), ""])
 
 
 def reward_content(reward: str, model: nn.Module) -> str:

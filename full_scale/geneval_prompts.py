@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from runtime.run_dir import check_new_file, write_text
+from leap_align import require
+from runtime.run_dir import write_text
 
 COUNTS = {"position": 20588, "counting": 14706, "attribute": 8824, "colors": 2941, "two objects": 2941}
 """Prompts of each kind: 50,000 in the paper's ratio 7 : 5 : 3 : 1 : 1."""
@@ -35,7 +36,7 @@ def geneval_prompts(out: Path) -> None:
     Args:
         out: New text file, one prompt per line.
     """
-    check_new_file(out)
+    require(not out.exists(), f"{out} exists: choose another --out, or delete it")
     hashes = b64decode(TEST_PROMPT_HASHES.read_text())
     test_prompts = {hashes[i : i + 3] for i in range(0, len(hashes), 3)}
     generator, prompts = random.Random(0), []

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -264,13 +263,12 @@ def plan(arguments: list[str]) -> None:
 
 def read_flags(arguments: list[str]) -> PlanFlags:
     """The command line, for FLUX.1-dev if it names no task; refuses values that cannot work."""
-    folders = [Path(path).parent for flag, path in pairwise(arguments) if flag == "--json"]
-    for folder in folders:
-        require(folder.is_dir(), f"json: {folder} does not exist: make it first")
     if not any(argument.startswith("--task") for argument in arguments):
         arguments = ["--task", "flux", *arguments]
     flags = parse(arguments, PlanFlags, __doc__, "python -m full_scale plan")
     run, task, machine = flags.run, flags.task, flags.machine
+    if machine.json:
+        require(machine.json.parent.is_dir(), f"json: {machine.json.parent} does not exist: make it first")
     require(run.task in FAMILIES, f"task={run.task}: plan knows {', '.join(FAMILIES)}")
     published = task_class(run.task).Options.model
     if task.model != published:
@@ -300,7 +298,7 @@ def numbers(costs: Costs, machine: Machine) -> dict[str, Any]:
         "peak_gib": costs.gib(),
         "training_gib": max(total_gib(peak | {"frozen models": 0}) for peak in costs.peaks.values()),
         "fits": costs.fits(machine),
-        "tflop_per_step": step[FLOP] / 1e12 * machine.gpus * machine.nodes,
+        "tflop_per_step": step[FLOP] / 1e12 * machine.world_size,
         "seconds_per_step": sum(seconds(counts, machine) for counts in costs.counts.values()),
         "host_gb": {name: value / 1e9 for name, value in costs.host.items()},
         "disk_gb": {name: value / 1e9 for name, value in costs.disk.items()},

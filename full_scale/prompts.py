@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from full_scale.contents import pipeline_content, prompts_content, tensors_content
+from full_scale.contents import files_content, prompts_content, tensors_content
 from full_scale.models import Family
 from full_scale.pipeline import (
     TEXT_SUBFOLDERS,
@@ -71,10 +72,10 @@ def embed(
     texts = run_on_all_ranks(lambda: read_prompts(prompts))
     folder = run_on_all_ranks(lambda: pipeline_folder(model, TEXT_SUBFOLDERS))
     family, dtype = run_on_all_ranks(lambda: family_of(folder)), getattr(torch, precision)
-    tokens = max_sequence_length or family.max_sequence_length
+    tokens = family.max_sequence_length if max_sequence_length is None else max_sequence_length
     check_sequence_length(tokens)
     pipeline = run_on_all_ranks(lambda: open_pipeline(family, folder, dtype, transformer=None, vae=None))
-    content = run_on_all_ranks(lambda: pipeline_content(folder, *TEXT_SUBFOLDERS) if rank() == 0 else None)
+    content = run_on_all_ranks(lambda: files_content(folder, *TEXT_SUBFOLDERS) if rank() == 0 else None)
     settings = {"model": content, "prompts": prompts_content(texts), "precision": precision}
     settings |= {"max_sequence_length": tokens}
     with claimed_output_folder(out, EMBED, settings):
@@ -92,11 +93,14 @@ def store_embeddings(family: Family, pipeline: Any, texts: Sequence[str], out: P
     device = gpu_or_cpu()
     pipeline.to(device)
     for text in tqdm(texts[rank() :: world_size()], "embed", mininterval=1, disable=rank() > 0):
-        if not is_whole(path := embedding_file(out, text)):
-            rows = family.encode_text(pipeline, [text], device, tokens)
-            embedding = {name: value[0].contiguous().cpu() for name, value in rows.items()}
-            with atomic_file(path) as temporary:
-                temporary.write_bytes(save(embedding, {"content": tensors_content(embedding)}))
+        path = embedding_file(out, text)
+        with suppress(BadInput):
+            read_embedding(path)
+            continue
+        rows = family.encode_text(pipeline, [text], device, tokens)
+        embedding = {name: value[0].contiguous().cpu() for name, value in rows.items()}
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(save(embedding, {"content": tensors_content(embedding)}))
 
 
 def read_embedding(path: Path) -> dict[str, Tensor]:
@@ -110,15 +114,6 @@ def read_embedding(path: Path) -> dict[str, Tensor]:
         raise BadInput(f"{path} is damaged ({one_line(error)}): {remedy}") from error
     require(content == tensors_content(embedding), f"{path} is damaged (its checksum differs): {remedy}")
     return embedding
-
-
-def is_whole(path: Path) -> bool:
-    """Whether an embedding file exists and is not damaged."""
-    try:
-        read_embedding(path)
-    except BadInput:
-        return False
-    return True
 
 
 def embedding_file(folder: Path, prompt: str) -> Path:
@@ -155,24 +150,11 @@ def check_embeddings(folder: Path, pipeline: Path, tokens: int) -> None:
     fault = f"{folder} holds embeddings of {stored} tokens, not {tokens}"
     require(stored == tokens, f"{fault}: give --max-sequence-length {stored}")
     if rank() == 0 and any(pipeline.glob("text_encoder*/*.safetensors")):
-        is_same = settings.get("model") == pipeline_content(pipeline, *TEXT_SUBFOLDERS)
+        is_same = settings.get("model") == files_content(pipeline, *TEXT_SUBFOLDERS)
         remedy = "embed the prompts with this --model"
         require(is_same, f"{folder} holds embeddings of another model than {pipeline}: {remedy}")
-
-
-def text_encoders_content(folder: Path, embeddings: Sequence[Path]) -> str:
-    """The digest of a pipeline's text encoders, which a folder of embeddings by them has stored."""
-    if embeddings:
-        return read_json(embeddings[0] / "settings.json")["model"]
-    return pipeline_content(folder, *TEXT_SUBFOLDERS)
 
 
 def find_embedding(prompt: str, folders: Sequence[Path]) -> Path | None:
     """The file with the embedding of a prompt in the first folder that has one, or None."""
     return next((path for folder in folders if (path := embedding_file(folder, prompt)).exists()), None)
-
-
-def load_embeddings(paths: Sequence[Path], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The text inputs in some embedding files by name, each (B, ...)."""
-    embeddings = [read_embedding(path) for path in paths]
-    return {name: torch.stack([row[name] for row in embeddings]).to(device, dtype) for name in embeddings[0]}

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from full_scale import pipeline
 from full_scale.components import LOADING_ERRORS, load_component
-from full_scale.contents import pipeline_content, prompts_content, weights_content
+from full_scale.contents import files_content, prompts_content
 from full_scale.pipeline import TEXT_SUBFOLDERS, Precision, pipeline_folder
 from full_scale.prompts import read_prompts
 from full_scale.transformer import read_lora
@@ -88,9 +88,9 @@ def contents(model: str, transformer: Path | None, lora: Path | None) -> dict[st
     """Digests of everything that decides about the images, apart from prompts and numbers."""
     folder = pipeline_folder(model)
     return {
-        "model": pipeline_content(folder, *TEXT_SUBFOLDERS, "vae", "scheduler"),
-        "transformer": weights_content(transformer or folder / "transformer"),
-        "lora": weights_content(lora) if lora else None,
+        "model": files_content(folder, *TEXT_SUBFOLDERS, "vae", "scheduler"),
+        "transformer": files_content(transformer or folder / "transformer", "."),
+        "lora": files_content(lora, ".") if lora else None,
     }
 
 
@@ -161,8 +161,7 @@ def open_trained(model: str, transformer: Path | None, lora: Path | None, dtype:
         remedy = "a finished run leaves one in its own folder"
         require(transformer.is_dir(), f"transformer={transformer} is not a folder: {remedy}")
         components["transformer"] = load_component(transformer, family.transformer_class, dtype)
-    if lora:
-        require(lora.exists(), f"lora={lora} does not exist: a finished run leaves it in its own folder")
+    require(not lora or lora.exists(), f"lora={lora} does not exist: a finished run leaves it in its own folder")
     pipe = pipeline.open_pipeline(family, folder, dtype, **components)
     if lora:
         check_adapters(lora, pipe.transformer)

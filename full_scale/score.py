@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from full_scale import rewards
-from full_scale.contents import images_content, reward_content
+from full_scale.contents import prompts_content, reward_content
 from full_scale.pipeline import gpu_or_cpu, silence_other_ranks
 from leap_align import BadInput, require
 from runtime.processes import barrier, rank, run_on_all_ranks, run_on_rank0, world_size
-from runtime.run_dir import claimed_output_folder, read_json, write_text
+from runtime.run_dir import claimed_output_folder, digest, read_json, write_text
 
 ROW = ("image", "prompt", "reward")  # what a log holds of each image
 
@@ -48,7 +48,8 @@ def contents(images: Path, prompts: dict[str, str], reward: str, model: nn.Modul
     """Digests of everything that determines the scores; refuses a damaged image."""
     for name in tqdm(prompts, "check", leave=False, delay=2):
         check_image(images / name)
-    contents = {"images": images_content(images, prompts), "reward": reward}
+    lines = [f"{name} {digest(images / name)} {prompt}" for name, prompt in prompts.items()]
+    contents = {"images": prompts_content([*lines, ""]), "reward": reward}
     return contents | {"reward_weights": reward_content(reward, model)}
 
 

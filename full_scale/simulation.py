@@ -22,7 +22,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 
 from full_scale.components import network_from_config
-from full_scale.models import Family
 from full_scale.rewards.hpsv2 import HPSv2
 from leap_align import Velocity
 from runtime.cost_counter import CostCounter
@@ -76,14 +75,6 @@ def simulated_cluster(nodes: int, gpus: int) -> Iterator[None]:
             yield
     finally:
         dist.destroy_process_group()
-
-
-def read_configs(family: Family, model: str) -> dict[str, dict[str, Any]]:
-    """The config of each component, from a local pipeline's folder, else the published one."""
-    if not (Path(model) / "model_index.json").is_file():
-        return family.configs
-    files = {name: "config.json" for name in family.configs} | {"scheduler": "scheduler_config.json"}
-    return {name: read_json(Path(model) / name / file) for name, file in files.items()}
 
 
 class WithoutWeights:
@@ -166,6 +157,13 @@ class Repeated:
 
 
 def simulated(kind: type, model: str, simulation: Simulation, stored_embeddings: bool) -> type:
-    """The class of a task whose networks have shapes alone; it reads no file but its prompts, and a model's configs."""
-    members = {"configs": read_configs(kind.family, model), "simulation": simulation}
+    """The class of a task whose networks have shapes alone; it reads no file but its prompts, and a model's configs.
+
+    model: a local pipeline's folder; the configs of any other model are those that its authors publish.
+    """
+    configs, folder = kind.family.configs, Path(model)
+    if (folder / "model_index.json").is_file():
+        files = dict.fromkeys(configs, "config.json") | {"scheduler": "scheduler_config.json"}
+        configs = {name: read_json(folder / name / file) for name, file in files.items()}
+    members = {"configs": configs, "simulation": simulation}
     return type(kind.__name__, (WithoutWeights, kind), members | {"stored_embeddings": stored_embeddings})

@@ -4,6 +4,7 @@ States x are the pipeline's latents, float32 whatever the networks compute in.
 """
 
 from abc import abstractmethod
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,24 +12,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tqdm import tqdm
 
 from full_scale import contents, pipeline, rewards, transformer
 from full_scale.models import FAMILIES, Family
-from full_scale.prompts import (
-    embedding_folders,
-    few_prompts,
-    find_embedding,
-    load_embeddings,
-    read_prompts,
-    text_encoders_content,
-)
+from full_scale.prompts import embedding_folders, few_prompts, find_embedding, read_embedding, read_prompts
 from full_scale.sheet import draw_sheet
 from leap_align import require, rollout, shifted_times
 from runtime.processes import all_gather, rank, reshard, run_on_all_ranks, world_size
-from runtime.run_dir import atomic_file
+from runtime.run_dir import atomic_file, atomic_folder, read_json
 from runtime.task import EVALUATION_SEED, Task
 
 IMAGES_PER_PROMPT = 2  # in an evaluation; the difference between them is the diversity
@@ -155,9 +150,13 @@ class DiffusersTask(Task):
 
     def contents(self) -> dict[str, str]:
         """Digests of the files that this task reads; stored embeddings stand for their prompts and text encoders."""
+        if self.embedding_folders:
+            text_encoders = read_json(self.embedding_folders[0] / "settings.json")["model"]
+        else:
+            text_encoders = contents.files_content(self.folder, *pipeline.TEXT_SUBFOLDERS)
         return {
-            "model": contents.pipeline_content(self.folder, "transformer", "vae", "scheduler"),
-            "text_encoders": text_encoders_content(self.folder, self.embedding_folders),
+            "model": contents.files_content(self.folder, "transformer", "vae", "scheduler"),
+            "text_encoders": text_encoders,
             "prompts": contents.prompts_content(self.prompts),
             "evaluation_prompts": contents.prompts_content(self.evaluation_prompts),
             "reward_weights": contents.reward_content(self.options.reward, self.reward_model),
@@ -208,7 +207,9 @@ class DiffusersTask(Task):
 
         Without a mesh this process gets a mesh of one, so that a laptop, one GPU and 16 take the same path.
         """
-        mesh = transformer.mesh_of_one(self.device) if mesh is None else mesh
+        if mesh is None:
+            dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+            mesh = init_device_mesh(self.device.type, (1,))
         run_on_all_ranks(lambda: self.check_memory(mesh.size(-1)))
         self.encode_few_prompts()
         torch.cuda.empty_cache()  # NCCL allocates outside of torch's cache
@@ -216,7 +217,8 @@ class DiffusersTask(Task):
             module.to(self.device)
         for model in self.transformers():
             if self.options.compile:
-                transformer.compile_blocks(model)
+                for block in transformer.repeated_blocks(model):
+                    block.compile()  # before `shard`: blocks of one class share the compiled code
             transformer.shard(model, mesh, self.dtype)
             if self.options.load_in_4bit:
                 self.quantize(model)
@@ -225,11 +227,20 @@ class DiffusersTask(Task):
 
     def save(self, folder: Path) -> None:
         """Writes `transformer/` or `lora/` into the folder, as diffusers reads them."""
-        transformer.save(self.model, folder, self.family, self.empty_transformer(), self.dtype)
+        has_lora = transformer.has_lora(self.model)
+        path = folder / ("lora" if has_lora else "transformer")
+        with atomic_folder(path) if rank() == 0 else nullcontext(path) as temporary:
+            if has_lora:
+                transformer.export_lora(self.model, self.family, temporary)
+            else:
+                transformer.export_transformer(self.model, self.empty_transformer(), self.dtype, temporary)
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote."""
-        transformer.load(self.model, folder)
+        if transformer.has_lora(self.model):
+            transformer.load_lora(self.model, folder / "lora")
+        else:
+            transformer.load_weights(self.model, folder / "transformer")
 
     # Prompts and noise
 
@@ -253,7 +264,8 @@ class DiffusersTask(Task):
         """The transformer's text inputs for these prompts: from embedding files if all have one, or encoded before."""
         paths = [find_embedding(prompt, self.embedding_folders) for prompt in prompts]
         if all(paths):
-            return load_embeddings(paths, self.device, self.dtype)
+            rows = [read_embedding(path) for path in paths]
+            return {name: torch.stack([row[name] for row in rows]).to(self.device, self.dtype) for name in rows[0]}
         if self.encoded_once:
             rows = [self.encoded_once[prompt] for prompt in prompts]
             return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}

@@ -44,10 +44,8 @@ def tiny(
             rewards.tiny(name, folder / ("reward" if name == "hpsv2.1" else name))
     real_size = "--lora-rank 4 --batch-size 1 --T 4 --evaluation-images 2 --iterations 2"
     size = real_size if full_size else "--batch-size 4 --iterations 3"
-    print(
-        f"try: python train_leap_align.py --task {task} --model {folder} --prompts PROMPTS.txt "
-        f"--reward-weights {folder}/reward --height 64 --width 64 {size}"
-    )
+    paths = f"--model {folder} --prompts PROMPTS.txt --reward-weights {folder}/reward"
+    print(f"try: python train_leap_align.py --task {task} {paths} --height 64 --width 64 {size}")
 
 
 @torch.no_grad()

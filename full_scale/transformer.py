@@ -4,7 +4,6 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any, Literal
 
 import psutil
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
@@ -21,14 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from full_scale.components import LOADING_ERRORS, REMEDY, weight_shapes
 from full_scale.pipeline import Family
 from leap_align import BadInput, require
 from runtime.processes import full_value, one_line, rank, reshard, run_on_all_ranks, run_on_rank0, world_size
-from runtime.run_dir import atomic_folder, read_json, write_errors_named, write_json
+from runtime.run_dir import read_json, write_errors_named, write_json
 
 EXPORT_FILE_BYTES = 2 * 10**9  # the most in a file of an export, unless a weight is larger; rank 0 holds one file
 NF4_BLOCKS = 64, 16  # weights that share a scale, scales that share one: their product divides the size of every layer
@@ -143,19 +141,7 @@ def set_checkpointing(model: nn.Module, mode: Checkpointing) -> None:
         model._gradient_checkpointing_func = selective
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """Compiles every block, before `shard`: blocks of one class share the compiled code."""
-    for block in repeated_blocks(model):
-        block.compile()
-
-
 # ------------------------------------------------------- Shard -------------------------------------------------------
-def mesh_of_one(device: torch.device) -> DeviceMesh:
-    """A mesh of this process alone, so that one process takes the same path as many."""
-    dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
-    return init_device_mesh(device.type, (1,))
-
-
 def check_memory(
     model: nn.Module, frozen: Sequence[nn.Module], device: torch.device, shards: int, in_4bit: bool = False
 ) -> None:
@@ -197,27 +183,11 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
 
 
 # --------------------------------------------------- Load and save ---------------------------------------------------
-def load(model: nn.Module, folder: Path) -> None:
-    """Loads what `save` wrote into a run's folder."""
-    if not has_lora(model):
-        return load_weights(model, folder / "transformer")
-    layers = read_lora(folder / "lora").items()
+def load_lora(model: nn.Module, folder: Path) -> None:
+    """Loads adapters that `export_lora` wrote."""
+    layers = read_lora(folder).items()
     state = {name.replace(".weight", ".default.weight").removeprefix("transformer."): value for name, value in layers}
     _set_lora(model, state)
-
-
-def save(model: nn.Module, folder: Path, family: Family, empty: nn.Module, dtype: torch.dtype) -> None:
-    """Writes the adapters, or else the whole transformer, into a run's folder; every rank calls it.
-
-    empty: the same transformer on the meta device.  dtype: that of the computation, because rounding the weights now
-    or at every use gives the same images.
-    """
-    path = folder / ("lora" if has_lora(model) else "transformer")
-    with atomic_folder(path) if rank() == 0 else nullcontext(path) as temporary:
-        if has_lora(model):
-            export_lora(model, family, temporary)
-        else:
-            export_transformer(model, empty, dtype, temporary)
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -288,7 +258,9 @@ def export_lora(model: nn.Module, family: Family, folder: Path) -> None:
 def export_transformer(model: nn.Module, empty: nn.Module, dtype: torch.dtype, folder: Path) -> None:
     """Writes a transformer as its class's from_pretrained reads it; every rank calls it, rank 0 writes.
 
-    One full weight at a time is on the device, one file's weights on rank 0's host.
+    empty: the same transformer on the meta device.  dtype: that of the computation, because rounding the weights now
+    or at every use gives the same images.  One full weight at a time is on the device, one file's weights on rank 0's
+    host.
     """
     files, state = export_files(empty, dtype), model.state_dict()
     run_on_rank0(lambda: empty.save_config(folder))

@@ -35,10 +35,6 @@ FILE_BYTES = 2**29  # the most that a rank writes into one file, unless a single
 HOST_BYTES = 3 * FILE_BYTES  # host memory of a rank: a file's tensors, and the file twice while safetensors makes it
 
 
-class DamagedCheckpoint(Exception):
-    """A checkpoint is not what was written."""
-
-
 @dataclass
 class Progress:
     """How far a run has come."""
@@ -163,20 +159,17 @@ def load_checkpoint(folder: Path, state: TrainingState, iterations: int) -> Prog
 def _newest_undamaged(folder: Path) -> tuple[Path, dict[str, Any]]:
     paths = checkpoints(folder)
     for path in reversed(paths):
-        try:
-            return path, _verify(path)
-        except DamagedCheckpoint as damage:
-            if rank() == 0:
-                tqdm.write(f"{path} is damaged ({damage}): loading the checkpoint before it")
+        content, damages = _verify(path)
+        if not damages:
+            return path, content
+        if rank() == 0:
+            tqdm.write(f"{path} is damaged ({damages[0]}): loading the checkpoint before it")
     remedy = f"delete {folder} and start the run without --resume, or choose another --out"
     raise RaisedOnAllRanks(f"{folder} has no undamaged checkpoint among {len(paths)}: {remedy}")
 
 
-def _verify(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint whose files have the right digests; each rank checks its share of them.
-
-    Raises DamagedCheckpoint on every rank if one of them finds damage.
-    """
+def _verify(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """state.json of a checkpoint, and what is damaged in its files; each rank checks the digests of its share."""
     state, damage = {}, None
     try:
         expected, text = (path / "state.json").read_text().split("\n", 1)
@@ -187,9 +180,7 @@ def _verify(path: Path) -> dict[str, Any]:
             require(digest(path / name) == state["digests"][name], f"{name} is not what was written")
     except (OSError, ValueError) as error:
         damage = one_line(error)
-    if damages := [text for text in all_gather(damage) if text is not None]:
-        raise DamagedCheckpoint(damages[0])
-    return state
+    return state, [text for text in all_gather(damage) if text is not None]
 
 
 def _reason(error: Exception) -> str:

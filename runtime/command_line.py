@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from leap_align import BadInput, Endpoints, require, uniform_times
+from leap_align import Endpoints, require, uniform_times
 from runtime.task import Task, check_task_class
 
 
@@ -73,11 +73,9 @@ def check(config: Any, hyper: Any, method: Callable[..., Endpoints], world_size:
         require(least <= value <= most, f"{name}={value} must lie between {least} and {most}")
     require(0 <= config.beta < math.inf, f"beta={config.beta} must be at least 0 and finite; 0 is no leash")
     require(0 <= config.ema_decay < 1, f"ema_decay={config.ema_decay} must lie in [0, 1)")
-    if config.batch_size % (world_size * config.gradient_accumulation_steps):
-        raise BadInput(
-            f"batch_size={config.batch_size} must be a multiple of {world_size} processes x "
-            f"gradient_accumulation_steps={config.gradient_accumulation_steps}"
-        )
+    is_divided = config.batch_size % (world_size * config.gradient_accumulation_steps) == 0
+    parts = f"{world_size} processes x gradient_accumulation_steps={config.gradient_accumulation_steps}"
+    require(is_divided, f"batch_size={config.batch_size} must be a multiple of {parts}")
     # The method itself checks its hyperparameters against T: run it once with a model that costs nothing.
     with torch.no_grad():
         list(method(lambda x, t: 0 * x, torch.zeros(1, 1), uniform_times(config.T), hyper, torch.Generator()))

@@ -124,7 +124,7 @@ def check_contents(folder: Path, contents: dict[str, str]) -> None:
 def write_settings(path: Path, settings: dict[str, Any]) -> None:
     """Writes settings as JSON."""
     try:
-        write_json(path, _as_json(settings))
+        write_text(path, json.dumps(settings, indent=2, default=str) + "\n")
     except OSError as error:
         raise BadInput(f"cannot write {path} ({error.strerror}): free some space, or choose another --out") from error
 
@@ -145,11 +145,6 @@ def claimed_output_folder(folder: Path, tool: str, settings: dict[str, Any]) -> 
     with locked_folder(folder, path.name, tool):
         run_on_rank0(check_and_write)
         yield
-
-
-def check_new_file(path: Path) -> None:
-    """Refuses to overwrite a file."""
-    require(not path.exists(), f"{path} exists: choose another --out, or delete it")
 
 
 def check_shared_folder(folder: Path) -> None:
@@ -173,24 +168,20 @@ def locked_folder(folder: Path, settings_file: str, tool: str) -> Iterator[None]
     Refuses a folder with content that is not the tool's, whose settings file has "tool": tool.
     """
     lock = FileLock(folder / LOCK, blocking=False)
-    run_on_rank0(lambda: _check_own(folder, folder / settings_file, tool))
-    run_on_rank0(lambda: _acquire(lock, folder))
+    run_on_rank0(lambda: _lock_own(lock, folder, folder / settings_file, tool))
     try:
         yield
     finally:
         lock.release()
 
 
-def _check_own(folder: Path, settings_file: Path, tool: str) -> None:
+def _lock_own(lock: FileLock, folder: Path, settings_file: Path, tool: str) -> None:
     require(folder.is_dir() or not folder.exists(), f"{folder} is a file: choose another folder")
     own = settings_file.is_file() and read_json(settings_file).get("tool") == tool
     # What a process that died before it wrote its settings may have left.
     left = re.compile(r"\.lock|(config|settings)\.json\.\d+\.part")
     own = own or not folder.exists() or all(left.fullmatch(file.name) for file in folder.iterdir())
     require(own, f"{folder} is not empty, and {tool} did not fill it: choose another folder")
-
-
-def _acquire(lock: FileLock, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -201,10 +192,14 @@ def _acquire(lock: FileLock, folder: Path) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """A run's checkpoints, the newest last.  Other names in the folder do not count."""
-    paths = (folder / "checkpoint").glob("*")
-    folders = [path for path in paths if re.fullmatch(r"\d{6,}", path.name) and path.is_dir()]
-    return sorted(folders, key=lambda path: int(path.name))
+    """A run's checkpoints, the newest last."""
+    return [path for path in numbered(folder / "checkpoint").values() if path.is_dir()]
+
+
+def numbered(folder: Path, suffix: str = "") -> dict[int, Path]:
+    """Iteration -> what has its number as name, in their order.  Other names in the folder do not count."""
+    paths = [path for path in folder.glob(f"*{suffix}") if re.fullmatch(r"\d{6,}", path.name.removesuffix(suffix))]
+    return {int(path.stem): path for path in sorted(paths, key=lambda path: int(path.stem))}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -219,14 +214,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as JSON gives them back: paths become strings, tuples lists."""
-    return json.loads(json.dumps(settings, default=str))
-
-
 def _changes(path: Path, settings: dict[str, Any], ignored: frozenset[str] = frozenset()) -> str:
     """How the settings differ from those in a file, for an error message; empty if they are equal."""
-    old, new = read_json(path), _as_json(settings)
+    old, new = read_json(path), json.loads(json.dumps(settings, default=str))  # paths become strings, tuples lists
     names = sorted(name for name in new.keys() - ignored if old.get(name) != new[name])
     return "; ".join(f"{name} was {old.get(name)}, is {new[name]}" for name in names)
 

@@ -14,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +26,8 @@ from tqdm import tqdm
 
 import train_leap_align as trainer
 from runtime import checkpoint
-from tests.toy_runs import ROOT, TORCHRUN, before_every_step, metrics, result, without_figures
+from runtime.run_dir import checkpoints
+from tests.toy_runs import ROOT, TORCHRUN, before_every_step, flip_a_bit, metrics, result, without_figures
 from toy.modes import Modes
 
 FLAGS = "--pretrain-steps 300 --reward-steps 300 --evaluation-samples 160 --T 12 --batch-size 64".split()
@@ -35,39 +38,36 @@ INTERRUPTED: list[Path] = []  # runs that were killed with half a checkpoint on 
 tqdm.monitor_interval = 0  # its thread may hold tqdm's lock at a fork, and the child would wait for it for ever
 
 
-def saved(out: Path) -> list[Path]:
-    return sorted((out / "checkpoint").glob("[0-9]*"))
-
-
 def arguments(out: Path) -> list[str]:
     """Flags that start the run, or resume it if it has a checkpoint."""
-    return [*FLAGS, "--out", str(out), *(["--resume"] if saved(out) else [])]
+    return [*FLAGS, "--out", str(out), *(["--resume"] if checkpoints(out) else [])]
 
 
-def start(out: Path, before=lambda: None) -> int:
-    """The run in a forked process, which need not import anything again; before() runs in it first."""
-    pid = os.fork()
-    if pid:
-        return pid
+def train(out: Path, before: Callable) -> None:
+    """The run, with the end of its messages in out.log; before() runs first."""
     for number in (signal.SIGINT, signal.SIGHUP):  # both are ignored where this program runs in the background
         signal.signal(number, signal.SIG_DFL)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     without_figures(PATCH)
-    status, message = 0, ""
-    try:
-        before()
-        trainer.main(arguments(out))
-    except SystemExit as stop:
-        status, message = stop.code if isinstance(stop.code, int) else 1, stop.code
-    except BaseException as error:
-        status, message = 70, repr(error)
-    print(message, file=sys.stderr, flush=True)
-    os._exit(status)
+    before()
+    trainer.main(arguments(out))
 
 
-def exit_status(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])  # a signal that ended the process is negative
+def start(out: Path, before=lambda: None) -> ForkProcess:
+    """The run in a forked process, which need not import anything again."""
+    process = ForkProcess(target=train, args=(out, before))
+    process.start()
+    return process
+
+
+def exit_status(process: ForkProcess) -> int:
+    process.join()
+    return process.exitcode  # a signal that ended the process is negative
+
+
+def last_line(out: Path) -> str:
+    return out.with_suffix(".log").read_text().splitlines()[-1]
 
 
 def outcome(out: Path) -> tuple:
@@ -80,19 +80,19 @@ def recovers(out: Path, expected: tuple) -> bool:
     return exit_status(start(out)) == 0 and outcome(out) == expected
 
 
-def start_and_wait(out: Path, iterations: int, before=lambda: None) -> int:
+def start_and_wait(out: Path, iterations: int, before=lambda: None) -> ForkProcess:
     """Starts the run and waits for so many rows of its log."""
-    pid, log = start(out, before), out / "metrics.csv"
+    process, log = start(out, before), out / "metrics.csv"
     while not log.exists() or len(log.read_text().splitlines()) <= iterations:  # its first line names the columns
         time.sleep(0.001)
-    return pid
+    return process
 
 
 def stop_after(out: Path, iterations: int) -> Path:
     """A run that SIGTERM stops after some iterations; returns its newest checkpoint."""
     stop = partial(before_every_step, PATCH, lambda done: done == iterations and os.kill(os.getpid(), signal.SIGTERM))
     assert exit_status(start(out, stop)) == 128 + signal.SIGTERM
-    return saved(out)[-1]
+    return checkpoints(out)[-1]
 
 
 # Faults of a run in the folder `out`: each returns True if nothing was lost
@@ -104,45 +104,41 @@ def killed(out: Path, expected: tuple, during_checkpoint: bool = False, kills: i
     # A slow fsync keeps a checkpoint half written for longer, so that a kill can hit it.
     slow = partial(setattr, checkpoint, "fsync", lambda *paths: (time.sleep(0.01), fsync(*paths)))
     for _ in range(kills):
-        pid = start(out, slow if during_checkpoint else lambda: None)
+        process = start(out, slow if during_checkpoint else lambda: None)
         time.sleep(DRAW.uniform(0, 1))
-        while during_checkpoint and not part.exists() and os.waitpid(pid, os.WNOHANG) == (0, 0):
+        while during_checkpoint and not part.exists() and process.is_alive():
             time.sleep(0.0005)
         time.sleep(DRAW.uniform(0, 0.02) if during_checkpoint else 0)
-        try:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-        except (ProcessLookupError, ChildProcessError):
+        process.kill()
+        if exit_status(process) == 0:
             break  # the run finished first
         if during_checkpoint and part.exists():
             INTERRUPTED.append(out)
     return ((out / "result.json").exists() and outcome(out) == expected) or recovers(out, expected)
 
 
-def damaged(out: Path, expected: tuple, flipped: bool) -> bool:
-    """The newest checkpoint is cut off, or one bit of it is flipped."""
+def damaged(out: Path, expected: tuple, damage: Callable) -> bool:
+    """A file of the newest checkpoint is cut off, or one bit of it is flipped, at a random position."""
     file = DRAW.choice(sorted(stop_after(out, DRAW.randrange(12, 55)).iterdir()))
-    content, position = bytearray(file.read_bytes()), DRAW.randrange(file.stat().st_size)
-    content[position] ^= 1 << DRAW.randrange(8)
-    file.write_bytes(content if flipped else content[:position])
+    damage(file, DRAW.randrange(file.stat().st_size))
     return recovers(out, expected)
 
 
 def signalled(out: Path, expected: tuple, number: int) -> bool:
     """A signal from outside: the run saves, exits with the signal's status, and resumes; SIGKILL leaves no lock."""
-    pid = start_and_wait(out, DRAW.randrange(45))
-    os.kill(pid, number)
+    process = start_and_wait(out, DRAW.randrange(45))
+    os.kill(process.pid, number)
     status = -number if number == signal.SIGKILL else 128 + number
-    return exit_status(pid) == status and (out / ".lock").exists() and recovers(out, expected)
+    return exit_status(process) == status and (out / ".lock").exists() and recovers(out, expected)
 
 
 def second_start(out: Path, expected: tuple, *flags: str) -> bool:
     """The same command again while the run lives: refused, and the run ends as if nothing had happened."""
-    pid = start_and_wait(out, 7, lambda: before_every_step(PATCH, lambda _: time.sleep(0.2)))  # one checkpoint
+    process = start_and_wait(out, 7, lambda: before_every_step(PATCH, lambda _: time.sleep(0.2)))  # one checkpoint
     command = [sys.executable, "train_leap_align.py", *FLAGS, "--out", str(out), *flags]
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     refused = second.returncode == 1 and "is in use by another process" in second.stderr
-    return exit_status(pid) == 0 and refused and outcome(out) == expected
+    return exit_status(process) == 0 and refused and outcome(out) == expected
 
 
 def stray_files(out: Path, expected: tuple) -> bool:
@@ -162,7 +158,7 @@ def foreign_folder(out: Path, expected: tuple) -> bool:
         (out / name).write_text("{}")
     contents = lambda: {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}  # noqa: E731
     before = contents()
-    return exit_status(start(out)) == 1 and before == contents()
+    return exit_status(start(out)) == 1 and "did not fill it" in last_line(out) and before == contents()
 
 
 def filled(out: Path, expected: tuple) -> bool | None:
@@ -175,9 +171,9 @@ def filled(out: Path, expected: tuple) -> bool | None:
         run, ballast = out / "run", out / "ballast"
         stop_after(run, 12)
         ballast.write_bytes(bytes(max(0, shutil.disk_usage(out).free - DRAW.randrange(400_000))))
-        status, line = exit_status(start(run)), run.with_suffix(".log").read_text().splitlines()[-1]
+        status = exit_status(start(run))
         ballast.unlink()
-        return status == 1 and "No space left" in line and recovers(run, expected)
+        return status == 1 and "No space left" in last_line(run) and recovers(run, expected)
     finally:
         libc.umount2(disk, 2)
 
@@ -201,15 +197,15 @@ def poisoned(out: Path, expected: tuple) -> bool:
 def lost_rank(out: Path, expected: tuple) -> bool:
     """SIGKILL for one of two processes; a run of two processes then resumes."""
     while not (out / "result.json").exists():
-        is_first, command = not saved(out), [*TORCHRUN, *arguments(out)]
+        is_first, command = not checkpoints(out), [*TORCHRUN, *arguments(out)]
         launched = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         if is_first:
-            while not saved(out):
+            while not checkpoints(out):
                 time.sleep(0.01)
             time.sleep(DRAW.uniform(0, 0.5))
             workers = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
             os.kill(int(DRAW.choice(workers)), signal.SIGKILL)
-        if (launched.wait() == 0) == is_first or not saved(out):
+        if (launched.wait() == 0) == is_first or not checkpoints(out):
             return False
     return outcome(out) == expected
 
@@ -225,8 +221,8 @@ FAULTS = {  # each fault, and how often it is injected
     "lock of a killed run": (partial(signalled, number=signal.SIGKILL), 5),
     "stray folders in checkpoint/": (stray_files, 5),
     "foreign folder as --out": (foreign_folder, 5),
-    "checkpoint cut off": (partial(damaged, flipped=False), 10),
-    "checkpoint with one bit flipped": (partial(damaged, flipped=True), 10),
+    "checkpoint cut off": (partial(damaged, damage=os.truncate), 10),
+    "checkpoint with one bit flipped": (partial(damaged, damage=flip_a_bit), 10),
     "disk full during a checkpoint": (filled, 5),
     "NaN from the reward": (poisoned, 5),
     "one of two processes killed": (lost_rank, 3),

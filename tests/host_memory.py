@@ -87,7 +87,7 @@ def main():
         "checkpoint": checkpoint.checkpoint_bytes(parameters),
         "save": peak(lambda: checkpoint.save_checkpoint(folder, state, Progress(1), limit=1)),
         "load": peak(lambda: checkpoint.load_checkpoint(folder, state, iterations=1)),
-        "export": peak(lambda: transformer.save(model, folder, family, empty, torch.bfloat16)),
+        "export": peak(lambda: transformer.export_transformer(model, empty, torch.bfloat16, folder / "transformer")),
     }
     result["files"] = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*.safetensors"))}
     if rank() == 0:

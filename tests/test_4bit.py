@@ -19,8 +19,6 @@ BELOW = "1 0.6962 0.5251 0.3949 0.2844 0.1848 0.0911"
 ABOVE = "0 0.0796 0.1609 0.2461 0.3379 0.4407 0.5626 0.723 1"
 NF4 = torch.tensor([*(-float(level) for level in BELOW.split()), *map(float, ABOVE.split())])
 """The levels of QLoRA (arXiv:2305.14314, appendix E)."""
-FILE = "transformer/diffusion_pytorch_model.safetensors"
-FOUR_BITS = ["--lora-rank", "2", "--load-in-4bit"]
 
 
 def rounded(weight):
@@ -48,7 +46,7 @@ def input_gradient(task):
 
 @every_task
 def test_what_is_loaded_is_the_rounded_weight_of_the_file(models, name):
-    file = load_file(models / name / FILE)
+    file = load_file(models / name / "transformer" / "diffusion_pytorch_model.safetensors")
     loaded = tiny.dequantised(task_of(models, name, lora_rank=2, load_in_4bit=True).model)
     linear = [key for key, value in file.items() if "blocks." in key and value.ndim == 2]
     assert sorted(loaded) == sorted(linear)
@@ -74,5 +72,5 @@ def test_the_gradient_is_that_of_the_dequantised_weights(models, name, checkpoin
 
 def test_four_bits_without_torchao_are_refused(models, tmp_path, monkeypatch):
     monkeypatch.setattr(transformer, "find_spec", lambda name: None)
-    line = tiny.refusal([*flags(models, "flux", *FOUR_BITS), "--out", tmp_path])
+    line = tiny.refusal([*flags(models, "flux", "--lora-rank", 2, "--load-in-4bit"), "--out", tmp_path])
     assert line == "error: load_in_4bit needs torchao: pip install torchao==0.18.0"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import leap_align as la
-from beyond import SOLVERS, Hyper, late_draw, sample_thirds
+from beyond import SOLVERS, Hyper
 from leap_align import COSINE, BadInput
 from runtime.command_line import check
 from tests.problems import METHODS, B, T, grid, randn, run, seeded
@@ -16,7 +16,7 @@ from train_leap_align import Config
 NAN, INF = float("nan"), float("inf")
 UNIT, HALF = [-0.1, 1.1, NAN, INF], [0, -0.1, NAN, INF]
 X, X_1, GRID = randn(B, 2), randn(B, 1), grid(T)
-IMAGE = randn(B, 2).requires_grad_()
+IMAGE, DRAWS = randn(B, 2).requires_grad_(), seeded()
 
 
 def velocity(x, t):
@@ -33,16 +33,8 @@ def one_pass(i_k, i_j, alpha=0.3, times=GRID):
     return la.leap_rollout(velocity, X, times, i_k, i_j, alpha)
 
 
-def method(name, times=GRID, v=velocity, solver="euler", **hyper):
-    return run(name, v, X, times, Hyper(**{"m": 1, "K": 1, **hyper}), seeded(), solver)
-
-
-def without_generator(name):
-    return run(name, velocity, X, GRID, Hyper(m=1), None)
-
-
-def weight(tau):
-    return la.similarity_weight(two_passes(4, 2), tau)
+def method(name, times=GRID, v=velocity, solver="euler", generator=DRAWS, **hyper):
+    return run(name, v, X, times, Hyper(**{"m": 1, "K": 1, **hyper}), generator, solver)
 
 
 def hyper(name, value):
@@ -85,7 +77,7 @@ REFUSALS = [
     ),
     *((f"{name}={value} must lie in", hyper, name, value) for name in ("rho", "node_discount") for value in UNIT),
     *((f"late_bias={value} must lie in", hyper, "late_bias", value) for value in (-1.0, NAN, INF)),
-    *((f"tau={value} must be positive and finite", weight, value) for value in HALF),
+    *((f"tau={value} must be positive and finite", la.similarity_weight, two_passes(4, 2), value) for value in HALF),
     *((f"tau={value} must be positive and finite", hyper, "tau", value) for value in HALF),
     *((f"lam={value} must be", hyper, "lam", value) for value in (NAN, INF)),
     ("lam=nan must be", la.hinge, randn(B), NAN),
@@ -141,11 +133,8 @@ REFUSALS = [
     ),
     ("the reward is not finite for samples [1] of 3", la.checked, IMAGE.sum(1) / torch.tensor([1.0, 0.0, 1.0]), IMAGE),
     # Draws without a generator
-    ("generator=None must be a torch.Generator", la.sample_pair, T, None),
-    ("generator=None must be a torch.Generator", late_draw, 7, 3, 2, 1.0, None),
-    ("generator=None must be a torch.Generator", sample_thirds, T, None),
     *(
-        ("generator=None must be a torch.Generator", without_generator, name)
+        ("generator=None must be a torch.Generator", partial(method, name, generator=None))
         for name in METHODS
         if name != "full_backprop"
     ),

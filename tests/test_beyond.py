@@ -4,7 +4,6 @@ FlowBP's formulas are sums over evaluations, so a problem's expected value is ma
 sample alone, of an Euler run made here, and of weights computed here.
 """
 
-import math
 from collections import Counter
 from functools import partial
 from itertools import combinations, pairwise
@@ -13,8 +12,8 @@ import pytest
 import torch
 
 import beyond
-from beyond import Hyper, lagrange_piece, lagrange_weights, late_draw, sample_strata, sample_thirds, sum_piece
-from leap_align import leap, rollout
+from beyond import Hyper, late_draw, sample_strata, sample_thirds
+from leap_align import rollout
 from tests.oracles import NODES, assert_frequencies, eq_s18, interpolation_weights, mean_reward, reward_gradient
 from tests.problems import HYPERS, B, Net, close, gradient, grid, problem, randn, run, seeded
 
@@ -93,15 +92,6 @@ def test_the_gradient_of_stratified_is_a_product_over_its_leaps(seed, shift, alp
 
 
 # Values
-def test_surrogate_of_every_evaluation_is_the_euler_run(shift):
-    """With w_i = h_i and every node active, the estimate is the run itself and its gradient needs no compensation."""
-    net, x_T, times, states = problem_8(shift=shift)
-    piece = sum_piece(times, T, 2, list(range(3, T + 1)), 1.0)
-    assert set(piece.gains.values()) == {1.0}
-    x_hat, x = beyond.surrogate(net.velocity(net.theta), x_T, times, piece, 1, leap)
-    assert close(x_hat, states[2]) and close(x, states[2])
-
-
 def test_the_weight_of_lagrange_is_the_similarity_of_its_estimates(seed):
     net, x_T, times, states = problem_8(seed=seed)
     [(_, weight)], log = run("lagrange", net.velocity(net.leaf()), x_T, times, HYPERS["lagrange"], seeded(seed))
@@ -125,21 +115,6 @@ def test_the_weight_of_stratified_and_leap_align_is_the_similarity_of_its_leaps(
 
 
 # Weights of interpolation
-@pytest.mark.parametrize("nodes", [[0.9], [0.9, 0.5], [0.9, 0.7, 0.2], [0.8, 0.3, 0.25]], ids=str)
-def test_lagranges_weights_integrate_polynomials_exactly(nodes):
-    """As many powers of u as there are nodes: the integral of u^n from s to t is (t^(n+1) - s^(n+1)) / (n + 1)."""
-    t, s = nodes[0], 0.1
-    weights = lagrange_weights(nodes, t, s)
-    for n in range(len(nodes)):
-        exact = (t ** (n + 1) - s ** (n + 1)) / (n + 1)
-        assert sum(w * u**n for w, u in zip(weights, nodes)) == pytest.approx(exact, abs=1e-14)
-
-
-@pytest.mark.parametrize("steps", NODES)
-def test_lagranges_nodes_are_even_and_never_the_end_of_the_leap(steps):
-    assert list(lagrange_piece(grid(T), T, T - steps, 0, 0).weights) == [T - n for n in NODES[steps]]
-
-
 # Draws
 @pytest.mark.parametrize("late_bias", [0, 1, 2.5])
 def test_the_late_draw_takes_one_timestep_after_another_by_its_odds(late_bias):
@@ -194,17 +169,6 @@ def test_ab2_integrates_the_line_through_two_velocities(shift):
     net, x_T, times, expected = problem_8(shift=shift, solver="ab2")
     found = rollout(net.velocity(net.theta), x_T, times, 0, beyond.SOLVERS["ab2"]())
     assert close(torch.stack(found), torch.stack(expected))
-
-
-def test_ab2_is_of_second_order_and_euler_of_first(shift, solver):
-    """dx/dt = x cos(6 t), so x_0 = x_1 exp(-sin(6) / 6): the error falls by four when T doubles, Euler's by two."""
-    errors = []
-    for n in (100, 200, 400):
-        step = beyond.SOLVERS[solver]()
-        states = rollout(lambda x, t: x * torch.cos(6 * t), torch.ones(1, 1), grid(n, shift), 0, step)
-        errors.append(abs(states[0].item() - math.exp(-math.sin(6) / 6)))
-    for (error, next_error), rel in zip(pairwise(errors), (0.08, 0.04)):
-        assert error / next_error == pytest.approx({"euler": 2, "ab2": 4}[solver], rel=rel)
 
 
 @pytest.mark.parametrize("name", ["leap_align", "leap_align_per_sample"])

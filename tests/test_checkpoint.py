@@ -154,12 +154,15 @@ def test_an_ignored_hangup_stays_ignored():
         signal.signal(signal.SIGHUP, previous)
 
 
-def test_no_checkpoint_is_written_inside_a_broken_stretch(tmp_path, monkeypatch):
-    """Those before it stay, so that a run can resume from before the divergence."""
+def test_too_many_skipped_steps_stop_a_run_that_can_resume_from_before_them(reference, tmp_path, monkeypatch):
+    """No checkpoint is written inside a broken stretch, and those before it stay."""
     broken = lambda self, sample, _: sample.sum(1) * math.nan  # noqa: E731
-    before_every_step(monkeypatch, lambda done: done == 2 and monkeypatch.setattr(Modes, "reward", broken))
-    line = error_line("--out", str(tmp_path), *EACH, "--max-skipped-steps", "2")
-    assert "start again in another --out" in line and checkpoints(tmp_path) == ["000001", "000002"]
+    with monkeypatch.context() as patch:
+        before_every_step(patch, lambda done: done == 2 and patch.setattr(Modes, "reward", broken))
+        line = error_line("--out", str(tmp_path), *EACH, "--max-skipped-steps", "2")
+    assert "2 updates in a row skipped" in line and "start again in another --out" in line
+    assert checkpoints(tmp_path) == ["000001", "000002"]
+    assert_resumes(tmp_path, reference)
 
 
 def test_damaged_checkpoints_copies_and_notes_cost_no_good_checkpoint(reference, tmp_path):
@@ -177,7 +180,7 @@ def test_damaged_checkpoints_copies_and_notes_cost_no_good_checkpoint(reference,
     assert_resumes(tmp_path, reference)
 
 
-def test_a_refused_resume_says_why_and_changes_nothing(reference, tmp_path):
+def test_a_refused_start_says_why_and_changes_nothing(reference, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(reference, copy)
     (copy / ".lock").touch()
@@ -185,11 +188,11 @@ def test_a_refused_resume_says_why_and_changes_nothing(reference, tmp_path):
     again = ["--out", str(copy), "--resume"]
     assert "iterations=3, but the run has already done 4" in error_line(*again, "--iterations", "3")
     assert "lr was 0.0001, is 0.5" in error_line(*again, "--lr", "0.5")
+    assert "holds another run" in error_line("--out", str(copy))
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
     for file in (copy / "checkpoint").rglob("state.json"):
         file.write_text("")
     assert "no undamaged checkpoint among 1" in error_line(*again)
-    assert "nothing to resume" in error_line("--out", str(tmp_path / "new"), "--resume")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="faults.py forks")

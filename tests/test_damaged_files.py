@@ -11,8 +11,6 @@ pytest.importorskip("diffusers")
 
 import train_leap_align as trainer
 from full_scale import __main__ as tools
-from full_scale.components import check_files
-from leap_align import BadInput
 from tests.tiny_pipelines import PROMPTS, embedding, flags, refusal, sampling, scoring, tool, train
 from tests.toy_runs import flip_a_bit
 
@@ -54,6 +52,7 @@ def commands(whole, copy):
         "lora": (tools.main, [*drawing, "--lora", copy / "lora"]),
         "lora's file": (tools.main, [*drawing, "--lora", copy / "lora" / LORA]),
         "trained": (tools.main, [*drawing, "--transformer", copy / "trained"]),
+        "trained's file": (tools.main, [*drawing, "--transformer", copy / "trained" / "config.json"]),
         "score": (tools.main, scoring(copy, copy / "images", new)),
         "score again": (tools.main, scoring(whole, whole / "images", copy / "scores")),
     }
@@ -71,7 +70,7 @@ DAMAGES = {
     "empty": lambda path: path.write_bytes(b""),
     "flipped": lambda path: flip_a_bit(path, -5),
     "binary": lambda path: path.write_bytes(b"\xff\xfe\x00"),
-    "gone": lambda path: path.unlink(),
+    "gone": lambda path: shutil.rmtree(path) if path.is_dir() else path.unlink(),
     "none": lambda path: save_file({}, path),
     "fewer": lambda path: change(path, more=False),
     "more": lambda path: change(path, more=True),
@@ -103,6 +102,8 @@ binary gone none ~ lora/{LORA} ~ lora ~ lora
 half ~ trained/{WEIGHTS} trained/config.json ~ FILE is damaged ~ trained
 fewer ~ trained/{WEIGHTS} ~ weights are missing in ~ trained
 gone ~ trained/config.json ~ FILE is missing ~ trained
+{{}} ~ trained/config.json ~ is not a folder ~ trained's file
+gone ~ flux/vae ~ FILE does not exist ~ train, sample
 half [1] binary {{}} gone ~ e/settings.json ~ /e ~ train on e
 {{ [1] 5 {{"00000_0.png":5}} {{"none.png":"a"}} {{}} binary ~ images/prompts.json ~ images ~ score
 {{ [1] {{}} {{"mean":1.0,"images":5}} {{"mean":"x","images":[]}} binary ~ {LOG} ~ {LOG} ~ score again
@@ -126,15 +127,6 @@ def test_a_damaged_file_is_named_in_one_line(copy, commands, damage, file, words
         assert str(copy / file.split("/")[0]) in line
         assert number or words in line
         assert program is trainer.main or not (copy / "new").exists()
-
-
-def test_a_whole_pipeline_is_accepted_and_a_folder_is_no_file(copy):
-    for folder in (copy / "flux").glob("[tvs]*/"):
-        check_files(folder)
-    with pytest.raises(BadInput, match="none does not exist"):
-        check_files(copy / "none")
-    arguments = sampling(copy, copy / "new", "--transformer", copy / "trained" / "config.json")
-    assert "is not a folder" in refusal(arguments, tools.main)
 
 
 @pytest.mark.parametrize("damage", ["half", "flipped", "binary"])

@@ -40,8 +40,6 @@ def test_the_rollout_is_the_pipelines(models, name, tolerance, T):
     # On some processors the VAE's convolutions round by where their input is in memory.
     images = draw(pipeline, x_T, PROMPTS[:2], T, "pt")
     assert sample.shape == (2, 3, 64, 96) and (images - sample.clamp(0, 1)).abs().max() <= 1e-5
-    saturated = ((images == 0) | (images == 1)).float().mean().item()
-    assert task.step_metrics(sample)["saturated"] == pytest.approx(saturated, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -64,12 +62,6 @@ def test_klein_is_guided_from_a_scale_above_1_as_in_its_pipeline(models, guidanc
     assert len(seen) == 4 * evaluations
     drawn = draw(pipeline_of(models, "klein"), x_T, PROMPTS[:2], 4, guidance=guidance)
     assert torch.equal(drawn, final_latents(task, x_0))
-
-
-def test_the_grid_of_sd3_is_the_schedulers_and_no_shift_of_an_even_grid(models):
-    times = task_of(models, "sd3", T=25).times
-    u = torch.linspace(0, 1, 26)
-    assert times[0] == 0 and times[-1] == 1 and (times - 3 * u / (1 + 2 * u)).abs().max() > 0.05
 
 
 @every_task
@@ -111,8 +103,8 @@ def test_half_precision_applies_the_statistics_of_kleins_latents_in_float32(mode
     torch.testing.assert_close(patches, expected.float(), rtol=1e-6, atol=1e-6)
 
 
-@a_flux
-def test_half_precision_rounds_the_time_as_the_pipeline_does(models, name):
+@every_task
+def test_half_precision_rounds_the_time_where_the_pipeline_does(models, name):
     task, pipeline = task_of(models, name, precision="bfloat16"), pipeline_of(models, name)
     pipeline.to(torch.bfloat16)
     times = {task.model: [], pipeline.transformer: []}
@@ -124,7 +116,7 @@ def test_half_precision_rounds_the_time_as_the_pipeline_does(models, name):
     draw(pipeline, x_T.to(torch.bfloat16), PROMPTS[:1], 4)
     found, expected = map(torch.cat, times.values())
     assert len(expected) >= 4 and torch.equal(found, expected)
-    assert any((time - task.times).abs().min() > 1e-4 for time in found)
+    assert torch.equal(found, found.bfloat16().float()) == (name != "sd3")  # whose times stay float32
 
 
 @every_task
@@ -142,17 +134,8 @@ def test_a_new_velocity_sees_weights_that_changed_after_a_forward(models, name):
     assert torch.equal(after, expected) and not torch.equal(after, before)
 
 
-def test_sd3_sees_times_that_no_precision_has_rounded(models):
-    task, seen = task_of(models, "sd3", precision="bfloat16"), []
-    task.model.time_text_embed.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    task.velocity(PROMPTS[:1])(task.noise(1, seeded()), task.times[1])
-    assert seen[0].dtype == torch.float32 and torch.equal(seen[0], 1000 * task.times[1].expand(2))
-
-
-@pytest.mark.parametrize("name, width", [("flux", 32), ("klein", 3 * 16)])
-def test_a_flux_draws_prompts_from_the_whole_list_and_reads_512_tokens_with_padding(models, name, width):
-    task = task_of(models, name)
-    assert task.encode(["a"])["encoder_hidden_states"].shape == (1, 512, width)
+def test_prompts_are_drawn_from_the_whole_list(models):
+    task = task_of(models)
     assert set(task.sample_conditions(200, seeded())) == set(PROMPTS)
     one, again, other = (task.sample_conditions(5, seeded(seed)) for seed in (0, 0, 1))
     assert one == again != other
@@ -198,11 +181,13 @@ def gradients(task, method="leap_align", prompts=PROMPTS[:2]):
 
 
 @every_task
-def test_gradient_checkpointing_does_not_change_the_gradient(models, name):
-    modes = ("off", "on", "selective")
-    off, *others = (gradients(task_of(models, name, gradient_checkpointing=mode)) for mode in modes)
+def test_the_gradient_is_the_plain_models_with_and_without_gradient_checkpointing(models, name):
+    """The plain model is diffusers' own, on this process and not sharded."""
+    tasks = [task_of(models, name, gradient_checkpointing=mode) for mode in ("off", "off", "on", "selective")]
+    tasks[0].model = pipeline_of(models, name).transformer
+    plain, *others = map(gradients, tasks)
     for gradient in others:
-        assert_close(gradient, off, 1e-5, 1e-9)
+        assert_close(gradient, plain, 1e-5, 1e-9)
 
 
 @every_task
@@ -215,13 +200,6 @@ def test_every_parameter_gets_a_gradient(models, name, method):
     zero = {name for name, gradient in by_name.items() if not gradient.any()}
     # In SD3's last block the text ends and asks nothing, so the reward cannot depend on these.
     assert not {k for k in zero if not re.search(r"transformer_blocks.1.attn.(add_q_proj|norm_added_q)", k)}
-
-
-def test_the_sharded_gradient_is_the_plain_models(models):
-    task = task_of(models)
-    sharded = gradients(task)
-    task.model = pipeline_of(models, "flux").transformer
-    assert_close(sharded, gradients(task), 1e-5, 1e-9)
 
 
 @pytest.mark.slow
@@ -309,26 +287,5 @@ def test_an_evaluation_of_the_reference_does_not_change_the_gradient(models, lor
     expected = gradients(task)
     task.model.zero_grad()
     velocity, reference = task.velocity_and_reference(PROMPTS[:2])
-
     task.velocity = lambda condition: lambda x, t: (velocity(x, t), torch.no_grad()(reference)(x, t))[0]
     assert_close(gradients(task), expected, 0, 0)
-
-
-@pytest.mark.parametrize("name", ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd3", "klein"))])
-@every_rank
-def test_a_resumed_run_on_a_leash_equals_an_uninterrupted_one(models, tmp_path, name, lora_rank):
-    arguments = tiny.flags(models, name, "--beta", "1", "--lora-rank", str(lora_rank))
-    uninterrupted = tiny.train(tmp_path / "uninterrupted", arguments)
-    assert uninterrupted[0]["leash"] == 0 < uninterrupted[2]["leash"]
-    tiny.train(tmp_path / "resumed", [*arguments, "--iterations", "2"])
-    assert tiny.train(tmp_path / "resumed", [*arguments, "--resume"]) == uninterrupted
-
-
-@pytest.mark.slow
-@every_task
-@every_rank
-def test_two_processes_on_a_leash_equal_one(models, tmp_path, name, lora_rank):
-    arguments = tiny.flags(models, name, "--beta", "1", "--lora-rank", str(lora_rank))
-    tiny.train(tmp_path / "one", arguments)
-    tiny.torchrun("train_leap_align.py", *arguments, "--out", tmp_path / "two")
-    tiny.assert_same_run(tmp_path / "one", tmp_path / "two")

@@ -11,7 +11,7 @@ from torch.func import grad, vmap
 import leap_align as la
 from leap_align import COSINE, RECTIFIED
 from tests.oracles import assert_frequencies, bumpy
-from tests.problems import B, T, grid, problem, randn, seeded, trajectory
+from tests.problems import B, T, problem, randn, seeded, trajectory
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -60,13 +60,6 @@ def test_rollout_is_euler_and_a_leap_over_one_interval_its_step(shift, i_end):
     assert torch.equal(states[-1], x_T) and near(torch.stack(states), torch.stack(expected[i_end:]))
     for x_next, x, s, t in zip(states[:-1], states[1:], times[i_end:-1], times[i_end + 1 :], strict=True):
         assert torch.equal(la.leap(x, net(net.theta, x, t), t, s), x_next)
-
-
-@all_dtypes
-@pytest.mark.parametrize("times_dtype", [torch.float64, torch.float32], ids=str)
-def test_states_keep_their_dtype_through_a_leap_trajectory(dtype, times_dtype):
-    x_T, times = randn(B, 3, dtype=dtype), grid(T, 2.2243, times_dtype)
-    assert all(x.dtype == dtype for x in la.leap_rollout(lambda x, t: torch.sin(x), x_T, times, 4, 2, 0.3))
 
 
 # General paths
@@ -167,18 +160,6 @@ def test_leap_rollout_equals_rollout_then_leap_trajectory(pair, shift, alpha):
     assert all(torch.equal(a, b) for a, b in zip(one_pass, two_pass, strict=True))
     (bumpy(one_pass.x_0).sum() + bumpy(two_pass.x_0).sum()).backward()
     assert torch.equal(one.grad, two.grad)
-
-
-@pytest.mark.parametrize("shape", [(), (3,), (2, 4, 4)], ids=str)
-def test_a_pair_a_sample_equals_each_sample_alone(shape):
-    net, _, times, states = problem(shape)
-    i_k, i_j = torch.tensor([6, 4, 2]), torch.tensor([1, 3, 1])
-    batch = la.leap_trajectory(net.velocity(net.theta), states, times, i_k, i_j, 0.3)
-    for b in range(B):
-        one = [x[b : b + 1] for x in states]
-        alone = la.leap_trajectory(net.velocity(net.theta), one, times, int(i_k[b]), int(i_j[b]), 0.3)
-        assert all(x.shape == (B, *shape) and near(x[b : b + 1], y) for x, y in zip(batch, alone))
-        assert all(d.shape == (B,) and near(d[b], e[0]) for d, e in zip(la.distances(batch), la.distances(alone)))
 
 
 # The objective

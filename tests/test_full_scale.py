@@ -6,7 +6,6 @@ import math
 import os
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,11 +22,9 @@ from tests import tiny_pipelines as tiny  # first: skips without the libraries
 
 # isort: split
 
-from full_scale import geneval_prompts, rewards
+from full_scale import geneval_prompts
 from full_scale.components import weight_shapes
-from full_scale.contents import pipeline_content
 from full_scale.models import FAMILIES, Family
-from full_scale.pipeline import TEXT_SUBFOLDERS
 from full_scale.score import read_image
 from leap_align import BadInput
 from tests.tiny_pipelines import PROMPTS, ROOT, TASKS, every_task, flags, options_of, sampling, task_of, tool, train
@@ -122,7 +119,7 @@ def test_a_real_step_at_the_real_size_of_sd3(tmp_path):
         ("hpsv3", "hpsv3"),
         ("imagereward", "imagereward"),
         ("hpsv2.1:1,imagereward:0.5", "reward imagereward"),
-        ("tests.test_full_scale:brightness", ""),
+        ("tests.test_rewards:redness", ""),
     ],
 )
 def test_every_reward_trains_and_scores(models, tmp_path, reward, weights):
@@ -133,11 +130,6 @@ def test_every_reward_trains_and_scores(models, tmp_path, reward, weights):
     tool(*tiny.scoring(models, tmp_path / "images", tmp_path / "scores", *chosen))
     log = tiny.read(tmp_path / "scores" / "images_rewards_log.json")
     assert log["reward"] == reward and len({row["reward"] for row in log["images"]}) == len(PROMPTS)
-
-
-def brightness():
-    """A custom reward, which a run takes by its name."""
-    return lambda images, prompts: images.mean((1, 2, 3))
 
 
 @every_task
@@ -165,22 +157,6 @@ def test_embeddings_are_those_computed_in_every_step_and_free_the_text_encoders(
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "more",
-    ["--method lagrange", pytest.param("--load-in-4bit --precision bfloat16 --beta 1e-3", marks=tiny.needs_torchao)],
-)
-def test_a_resumed_run_equals_an_uninterrupted_one_and_may_encode_prompts_in_every_step(
-    models, tmp_path, monkeypatch, more
-):
-    arguments, part = flags(models, "flux", "--lora-rank", 2, *more.split()), tmp_path / "resumed"
-    once = train(tmp_path / "once", arguments)
-    with monkeypatch.context() as patch:
-        patch.setattr("full_scale.prompts.FEW_PROMPTS", 0)
-        train(part, [*arguments, "--iterations", "2"])
-    assert train(part, [*arguments, "--resume"]) == once and all(row["grad_norm"] > 0 for row in once)
-    tiny.assert_close(tiny.exported(tmp_path / "once"), tiny.exported(part), 0, 0)
-
-
 def test_evaluation_prompts_may_be_embedded_in_a_folder_of_their_own(models, tmp_path):
     (tmp_path / "other.txt").write_text("a cat on the moon\n")
     folders = {"prompts": tmp_path / "train", "evaluation_prompts": tmp_path / "evaluation"}
@@ -192,13 +168,6 @@ def test_evaluation_prompts_may_be_embedded_in_a_folder_of_their_own(models, tmp
     (tmp_path / "evaluation" / "prompts.txt").write_text("a dog\n")
     with pytest.raises(BadInput, match="evaluation lacks 1 embeddings"):
         TASKS["flux"](options_of(models, "flux", **folders), 4)
-
-
-def test_another_chat_template_makes_other_text_encoders(models, tmp_path):
-    shutil.copytree(models / "klein", tmp_path / "klein")
-    template = tmp_path / "klein" / "tokenizer" / "chat_template.jinja"
-    template.write_text(template.read_text() + "!")
-    assert len({pipeline_content(folder / "klein", *TEXT_SUBFOLDERS) for folder in (models, tmp_path)}) == 2
 
 
 EMBEDDED = "the embeddings of 5 prompts are in {0}: train with --prompts {0}\n"
@@ -240,19 +209,15 @@ def test_an_image_is_read_as_numbers_from_0_to_1(tmp_path):
 def test_score_continues_where_it_stopped(models, tmp_path, monkeypatch, capsys):
     tool(*sampling(models, tmp_path / "i", "--images-per-prompt", 3))
     tool(*tiny.scoring(models, tmp_path / "i", tmp_path / "uninterrupted"))
-    load, calls, command = rewards.load, [], tiny.scoring(models, tmp_path / "i", tmp_path / "resumed")
+    calls, command = [], tiny.scoring(models, tmp_path / "i", tmp_path / "resumed")
 
-    def interrupted(*arguments, **options):
-        def count(*_):
-            calls.append(1)
-            if len(calls) == 6:
-                os.kill(os.getpid(), signal.SIGINT)
+    def interrupted(path):
+        calls.append(path)
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return read_image(path)
 
-        reward = load(*arguments, **options)
-        reward.register_forward_pre_hook(count)
-        return reward
-
-    monkeypatch.setattr(rewards, "load", interrupted)
+    monkeypatch.setattr("full_scale.score.read_image", interrupted)
     with pytest.raises(SystemExit, match="130"):
         tool(*command)
     last = capsys.readouterr().err.splitlines()[-1]

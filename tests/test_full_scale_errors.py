@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -25,11 +24,9 @@ from tests import tiny_pipelines as tiny  # first: skips without the libraries
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from full_scale import __main__ as tools
-from full_scale import benchmark, transformer
-from full_scale.prompts import read_prompts
+from full_scale import transformer
+from full_scale.prompts import embedding_file
 from leap_align import BadInput
-from runtime.processes import UserCodeError, exit_process
-from runtime.run_dir import claimed_output_folder
 from tests.tiny_pipelines import PROMPTS, ROOT, TASKS, content_of, flags, options_of, refusal, sampling, start, tool
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -123,18 +120,22 @@ score --images {odd}/images             | images lacks 1 of 5 images
 score --images {models}                 | images={models} needs a prompts.json
 score --images {odd}/whole --reward-weights {odd}/none | {odd}/none does not exist
 tiny --sd3 --klein                      | give --sd3 or --klein, not both
+benchmark                               | no CUDA device
+benchmark --task toy                    | task=toy: benchmark knows flux, sd3, klein
 geneval-prompts --out {odd}/mine.txt    | mine.txt exists: choose another --out, or delete it
 """
 
 
 @pytest.mark.parametrize("row", REFUSALS.strip().splitlines(), ids=lambda row: row.split(" | ")[0].strip())
-def test_what_cannot_work_is_refused(models, odd, tmp_path, row):
+def test_what_cannot_work_is_refused(models, odd, tmp_path, monkeypatch, row):
     """A line is a command, with the usual flags of the tool or task in front of it, and words of the message."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     out, names = tmp_path / "out", {"odd": odd, "models": models, "DISTILLED": DISTILLED, "ANOTHER": ANOTHER}
     command, _, words = row.format(**names).partition(" | ")
     usual = {"train": flags(models, "flux"), "sd3": flags(models, "sd3"), "klein": flags(models, "klein")}
     usual |= {"few": ["--task", "flux", *tiny.files(models)], "bare": ["--task", "flux", "--model", models / "flux"]}
     usual |= {"sample": sampling(models, out), "score": ["score", "--out", out], "tiny": ["tiny", out]}
+    usual |= {"benchmark": ["benchmark", "--out", out]}
     name, *more = shlex.split(command)
     is_tool = name in tools.TOOLS
     assert words.strip() in refusal([*usual.get(name, [name]), *more, *([] if is_tool else ["--out", out])])
@@ -142,16 +143,14 @@ def test_what_cannot_work_is_refused(models, odd, tmp_path, row):
 
 
 @pytest.mark.parametrize("name", ["flux", "klein"])
-def test_a_distilled_model_is_sampled_without_guidance_and_not_downloaded_for_training(
-    models, odd, tmp_path, monkeypatch, name
-):
+def test_a_distilled_model_is_only_sampled_and_without_guidance(models, odd, tmp_path, monkeypatch, name):
     tool(*sampling(models, tmp_path / "i", "--model", odd / name))
     assert tiny.read(tmp_path / "i" / "settings.json")["guidance"] == 1 and list(tmp_path.glob("i/*.png"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", download := Mock(return_value=odd / name))
     line = refusal([*flags(models, name), "--model", "someone/distilled", "--out", tmp_path / "run"])
     assert "distilled to few steps" in line
     asked = {pattern for call in download.call_args_list for pattern in call.kwargs["allow_patterns"]}
-    assert asked == {"model_index.json", "scheduler/*", "transformer/config.json"}
+    assert asked == {"model_index.json", "scheduler/*", "transformer/config.json"}  # no weights
 
 
 RESPONSE = SimpleNamespace(headers={}, request=None)
@@ -221,11 +220,10 @@ def test_the_memory_check_counts_the_reference_of_a_leash(models, monkeypatch, c
     weights, size = list(task.model.parameters()), 0.5 if "load_in_4bit" in changes else 2
     needed = sum(20 * p.numel() if p.requires_grad else size * p.numel() for p in weights)
     needed += sum(frozen_bytes * p.numel() for p in weights)
-    monkeypatch.setattr(transformer, "shard", lambda *_: pytest.fail("it fits"))
-    for free, outcome in ((needed - 1, BadInput), (needed, pytest.fail.Exception)):
-        monkeypatch.setattr(transformer, "_free_memory", lambda device, free=free: free)
-        with pytest.raises(outcome):
-            task.parallelize(SimpleNamespace(size=lambda dim: 1))
+    monkeypatch.setattr(transformer, "_free_memory", Mock(side_effect=[needed, needed - 1]))
+    task.check_memory(shards=1)
+    with pytest.raises(BadInput):
+        task.check_memory(shards=1)
 
 
 def commands(inputs, out):
@@ -239,13 +237,12 @@ def commands(inputs, out):
         "score": score,
         "score mine": [*score[:-1], out / "my-scores", "--reward", "my_scored:bright", "--reward-weights"],
         "train": [*flags(inputs, "flux", "--iterations", 1), "--out", out / "run"],
-        "benchmark": ["benchmark", "--out", out / "table"],
     }
 
 
 @pytest.fixture(scope="module")
 def filled(models, tmp_path_factory):
-    """What each program but the benchmark has written, beside the model, prompts and rewards that it read."""
+    """What each program has written, beside the model, prompts and rewards that it read."""
     folder = tmp_path_factory.mktemp("filled")
     shutil.copytree(models / "flux", folder / "flux")
     shutil.copytree(models / "flux" / "transformer", folder / "trained")
@@ -254,7 +251,7 @@ def filled(models, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         patch.setattr(sys, "dont_write_bytecode", True)
-        for command in [*commands(folder, folder).values()][:-1]:
+        for command in commands(folder, folder).values():
             start(command)
     return folder
 
@@ -262,7 +259,10 @@ def filled(models, tmp_path_factory):
 def change(path):
     """Other weights, another image, prompts in another order, another reward."""
     if path.is_dir():
-        tiny.change_weights(path)
+        file = next(path.glob("*.safetensors"))
+        weights = load_file(file)
+        name = min(weights)
+        save_file(weights | {name: weights[name] + 1}, file, metadata={"format": "pt"})
     elif path.suffix == ".png":
         shutil.copy(path.with_name("00001_0.png"), path)
     elif path.suffix == ".py":
@@ -276,6 +276,7 @@ tiny                   |                     |
 tiny --sd3             |                     | tiny was filled with other settings: task was flux, is sd3
 embed                  |                     |
 embed                  | prompts.txt         | embedded was filled with other settings: prompts was content
+embed                  | flux/tokenizer/chat_template.jinja | embedded was filled with other settings: model was content
 embed                  | flux/text_encoder_2 | embedded was filled with other settings: model was content
 sample --steps 3       |                     | images was filled with other settings: steps was 1, is 3
 sample                 | flux/transformer    | images was filled with other settings: transformer was content
@@ -320,68 +321,21 @@ def test_the_same_command_continues_only_from_the_same_content(filled, tmp_path,
     assert content_of(tmp_path) == before
 
 
-@pytest.fixture(params=["tiny", "embed", "sample", "score", "benchmark", "train"])
-def program(filled, tmp_path, monkeypatch, request):
-    """The name of a program, and its command line that fills a folder."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param == "benchmark")  # which measures nothing
-    monkeypatch.setattr(benchmark, "write_pipeline", lambda *_: None)
-    monkeypatch.setattr(benchmark, "measure", lambda flags: {"batch": flags.run.batch_size})
-    command = commands(filled, tmp_path)[request.param]
-    return "train_leap_align" if request.param == "train" else request.param, command
-
-
-def test_a_folder_that_another_process_tool_or_user_has_filled_is_left_alone(models, program, tmp_path):
-    name, command = program
-    out, file = Path(command[-1]), "config.json" if name == "train_leap_align" else "settings.json"
-    with claimed_output_folder(out, name, {}):
-        (out / "settings.json").rename(out / file)
-        assert f"{out} is in use by another process" in refusal(command)
-    shutil.copytree(models / "sd3", out, dirs_exist_ok=True)
-    for settings in '{"tool": "another"}', '{"model": "x"}', "[1]", "{", None:
-        (out / file).unlink(missing_ok=True)
-        if settings:
-            (out / file).write_text(settings)
-        before, line = content_of(out), refusal(command)
-        assert f"{out} is not empty, and {name} did not fill it: choose another" in line or file in line
-        assert content_of(out) == before
-
-
-def test_the_mark_that_some_editors_put_first_is_not_part_of_a_prompt(tmp_path):
-    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa red cube\r\na cat\r\n")
-    assert read_prompts(tmp_path / "prompts.txt") == ["a red cube", "a cat"]
-
-
-@pytest.mark.parametrize(
-    "error, expected",
-    [
-        (torch.OutOfMemoryError("CUDA out of memory"), "lower the --batch-size of sample"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "--batch-size"),
-        (OSError(28, "No space left on device", "x.png"), "x.png: No space left on device; then the same command"),
-        (UserCodeError("your reward a:b"), "your reward a:b raised ValueError: mine"),
-    ],
-)
-def test_a_tool_advises_only_what_it_has(monkeypatch, tmp_path, error, expected):
-    error.__cause__ = ValueError("mine")
-
-    def sample(out: str) -> None:
-        raise error
-
-    monkeypatch.setattr("full_scale.sample.sample", sample)
-    with pytest.raises(SystemExit) as stop:
-        tool("sample", "--out", tmp_path)
-    assert expected in stop.value.code and "--resume" not in stop.value.code
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out"), RuntimeError("DefaultCPUAllocator: can't")])
+def test_a_tool_that_runs_out_of_memory_advises_only_what_it_has(monkeypatch, tmp_path, error):
+    """And does so on a line of its own, below the progress bar of a loop that the error leaves."""
+    output = io.StringIO()
+    bar = tqdm(total=3, file=output, leave=False)
+    monkeypatch.setattr("full_scale.pipeline.check_image_size", Mock(side_effect=error))
+    line = refusal(["sample", "--model", "m", "--out", tmp_path])
+    assert line.startswith("error: out of memory") and "--batch-size of sample" in line and "--resume" not in line
+    assert bar.disable and output.getvalue().endswith("\r")
 
 
 def test_a_full_disk_names_the_file(models, tmp_path, monkeypatch):
-    command = tiny.embedding(models, tmp_path)
-    tool(*command)
-    removed = next(tmp_path.glob("*.safetensors"))
-    removed.unlink()
-    before = content_of(tmp_path)
     monkeypatch.setattr("full_scale.prompts.save", Mock(side_effect=OSError(28, "No space left on device")))
-    line = refusal(command)
-    assert line == f"error: {removed}: No space left on device; then the same command continues from here"
-    assert content_of(tmp_path) == before
+    line, file = refusal(tiny.embedding(models, tmp_path)), embedding_file(tmp_path, "")
+    assert line == f"error: {file}: No space left on device; then the same command continues from here"
 
 
 @pytest.mark.parametrize("handler, status", [(signal.SIG_DFL, -signal.SIGINT), (signal.SIG_IGN, 0)])
@@ -393,13 +347,3 @@ def test_ctrl_c_during_the_imports_ends_without_a_traceback_unless_it_is_ignored
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == status and "Traceback" not in errors
-
-
-def test_an_error_does_not_follow_a_progress_bar_on_its_line():
-    output = io.StringIO()
-    bar = tqdm(range(3), file=output, leave=False)
-    rounds = iter(bar)
-    next(rounds)  # as in a loop that an error leaves
-    with pytest.raises(SystemExit, match="error: mine"):
-        exit_process(BadInput("mine"), "", "")
-    assert bar.disable and output.getvalue().endswith("\r")

@@ -116,17 +116,12 @@ def test_drtune_is_algorithm_1(seed, shape, shift, K):
     check_algorithm_1("drtune", shape, shift, seed, hyper, lambda log: {"t_min": log["i_min"], "s": log["s"], "K": K})
 
 
-def test_leap_align_is_algorithm_1(seed, shape, shift, alpha):
-    """low = 2 excludes the pair (2, 1), whose leaps are both Euler steps: without tau, g divides by zero there."""
-    draws = lambda log: {"t_k": log["i_k"], "t_j": log["i_j"], "alpha": alpha}  # noqa: E731
-    check_algorithm_1("leap_align", shape, shift, seed, Hyper(tau=NO_TAU, alpha=alpha, low=2), draws)
-
-
-@pytest.mark.parametrize("pair", [(i_k, 1) for i_k in range(3, T + 1)], ids=str)
-def test_leap_align_is_algorithm_1_where_the_second_leap_is_the_last_step(shift, alpha, pair, monkeypatch):
+@pytest.mark.parametrize("pair", [(i_k, i_j) for i_k in range(3, T + 1) for i_j in range(1, i_k)], ids=str)
+def test_leap_align_is_algorithm_1(shape, shift, alpha, pair, monkeypatch):
+    """Not the pair (2, 1), whose leaps are both Euler steps: without tau, g divides by zero there."""
     monkeypatch.setattr("leap_align.sample_pair", lambda *_: pair)
     draws = {"t_k": pair[0], "t_j": pair[1], "alpha": alpha}
-    check_algorithm_1("leap_align", (3,), shift, 0, Hyper(tau=NO_TAU, alpha=alpha), lambda log: draws)
+    check_algorithm_1("leap_align", shape, shift, sum(pair), Hyper(tau=NO_TAU, alpha=alpha), lambda log: draws)
 
 
 def test_leap_align_with_a_pair_a_sample_is_algorithm_1_on_each_sample_alone(seed, shift):

@@ -28,17 +28,17 @@ def test_a_reward_keeps_the_contract(name, size):
 
 @every_reward
 def test_the_gradient_equals_finite_differences(name):
-    """Central differences in float64, along the gradient and a random direction, both of length 1."""
+    """Central differences in float64, along the sum of the gradient and a random direction, both of length 1."""
     # Qwen2-VL's norms compute in float32, and HPSv3's head has kinks: a longer step and a looser bound.
     step, tolerance = (0.01, 5e-3) if name == "hpsv3" else (1e-4, 1e-6)
     images, reward = random_images(1).double().requires_grad_(), tiny_reward(name).double()
     (gradient,) = torch.autograd.grad(reward(images, PROMPTS[:1]), images)
-    for d in [gradient, torch.randn(images.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)]:
-        d = d / d.norm()
-        with torch.no_grad():
-            up, down = (reward(images + h * d, PROMPTS[:1]).item() for h in (step, -step))
-        slope = (gradient * d).sum().item()
-        assert abs(slope) > 1e-5 and (up - down) / (2 * step) == pytest.approx(slope, rel=tolerance, abs=1e-9)
+    random = torch.randn(images.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    direction = gradient / gradient.norm() + random / random.norm()
+    with torch.no_grad():
+        up, down = (reward(images + h * direction, PROMPTS[:1]).item() for h in (step, -step))
+    slope = (gradient * direction).sum().item()
+    assert slope > 1e-5 and (up - down) / (2 * step) == pytest.approx(slope, rel=tolerance)
 
 
 @every_reward
@@ -147,11 +147,11 @@ def test_a_weighted_sum_equals_its_formula(spec, terms):
     ("spec", "weights", "words"),
     [
         ("hpsv4", [], "hpsv2.1"),
-        ("hpsv4:2", [], "hpsv2.1"),
         ("", [], "unknown reward ''"),
         (":2", [], "finite weight"),
         (f"{HERE}:redness:nan", [], "finite weight"),
-        ("no_such_module:factory", [], "cannot import"),
+        ("no_such_module:factory", [], "its folder in PYTHONPATH"),
+        ("no_such_package.module:factory", [], "its folder in PYTHONPATH"),
         (f"{HERE}:no_such_factory", [], "cannot import"),
         (f"{HERE}:PROMPTS", [], f"{HERE}:PROMPTS is a value of type list, not a callable"),
         (f"{HERE}:dict", [], "cannot import"),
@@ -162,15 +162,6 @@ def test_a_weighted_sum_equals_its_formula(spec, terms):
 )
 def test_load_refuses_a_wrong_spec(spec, weights, words):
     assert words in refusal(load, spec, weights)
-
-
-def test_a_module_is_found_in_pythonpath_as_the_message_says(tmp_path, monkeypatch):
-    assert "its folder in PYTHONPATH" in refusal(load, "more_rewards.colours:Nested.redness")
-    (tmp_path / "more_rewards").mkdir()
-    source = "from tests.test_rewards import redness\nclass Nested: redness = redness"
-    (tmp_path / "more_rewards/colours.py").write_text(source)
-    monkeypatch.syspath_prepend(tmp_path)
-    load("more_rewards.colours:Nested.redness")
 
 
 def returns(value):
@@ -185,7 +176,6 @@ def shrink(images):
 
 
 nothing_at_all = lambda: None  # noqa: E731
-a_list = returns(lambda images: mean(images).tolist())
 in_place = returns(shrink)
 not_a_number = returns(lambda images: mean(images) * float("nan"))
 without_gradient = returns(lambda images: mean(images.detach()))
@@ -199,9 +189,7 @@ def through_data():
 
 
 def use(spec, when):
-    """Loads a reward as a run does, or scores images as a training step or an evaluation does."""
-    if when == "loading":
-        return load(spec, image_size=(32, 48))
+    """Scores images as a training step or an evaluation does."""
     with torch.set_grad_enabled(when == "training"):
         return load(spec)((random_images() * 1).requires_grad_(when == "training"), PROMPTS)
 
@@ -212,7 +200,6 @@ def use(spec, when):
         ("in_place", "training", "changes its images in place"),  # it would falsify the other scores of a sum
         ("in_place", "evaluation", "changes its images in place"),
         ("not_a_number", "evaluation", "gave [nan, nan] for finite images"),  # in training, the step is skipped
-        ("without_gradient", "loading", "gives no gradient to its images"),
     ],
 )
 def test_a_broken_custom_reward_is_refused(name, when, words):
@@ -230,7 +217,7 @@ def test_a_score_of_nan_passes_in_training_and_for_broken_images():
 @pytest.mark.parametrize(
     ("name", "source", "what", "cause"),
     [
-        ("raising", "from tests.test_rewards import raising", "reward broken_rewards:raising", KeyError),
+        ("A.raising", "class A: from tests.test_rewards import raising", "reward broken_rewards:A.raising", KeyError),
         ("f", "def f(): {}['x']", "factory broken_rewards:f, called without arguments,", KeyError),
         ("f", "def f(x): pass", "factory broken_rewards:f, called without arguments,", TypeError),
         ("f", "def f(:", "module broken_rewards", SyntaxError),
@@ -271,19 +258,14 @@ FLOAT = f"of torch.float32 on cpu {ALLOWED}"
 noise_generator = torch.Generator().manual_seed(0)
 
 VIOLATIONS = {
-    "detached": (without_gradient(), "no gradient"),
     "rounded": (lambda images, prompts: mean((images * 255).round() / 255), "no finite gradient"),
     "a column": (lambda images, prompts: mean(images)[:, None], f"gave a tensor (2, 1) {FLOAT}"),
-    "one number": (lambda images, prompts: images.mean(), f"gave a tensor () {FLOAT}"),
-    "a list": (a_list(), f"gave a value of type list {ALLOWED}"),
     "nothing": (lambda images, prompts: None, f"gave None {ALLOWED}"),
     "integers": (lambda images, prompts: mean(images).long(), f"gave a tensor (2,) of torch.int64 on cpu {ALLOWED}"),
     "elsewhere": (lambda images, prompts: mean(images).to("meta"), "gave a tensor (2,) of torch.float32 on meta for"),
     "squeezed": (lambda images, prompts: mean(images).squeeze(), "a tensor () of torch.float32 on cpu for 1 images"),
     "double": (lambda images, prompts: mean(images).double(), "float32"),
     "infinite": (lambda images, prompts: mean(images) / 0, "finite"),
-    "over the batch": (lambda images, prompts: mean(images) - mean(images).mean(), "batch"),
-    "over the batch, slightly": (normalised(), "batch"),
     "over the batch, too weakly for the scores": (lambda x, prompts: mean(x) - 1e-5 * mean(x).mean(), "batch"),
     "over the batch, detached": (lambda images, prompts: mean(images) - 0.01 * mean(images.detach()).mean(), "batch"),
     "over more than two": (lambda images, prompts: mean(images) - (len(images) > 2) * mean(images).mean(), "batch"),
@@ -292,7 +274,6 @@ VIOLATIONS = {
     "by the longest prompt": (lambda images, prompts: mean(images) * max(40, *map(len, prompts), 0) / 40, "batch"),
     "trainable": (Trainable(), "requires_grad_"),
     "graph through the text": (lambda images, prompts: soft_prompt * mean(images), "text"),
-    "in place": (in_place(), "changes its images"),
     "in place, past autograd": (through_data(), "changes its images"),
     "in place, later": (darken_blue, "changes its images"),
     "at random": (lambda images, prompts: mean(images) * torch.rand((), generator=noise_generator), "another score"),

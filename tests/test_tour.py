@@ -4,19 +4,14 @@ import base64
 import io
 import json
 import re
-from types import SimpleNamespace
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import nn
 
-from leap_align import BadInput, uniform_times
 from tests.toy_runs import ROOT, run
-from toy import animation, pictures, tour
+from toy import animation, pictures
 
 NOTEBOOK = ROOT / "toy" / "tour.ipynb"
 CELLS = json.loads(NOTEBOOK.read_text())["cells"]
@@ -114,30 +109,6 @@ def test_the_text_on_reward_hacking_is_what_was_measured():
     check_what_the_text_says_of_reward_hacking(text_of(CODE[-2]))
 
 
-def test_jacobian_of_a_linear_map():
-    layer, x = nn.Linear(2, 2), torch.tensor([[3.0, 5.0]])
-    # Weights first, row by row, then biases: dy_1/dw_11 = x_1, dy_1/dw_12 = x_2, dy_1/db_1 = 1.
-    expected = torch.tensor([[3.0, 5.0, 0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 3.0, 5.0, 0.0, 1.0]])
-    assert torch.equal(tour.jacobian(layer(x), layer), expected)
-
-
-def test_a_step_of_the_weights_moves_the_images_and_is_taken_back():
-    """With v = theta for every x and t, x_0 is x_T - theta, so a step along -1 of length 0.5 moves it by 0.5."""
-    model = nn.ParameterList([nn.Parameter(torch.tensor([2.0]))])
-    task = SimpleNamespace(model=model, times=uniform_times(4), velocity=lambda c: lambda x, t: model[0].expand_as(x))
-    shift = tour.shift_of_images(task, torch.zeros(3, 2), None, torch.tensor([-7.0]), length=0.5)
-    assert torch.allclose(shift, torch.full((3, 2), 0.5)) and model[0].item() == 2
-
-
-def test_arrows_are_as_long_as_their_vectors():
-    _, axis = plt.subplots()
-    tour.arrows(axis, torch.tensor([1.0, 2.0]), torch.tensor([0.5, -0.25]), "k", "an arrow")
-    (quiver,) = axis.collections
-    assert (quiver.U.item(), quiver.V.item(), quiver.scale) == (0.5, -0.25, 1)
-    assert (quiver.angles, quiver.scale_units, quiver.get_offsets().tolist()) == ("xy", "xy", [[1, 2]])
-    plt.close()
-
-
 def test_the_committed_animation_is_small_and_stops_four_times():
     path = ROOT / "toy" / "results" / "tour.gif"
     gif = Image.open(path)
@@ -170,26 +141,18 @@ def test_the_animation_of_a_run(tmp_path, monkeypatch):
 
 
 NO_RUN = "must be the folder of a finished run of task toy"
-
-
-def test_the_command_of_the_animation_refuses_wrong_arguments(monkeypatch):
-    usage = "python -m toy.animation runs/toy-leap_align tour.gif"
-    for arguments, message in (([], usage), (["nowhere", "a.gif"], f"error: nowhere {NO_RUN}")):
-        monkeypatch.setattr("sys.argv", ["animation", *arguments])
-        with pytest.raises(SystemExit, match=message):
-            animation.main()
-
-
 NOT_RIGHT = "no drawn sample is wrong before training and right after: give a run with more iterations"
 CASES = [((4, 2), 0, NO_RUN), ((4, 2), 1, NO_RUN), ((4, 1, 8, 8), 2, NO_RUN), ((4, 2), 2, NOT_RIGHT)]
 
 
 @pytest.mark.parametrize("shape, count, message", CASES)
-def test_a_run_that_cannot_be_shown_is_refused(shape, count, message, tmp_path):
+def test_a_run_that_cannot_be_shown_is_refused(shape, count, message, tmp_path, monkeypatch):
     (tmp_path / "samples").mkdir()
     x = np.full(shape, 9.0)
     some = {"samples": x, "states": x[None], "x_hat_j": x, "x_hat_0": x, "pair": (2, 1), "prompt": np.zeros(4, int)}
     for iteration in range(count):
         np.savez(tmp_path / "samples" / f"{iteration:06d}.npz", **some)
-    with pytest.raises(BadInput, match=f"{message}$"):
-        animation.animate(tmp_path, tmp_path / "a.gif", np.zeros((1, 2)))
+    for arguments, words in (([], "toy.animation runs/toy-leap_align tour.gif"), ([str(tmp_path), "a.gif"], message)):
+        monkeypatch.setattr("sys.argv", ["animation", *arguments])
+        with pytest.raises(SystemExit, match=words):
+            animation.main()

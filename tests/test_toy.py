@@ -1,11 +1,9 @@
 """The toy tasks: what they learn, what their evaluators measure, and that training never sees the evaluators."""
 
 import dataclasses
-import itertools
 import json
 import math
 import os
-import pickle
 import shutil
 from pathlib import Path
 from unittest.mock import Mock
@@ -13,16 +11,11 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.text import Text
 
-from leap_align import BadInput, Hyper, rollout, uniform_times
-from runtime import report
+from leap_align import Hyper, uniform_times
 from tests.toy_runs import flip_a_bit
 from toy import pretrain
 from toy.digits import Digits
-from toy.laboratory.variants import nested_only, nested_trajectory
 from toy.modes import CENTRES, SPREAD, Modes
 from toy.summary import format_number, markdown_table, mean_and_error, summary
 from toy.summary import main as print_summary
@@ -108,17 +101,6 @@ def test_the_pretrained_flow_follows_half_of_its_prompts():
     assert 0.4 < task.evaluate(None, 0)["alignment"] < 0.65
 
 
-def test_nested_only_is_a_method_with_the_nested_trajectory(task):
-    prompt, x_T, hyper = task.truth[:8], task.noise(8, torch.Generator().manual_seed(0)), Hyper(low=2, high=8)
-    velocity, generator = task.velocity(prompt), torch.Generator().manual_seed(1)
-    ((x_0, weight, log),) = nested_only(velocity, x_T, task.times, hyper, generator)
-    states = rollout(velocity, x_T, task.times)
-    expected = nested_trajectory(velocity, states, task.times, log["i_k"], log["i_j"], hyper.alpha).x_0
-    assert weight.shape == (8,)
-    for a, b in zip(*(torch.autograd.grad(x.sum(), list(task.model.parameters())) for x in (x_0, expected))):
-        torch.testing.assert_close(a, b)
-
-
 def test_save_and_load(task, tmp_path):
     task.save(tmp_path)
     saved = weights(task, "model")
@@ -157,11 +139,8 @@ class _Evil:
 
 
 DAMAGES = {
-    "empty": lambda file, size: os.truncate(file, 0),
-    "half": lambda file, size: os.truncate(file, size // 2),
     "end missing": lambda file, size: os.truncate(file, size - 10),
     "one bit": lambda file, size: flip_a_bit(file, size // 2),  # of a weight
-    "a pickle": lambda file, size: file.write_bytes(pickle.dumps([1])),
     "code": lambda file, size: torch.save({"flow": _Evil()}, file),
     "a list": lambda file, size: torch.save([1], file),
     "other weights": lambda file, size: torch.save({"flow.body.0.bias": torch.zeros(3)}, file),
@@ -198,38 +177,6 @@ def test_figures_are_drawn_and_other_files_among_the_samples_do_no_harm(task, tm
     assert {path.name for path in (tmp_path / "samples").iterdir()} == {"000000.npz", "000003.npz", *others}
 
 
-@pytest.fixture
-def figures(monkeypatch):
-    """Name, without .png, -> the matplotlib figure that was saved there."""
-    found = {}
-    savefig = lambda self, path, **_: (found.update({Path(path).name.split(".png")[0]: self}), Path(path).touch())  # noqa: E731
-    monkeypatch.setattr(Figure, "savefig", savefig)
-    return found
-
-
-@pytest.mark.parametrize(("iterations", "title"), [((0, 5), "after 5 iterations"), ((0,), "before training")])
-def test_the_figure_of_trajectories_says_when_and_no_label_covers_another(task, iterations, title, tmp_path, figures):
-    for iteration in iterations:
-        task.evaluate(tmp_path, iteration)
-    task.draw_figures(tmp_path)
-    figure = figures["trajectories"]
-    assert title in f"{figure.get_suptitle()} {figure.axes[0].get_title()}"
-    if task.name == "toy":
-        figure.set_dpi(120)
-        FigureCanvasAgg(figure).draw()
-        labels = [text for text in figure.axes[0].texts if text.get_text()]
-        assert {"$x_T$", "$x_k$", "$x_j$", "$x_0$"} <= {text.get_text() for text in labels}
-        boxes = [Text.get_window_extent(text) for text in labels]  # without its line
-        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-
-
-def test_the_curves_say_which_weights_they_are_of(tmp_path, figures):
-    evaluations = [{"iteration": i, "reward": float(i), "utility": 0.0} for i in range(3)]
-    report.draw_curves(tmp_path, evaluations, [{"iteration": "1", "reward": "0.5"}])
-    legend = [text.get_text() for text in figures["curves"].legends[0].get_texts()]
-    assert legend == ["batch, live weights", "evaluation, averaged weights"]
-
-
 def finished_run(folder, after=0.0, **settings):
     """The files of a finished run that its summary reads."""
     folder.mkdir()
@@ -246,8 +193,6 @@ def test_summary_against_a_hand_calculation(tmp_path):
     # Mean 3, standard deviation sqrt((4 + 1 + 9) / 2) = sqrt(7), of the mean sqrt(7 / 3) = 1.528.
     table = "| n = 3 | before | after |\n|---|---|---|\n| evaluator | 0.000 ± 0.000 | 3.000 ± 1.528 |"
     assert summary(folders).rstrip() == table
-    with pytest.raises(BadInput, match="have the same seed, 1"):
-        summary([folders[1]] * 2)
 
 
 SHARED = {"lr": 1e-4, "lam": 0.0, "iterations": 300}

@@ -1,6 +1,5 @@
 """The figures of a toy run, drawn from what its evaluations left in folder/samples."""
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,26 +8,22 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from runtime.run_dir import numbered
+
 # Okabe and Ito's colors, which colour-blind readers can tell apart; their yellow is too pale on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 RIGHT, WRONG = COLORS[:2]
 
 
-def _sample_files(folder: Path) -> dict[int, Path]:
-    """Iteration -> what its evaluation left; other files in the folder do not count."""
-    files = [file for file in (folder / "samples").glob("*.npz") if re.fullmatch(r"\d{6,}", file.stem)]
-    return {int(file.stem): file for file in sorted(files, key=lambda file: int(file.stem))}
-
-
 def read_evaluations(folder: Path) -> dict[int, dict[str, np.ndarray]]:
     """Iteration -> arrays of each evaluation, in order."""
-    return {iteration: dict(np.load(file)) for iteration, file in _sample_files(folder).items()}
+    return {iteration: dict(np.load(file)) for iteration, file in numbered(folder / "samples", ".npz").items()}
 
 
 def save_samples(folder: Path, iteration: int, **arrays: Any) -> None:
     """Writes samples/ITERATION.npz, and removes those of later iterations that a resumed run will repeat."""
     (folder / "samples").mkdir(exist_ok=True)
-    for later, path in _sample_files(folder).items():
+    for later, path in numbered(folder / "samples", ".npz").items():
         if later > iteration:
             path.unlink()
     np.savez(folder / "samples" / f"{iteration:06d}.npz", **arrays)

@@ -1,6 +1,5 @@
 """HPSv3, with transformers' Qwen2-VL."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,16 +104,10 @@ class HPSv3(TextCachingReward):
 
 
 def resized_size(height: int, width: int) -> tuple[int, int]:
-    """The official smart_resize: multiples of 28 with about the same aspect ratio and 256 * 28 * 28 pixels."""
-    pixels = 256 * 28 * 28
-    rows, columns = max(1, round(height / 28)), max(1, round(width / 28))
-    if rows * columns > 256:
-        shrink = math.sqrt(height * width / pixels)
-        rows, columns = (max(1, math.floor(n / shrink / 28)) for n in (height, width))
-    elif rows * columns < 256:
-        enlarge = math.sqrt(pixels / (height * width))
-        rows, columns = (math.ceil(n * enlarge / 28) for n in (height, width))
-    return 28 * rows, 28 * columns
+    """The official size: multiples of 28 with about the same aspect ratio and 256 * 28 * 28 pixels."""
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    return smart_resize(height, width, min_pixels=256 * 28 * 28, max_pixels=256 * 28 * 28)
 
 
 def patchify(images: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from runtime.backward import CutVelocity
 from runtime.cost_counter import flop_count, saved_bytes
 from runtime.task import Task
 from toy.laboratory.laboratory import Laboratory
+from toy.laboratory.tables import Row
 from toy.laboratory.variants import leap_align_variant
 from toy.summary import markdown_table
 from train_leap_align import METHODS, Trainer
@@ -43,8 +44,6 @@ TWO_PASSES = {"two passes": leap_align_variant}
 SHARES = ("data", "text", "rollout", "leaps", "decode", "reward", "backward", "optimizer", "EMA", "other")
 """Phases of a step: those that the trainer marks, and the velocity's calls without and with gradient."""
 SMOKE = "--batch-size 8 --pretrain-steps 1 --reward-steps 1 --evaluation-samples 160 --iterations 2".split()
-
-Row = dict[str, Any]
 
 
 def run(lab: Laboratory) -> None:

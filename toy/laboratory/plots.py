@@ -1,5 +1,6 @@
 """The figures of the experiments, from the rows of their tables."""
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,7 @@ from toy.laboratory.tables import Row, groups
 COLORS = ("#D55E00", "#56B4E9", "#009E73", "#0072B2", "#000000", "#E69F00", "#CC79A7", "#999999")
 """Okabe and Ito's colors, which colour-blind readers can tell apart; one for each method, in the table's order."""
 MARKERS = "o^Ds*vPX"
-LINES = {
-    "leap_align 1": "-",
-    "leap_align 0.3": "--",
-    "leap_align 0": ":",
-}  # the values of alpha in figures of gradients
+LINES = {"leap_align 1": "-", "leap_align 0.3": "--", "leap_align 0": ":"}  # values of alpha, in figures of gradients
 KIND_STYLES = {
     "stop": {"linestyle": ":", "lw": 1}, "hinge": {"linestyle": "none", "fillstyle": "none", "ms": 9},
     "leash": {"linestyle": "-"}, "both": {"linestyle": "--", "fillstyle": "none"},
@@ -34,13 +31,13 @@ def style(name: str) -> dict[str, Any]:
     return {"color": COLORS[index], "marker": MARKERS[index], "linestyle": LINES.get(name, "-"), "ms": 4}
 
 
-def panels(width: float, height: float, rows: int, columns: int) -> tuple[Figure, np.ndarray]:
-    """A figure with a grid of panels (rows, columns), `height` of it a row."""
-    figure = Figure(figsize=(width, height * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
+def panels(width: float, height: float, cases: Collection, columns: int) -> tuple[Figure, list[tuple[Any, np.ndarray]]]:
+    """A figure with a row of panels for each case, `height` of it a row; each case with its panels."""
+    figure = Figure(figsize=(width, height * len(cases)), layout="constrained")
+    grid = figure.subplots(len(cases), columns, squeeze=False)
+    for axis in grid.flat:
         axis.grid(alpha=0.3)
-    return figure, axes
+    return figure, list(zip(cases, grid))
 
 
 def add_legend(figure: Figure, columns: int) -> Figure:
@@ -57,9 +54,8 @@ def columns_of(rows: list[Row], *names: str) -> list[np.ndarray]:
 
 def compare(rows: list[Row], shown: Shown) -> Figure:
     """A row for each task and hinge: the reward over training, and held-out evaluators against it; standard errors."""
-    cases = groups(rows, "task", "hinge")
-    figure, grid = panels(12, 3.1, len(cases), 3)
-    for ((task, hinge), case), axes in zip(cases.items(), grid):
+    figure, cases = panels(12, 3.1, groups(rows, "task", "hinge").items(), 3)
+    for ((task, hinge), case), axes in cases:
         axes[0].set(xlabel="iteration", ylabel="reward (trained on)", title=f"{task}, {hinge}")
         for (method,), line in groups(case, "method").items():
             look, (iterations, reward, error) = style(method), columns_of(line, "iteration", "reward", "reward_error")
@@ -74,12 +70,12 @@ def compare(rows: list[Row], shown: Shown) -> Figure:
 def ablations(rows: list[Row], references: dict[str, str]) -> Figure:
     """A panel for each ablation and task: each option's reward, and its standard error, minus that of the reference."""
     names, tasks = groups(rows, "ablation"), groups(rows, "task")
-    figure, grid = panels(12, 2.3, -(-len(names) // 2), 2 * len(tasks))
+    figure, _ = panels(12, 2.3, range(0, len(names), 2), 2 * len(tasks))
     cases = [(name, task) for (name,) in names for (task,) in tasks]
-    for (name, task), axis in zip(cases, grid.flat):
+    for (name, task), axis in zip(cases, figure.axes):
         options_panel(axis, groups(rows, "ablation", "task")[name, task], references[name])
         axis.set_title(f"{name}: {task}", fontsize=10)
-    for axis in grid.flat[len(cases) :]:
+    for axis in figure.axes[len(cases) :]:
         axis.axis("off")
     figure.supylabel("reward minus that of the paper's choice")
     return add_legend(figure, 3)
@@ -131,9 +127,8 @@ def fidelity(rows: list[Row], weights: list[Row], T: int) -> Figure:
 
 def pairs(rows: list[Row], redrawn: tuple[str, ...]) -> Figure:
     """A row for each task: the variance of the gradient, and the reward at equal compute."""
-    tasks, colors = groups(rows, "task"), (COLORS[0], COLORS[3])
-    figure, grid = panels(10, 2.8, len(tasks), 2)
-    for ((task,), task_rows), (left, right) in zip(tasks.items(), grid):
+    colors, (figure, tasks) = (COLORS[0], COLORS[3]), panels(10, 2.8, groups(rows, "task").items(), 2)
+    for ((task,), task_rows), (left, right) in tasks:
         for n, ((kind,), own) in enumerate(groups(task_rows, "pairs").items()):
             variances, look = [own[0][f"variance, {inputs}"] for inputs in redrawn], {"color": colors[n]}
             left.bar(np.arange(len(redrawn)) + 0.4 * n - 0.2, variances, 0.38, **look)
@@ -149,9 +144,8 @@ def pairs(rows: list[Row], redrawn: tuple[str, ...]) -> Figure:
 
 def leash(rows: list[Row], shown: Shown) -> Figure:
     """A row for each task: the shown columns against the reward, a line for each method and kind of restraint."""
-    tasks = groups(rows, "task")
-    figure, grid = panels(15, 3.6, len(tasks), 4)
-    for ((task,), task_rows), axes in zip(tasks.items(), grid):
+    figure, tasks = panels(15, 3.6, groups(rows, "task").items(), 4)
+    for ((task,), task_rows), axes in tasks:
         for axis, name in zip(axes, shown[task]):
             for (method,), own in groups(task_rows, "method").items():
                 for kind, look in KIND_STYLES.items():
@@ -168,9 +162,8 @@ def beyond(rows: list[Row], shown: Shown, small: int) -> Figure:
     Left of `small` are the runs with the small budget's learning rate, right of it those with the large one's; both of
     the published setting, which is thick, start at the left.  Bands are standard errors.
     """
-    tasks = groups([row for row in rows if row["evaluations"] > 0], "task")
-    figure, grid = panels(15, 4.6, len(tasks), 3)
-    for ((task,), task_rows), axes in zip(tasks.items(), grid):
+    figure, tasks = panels(15, 4.6, groups([row for row in rows if row["evaluations"] > 0], "task").items(), 3)
+    for ((task,), task_rows), axes in tasks:
         for axis, name in zip(axes, shown[task]):
             for number, (setting, lines) in enumerate(groups(task_rows, "line", "option", "T", "solver").items()):
                 setting_lines(axis, number, setting, lines, name)
@@ -201,9 +194,8 @@ def setting_lines(axis: Axes, number: int, setting: tuple, rows: list[Row], name
 
 def memory(rows: list[Row]) -> Figure:
     """A row for each task: bytes saved for backward, and the gradient's norm over its value at the smallest T."""
-    tasks = groups(rows, "task")
-    figure, grid = panels(10, 3, len(tasks), 2)
-    for ((task,), own), (left, right) in zip(tasks.items(), grid):
+    figure, tasks = panels(10, 3, groups(rows, "task").items(), 2)
+    for ((task,), own), (left, right) in tasks:
         (T,) = columns_of(own, "T")
         for column in list(own[0])[2:]:
             (values,), (kind, name) = columns_of(own, column), column.split(", ")
