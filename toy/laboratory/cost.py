@@ -8,6 +8,8 @@ calls of the network, without a method and without gradient checkpointing.
 
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -37,8 +39,8 @@ from toy.laboratory.variants import leap_align_variant
 from toy.summary import markdown_table
 from train_leap_align import METHODS, Trainer
 
-TINY_PIPELINES = {"tiny flux": {}, "tiny sd3": {"sd3": True}}
-"""Tasks on a tiny random pipeline, with the options of `python -m full_scale tiny` that make it."""
+TINY_PIPELINES = {"tiny flux": [], "tiny sd3": ["--sd3"]}
+"""Tasks on a tiny random pipeline, with the flags of `python -m full_scale tiny` that make it."""
 TWO_PASSES = {"two passes": leap_align_variant}
 """LeapAlign as in the published pseudo-code: a rollout, then two more evaluations for the leaps."""
 SHARES = ("data", "text", "rollout", "leaps", "decode", "reward", "backward", "optimizer", "EMA", "other")
@@ -68,11 +70,10 @@ def tasks_to_measure(lab: Laboratory) -> list[str]:
 @cache
 def tiny_pipeline(name: str) -> tempfile.TemporaryDirectory:
     """A folder with a tiny random pipeline, its reward, and prompts; it lives as long as this process."""
-    from full_scale.tiny import tiny
-
     folder = tempfile.TemporaryDirectory()
     (Path(folder.name) / "prompts.txt").write_text("a red cube\ntwo dogs on a beach\n")
-    tiny(Path(folder.name) / "model", **TINY_PIPELINES[name])
+    command = [sys.executable, "-m", "full_scale", "tiny", f"{folder.name}/model", *TINY_PIPELINES[name]]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return folder
 
 
