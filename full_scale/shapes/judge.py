@@ -1,0 +1,72 @@
+"""The exact judge of the shapes: finds them in an image and compares them with a caption.  It has no gradient."""
+
+from collections.abc import Callable, Sequence
+from itertools import permutations
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from full_scale.shapes.scenes import COLORS, GROUND, KINDS, Caption, Placed, is_on_side, read_caption
+
+CONTRAST = 70  # grey levels from the ground's, in some channel, from which a pixel belongs to a shape
+SPECK = 8  # pixels; smaller spots are no shapes
+PURITY = 0.8  # the share of a shape's inner pixels that must be nearest to one color
+TRIANGLE, CIRCLE = 0.65, 0.92  # a shape's largest share of its bounding box
+PALETTE = np.array(list(COLORS.values()), dtype=float)
+
+
+def read_scene(image: Tensor) -> list[Placed] | None:
+    """The shapes in an image (3, H, W) in [0, 1]; None if one of them has no single color."""
+    pixels = 255 * image.permute(1, 2, 0).double().numpy()
+    labels, count = ndimage.label(np.abs(pixels - GROUND).max(2) > CONTRAST)
+    spots = [labels == number for number in range(1, count + 1)]
+    found = [_read_spot(spot, pixels) for spot in spots if spot.sum() >= SPECK]
+    return None if None in found else found
+
+
+def _read_spot(spot: np.ndarray, pixels: np.ndarray) -> Placed | None:
+    inner = ndimage.binary_erosion(spot)
+    distances = np.linalg.norm(pixels[inner if inner.any() else spot][:, None] - PALETTE, axis=2)
+    counts = np.bincount(distances.argmin(1), minlength=len(PALETTE))
+    if counts.max() < PURITY * counts.sum():
+        return None
+    y, x = np.nonzero(spot)
+    share = len(x) / ((np.ptp(x) + 1) * (np.ptp(y) + 1))
+    shape = "triangle" if share < TRIANGLE else "circle" if share < CIRCLE else "square"
+    radius = (np.ptp(x) + np.ptp(y) + 2) / 4
+    return Placed(shape, list(COLORS)[counts.argmax()], x.mean() + 0.5, y.mean() + 0.5, radius)
+
+
+def shows(scene: Sequence[Placed] | None, caption: Caption) -> bool:
+    """Whether a scene has the shapes that a caption names, on the side that it names, and no other shapes."""
+    if scene is None or len(scene) != len(caption.items):
+        return False
+    for placed in permutations(scene):
+        pairs = zip(placed, caption.items)
+        is_right = all(p.shape == item.shape and item.color in (None, p.color) for p, item in pairs)
+        if is_right and (caption.relation is None or is_on_side(placed[0], placed[1], caption.relation)):
+            return True
+    return False
+
+
+def judge(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """1 for each image (B, 3, H, W) that shows its prompt, else 0; (B,).  Raises BadInput for other prompts."""
+    captions = [read_caption(prompt) for prompt in prompts]
+    pairs = zip(images.detach().clamp(0, 1).cpu(), captions)
+    return torch.tensor([float(shows(read_scene(image), caption)) for image, caption in pairs], device=images.device)
+
+
+def factory() -> Callable[[Tensor, Sequence[str]], Tensor]:
+    """The judge as an evaluator: `shapes` in --held-out and in `score`."""
+    return judge
+
+
+def shares(prompts: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
+    """The share of right images of each of GenEval's kinds, and `overall`, the mean over the kinds."""
+    by_kind: dict[str, list[float]] = {}
+    for prompt, score in zip(prompts, scores, strict=True):
+        by_kind.setdefault(read_caption(prompt).kind, []).append(score)
+    found = {kind: sum(by_kind[kind]) / len(by_kind[kind]) for kind in KINDS if kind in by_kind}
+    return found | {"overall": sum(found.values()) / len(found)}
