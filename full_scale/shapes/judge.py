@@ -8,12 +8,13 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from full_scale.shapes.scenes import COLORS, GROUND, KINDS, Caption, Placed, is_on_side, read_caption
+from full_scale.shapes.scenes import COLORS, GROUND, KINDS, Caption, Placed, coverage, is_on_side, read_caption
 
 CONTRAST = 70  # grey levels from the ground's, in some channel, from which a pixel belongs to a shape
 SPECK = 8  # pixels; smaller spots are no shapes
 PURITY = 0.8  # the share of a shape's inner pixels that must be nearest to one color
-TRIANGLE, CIRCLE = 0.65, 0.92  # a shape's largest share of its bounding box
+FITS = {"circle": (0.564, 0.0), "square": (0.556, 0.0), "triangle": (0.675, 0.135)}
+"""Radius, and depth of the centre of mass below the centre, of each shape of area 1."""
 PALETTE = np.array(list(COLORS.values()), dtype=float)
 
 
@@ -27,16 +28,19 @@ def read_scene(image: Tensor) -> list[Placed] | None:
 
 
 def _read_spot(spot: np.ndarray, pixels: np.ndarray) -> Placed | None:
+    """The shape of its area and centre of mass that covers a spot best, in the color of its inner pixels."""
     inner = ndimage.binary_erosion(spot)
     distances = np.linalg.norm(pixels[inner if inner.any() else spot][:, None] - PALETTE, axis=2)
     counts = np.bincount(distances.argmin(1), minlength=len(PALETTE))
     if counts.max() < PURITY * counts.sum():
         return None
-    y, x = np.nonzero(spot)
-    share = len(x) / ((np.ptp(x) + 1) * (np.ptp(y) + 1))
-    shape = "triangle" if share < TRIANGLE else "circle" if share < CIRCLE else "square"
-    radius = (np.ptp(x) + np.ptp(y) + 2) / 4
-    return Placed(shape, list(COLORS)[counts.argmax()], x.mean() + 0.5, y.mean() + 0.5, radius)
+    y, x = ndimage.center_of_mass(spot)
+    color, size = list(COLORS)[counts.argmax()], spot.sum() ** 0.5
+    candidates = [
+        Placed(shape, color, x + 0.5, y + 0.5 - low * size, size * radius) for shape, (radius, low) in FITS.items()
+    ]
+    misfits = (coverage(candidates).numpy() - spot) ** 2
+    return candidates[misfits.sum((1, 2)).argmin()]
 
 
 def shows(scene: Sequence[Placed] | None, caption: Caption) -> bool:
