@@ -30,7 +30,7 @@ from torch import Tensor
 import train_leap_align
 from beyond import DEFAULTS
 from leap_align import Hyper, Velocity
-from runtime.backward import CutVelocity
+from runtime.backward import SplitVelocity
 from runtime.cost_counter import flop_count, saved_bytes
 from runtime.task import Task
 from toy.laboratory.laboratory import Laboratory
@@ -139,9 +139,9 @@ def method_cost(method: Callable, task: Task, condition: Any, x_T: Tensor, hyper
         return method(velocity, x_T, task.times, hyper, torch.Generator().manual_seed(seed))
 
     def step(seed: int) -> None:
-        cut_velocity = CutVelocity(counted_velocity)  # as in the trainer
-        for x_0, weight, _ in endpoints(cut_velocity, seed):
-            cut_velocity.backward(x_0, torch.ones_like(x_0), weight)
+        split_velocity = SplitVelocity(counted_velocity)  # as in the trainer
+        for x_0, weight, _ in endpoints(split_velocity, seed):
+            split_velocity.backward(x_0, torch.ones_like(x_0), weight)
 
     operations = sum(flop_count(partial(step, seed)) for seed in seeds)
     totals = {"evaluations": len(evaluations), "with gradient": sum(evaluations), "operations": operations}
