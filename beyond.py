@@ -51,12 +51,12 @@ from leap_align import (
     distances,
     leap,
     leap_trajectory,
-    randint,
     require,
     rollout,
     sample_pair,
     steps_of,
     stop_gradient,
+    uniform_integers,
     weight_of,
 )
 
@@ -200,7 +200,7 @@ def sample_thirds(T: int, generator: Generator) -> tuple[int, int]:
 
 def sample_strata(T: int, K: int, generator: Generator) -> list[int]:
     """One timestep of each of K parts of 1..T, as equal as indices allow; descending."""
-    return [int(randint(n * T // K + 1, (n + 1) * T // K, generator)) for n in reversed(range(K))]
+    return [int(uniform_integers(n * T // K + 1, (n + 1) * T // K, generator)) for n in reversed(range(K))]
 
 
 # ---------------------------------------------------- The methods ----------------------------------------------------

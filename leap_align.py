@@ -310,7 +310,7 @@ def refl(velocity, x_T, times, hyper, generator, step=leap) -> Endpoints:
     """ReFL: sample without gradient, stop early at t_min, leap to the image with gradient."""
     T, m = steps_of(times), hyper.m
     require(m <= T, f"m={m} must be at most T={T}")
-    i_min = int(randint(1, m, generator))  # line 2
+    i_min = int(uniform_integers(1, m, generator))  # line 2
     x_t, t = rollout(velocity, x_T, times, i_min, step)[0], times[i_min]
     x_0 = leap(x_t, velocity(x_t, t), t, 0)  # line 25
     yield x_0, x_0.new_ones(len(x_0)), {"i_min": i_min}
@@ -333,8 +333,8 @@ def drtune(velocity, x_T, times, hyper, generator, step=leap) -> Endpoints:
     require(K <= T, f"K={K} must be at most T={T}")
     most = 1 + (K - 1) * (T // K)
     require(hyper.m <= most, f"m={hyper.m} must be at most 1 + (K-1)*floor(T/K) = {most}, or none may be trained")
-    i_min = int(randint(1, hyper.m, generator))  # line 2
-    s = int(randint(1, T - (K - 1) * (T // K), generator))  # line 4
+    i_min = int(uniform_integers(1, hyper.m, generator))  # line 2
+    s = int(uniform_integers(1, T - (K - 1) * (T // K), generator))  # line 4
     i_train = {s + i * (T // K) for i in range(K)}  # line 5
     x_t = stop_gradient(x_T)
     for i in range(T, i_min - 1, -1):
@@ -371,13 +371,13 @@ def sample_pair(T: int, generator: Generator, low: int = 1, high: int | None = N
     """
     high = T if high is None else high
     require(1 <= low < high <= T, f"low={low}, high={high} must satisfy 1 <= low < high <= T={T}")
-    a, b = randint(low, high, generator, size), randint(low, high - 1, generator, size)
+    a, b = uniform_integers(low, high, generator, size), uniform_integers(low, high - 1, generator, size)
     b = b + (b >= a)  # skip a: all other indices are equally likely
     i_k, i_j = torch.maximum(a, b), torch.minimum(a, b)
     return (int(i_k), int(i_j)) if size is None else (i_k, i_j)
 
 
-def randint(low: int, high: int, generator: Generator, size: int | None = None) -> Tensor:
+def uniform_integers(low: int, high: int, generator: Generator, size: int | None = None) -> Tensor:
     """Uniform integers, both ends included as in the paper; () or (size,)."""
     check_generator(generator)
     return torch.randint(low, high + 1, () if size is None else (size,), generator=generator, device=generator.device)

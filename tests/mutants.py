@@ -40,7 +40,7 @@ clamp-of-sum ~ d_j.clamp(min=tau) + d_0.clamp(min=tau) ~ d_j + d_0).clamp(min=2 
 weight-with-gradient ~ (stop_gradient(weight) * ~ (weight * ~ forward
 objective-sum ~ hinge(reward, lam)).mean() ~ hinge(reward, lam)).sum() ~ forward
 pair-of-one ~ b + (b >= a) ~ b + (b > a) ~ forward
-pair-never-high ~ = randint(low, high, ~ = randint(low, high - 1, ~ forward
+pair-never-high ~ = uniform_integers(low, high, ~ = uniform_integers(low, high - 1, ~ forward
 window-ignored ~ hyper.high)  # line 7 ~ None)  # line 7 ~ methods window
 drtune-through-input ~ velocity(stop_gradient(x_t), times[i]) ~ velocity(x_t, times[i]) ~ gradient algorithm
 noise-of-own-rows ~ B, rows = batch_of(x, generator) ~ B, rows = len(x), slice(None) ~ methods half_batches
