@@ -116,7 +116,7 @@ class Piece(NamedTuple):
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """The value of x, its gradient multiplied by any factor; `discount` is the same for factors in [0, 1]."""
+    """The value of x, its gradient times any factor: sg(x) + factor (x - sg(x)); `discount` takes those in [0, 1]."""
     return stop_gradient(x) + factor * (x - stop_gradient(x))
 
 

@@ -332,7 +332,7 @@ def drtune(velocity, x_T, times, hyper, generator, step=leap) -> Endpoints:
     T, K = steps_of(times), hyper.K
     require(K <= T, f"K={K} must be at most T={T}")
     most = 1 + (K - 1) * (T // K)
-    require(hyper.m <= most, f"m={hyper.m} must be at most 1 + (K-1)*floor(T/K) = {most}, or none may be trained")
+    require(hyper.m <= most, f"m={hyper.m} must be at most 1 + (K-1)*floor(T/K) = {most}, or it may train no timestep")
     i_min = int(uniform_integers(1, hyper.m, generator))  # line 2
     s = int(uniform_integers(1, T - (K - 1) * (T // K), generator))  # line 4
     i_train = {s + i * (T // K) for i in range(K)}  # line 5

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import train_leap_align
 from beyond import DEFAULTS
-from leap_align import Hyper, Velocity
+from leap_align import Hyper, Velocity, require
 from runtime.backward import SplitVelocity
 from runtime.cost_counter import flop_count, saved_bytes
 from runtime.task import Task
@@ -73,7 +73,8 @@ def tiny_pipeline(name: str) -> tempfile.TemporaryDirectory:
     folder = tempfile.TemporaryDirectory()
     (Path(folder.name) / "prompts.txt").write_text("a red cube\ntwo dogs on a beach\n")
     command = [sys.executable, "-m", "full_scale", "tiny", f"{folder.name}/model", *TINY_PIPELINES[name]]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    finished = subprocess.run(command, stdout=subprocess.DEVNULL)
+    require(finished.returncode == 0, f"`{' '.join(command)}` failed: see the line above")
     return folder
 
 
