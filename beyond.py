@@ -44,10 +44,8 @@ from leap_align import (
     LeapTrajectory,
     Step,
     Velocity,
-    _batch,
-    _check_generator,
-    _randint,
-    _steps,
+    batch_of,
+    check_generator,
     connect,
     discount,
     distances,
@@ -56,7 +54,9 @@ from leap_align import (
     require,
     rollout,
     sample_pair,
+    steps_of,
     stop_gradient,
+    uniform_integers,
     weight_of,
 )
 
@@ -116,7 +116,7 @@ class Piece(NamedTuple):
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """The value of x, its gradient multiplied by any factor: sg(x) + factor (x - sg(x))."""
+    """The value of x, its gradient times any factor: sg(x) + factor (x - sg(x)); `discount` takes those in [0, 1]."""
     return stop_gradient(x) + factor * (x - stop_gradient(x))
 
 
@@ -175,8 +175,8 @@ def lagrange_weights(nodes: list[float], t: float, s: float) -> list[float]:
 
 # ---------------------------------------------------- Random draws ---------------------------------------------------
 def late_draw(i_a: int, i_b: int, n: int, late_bias: float, generator: Generator) -> list[int]:
-    """n distinct timesteps from i_a down to i_b + 1, descending.  The f-th is drawn with probability ~ f^late_bias."""
-    _check_generator(generator)
+    """n distinct timesteps of i_a .. i_b + 1, descending, each drawn with probability ~ (i_a - i + 1)^late_bias."""
+    check_generator(generator)
     if n == 0:
         return []
     odds = torch.arange(1.0, i_a - i_b + 1, device=generator.device) ** late_bias
@@ -189,7 +189,7 @@ def sample_thirds(T: int, generator: Generator) -> tuple[int, int]:
 
     i_j = 1 + first, i_k = 1 + first + second.  Gamma(a) is half a sum of 2a squared normals, so 5, 12 and 4 of them.
     """
-    _check_generator(generator)
+    check_generator(generator)
     require(T >= 3, f"T={T} must be at least 3: lagrange splits the run in three")
     squares = torch.randn(21, generator=generator, device=generator.device).square()
     share = [part.sum().item() / squares.sum().item() for part in squares.split([5, 12, 4])]
@@ -200,7 +200,7 @@ def sample_thirds(T: int, generator: Generator) -> tuple[int, int]:
 
 def sample_strata(T: int, K: int, generator: Generator) -> list[int]:
     """One timestep of each of K parts of 1..T, as equal as indices allow; descending."""
-    return [int(_randint(n * T // K + 1, (n + 1) * T // K, generator)) for n in reversed(range(K))]
+    return [int(uniform_integers(n * T // K + 1, (n + 1) * T // K, generator)) for n in reversed(range(K))]
 
 
 # ---------------------------------------------------- The methods ----------------------------------------------------
@@ -241,7 +241,7 @@ def lagrange(velocity, x_T, times, hyper, generator, step=leap) -> Endpoints:
     dx_0/dtheta = G_j + G_0 - alpha gamma_0 w_j dv_j/dx_j G_j.  Over a leap, G = -gamma (w_a dv_a + delta w_m dv_m) with
     start a and second node m.  On an even grid a leap over two steps gives its start the weight 0.
     """
-    i_k, i_j = sample_thirds(_steps(times), generator)
+    i_k, i_j = sample_thirds(steps_of(times), generator)
     x_k = rollout(velocity, x_T, times, i_k, step)[0]
     to_j, to_0 = (lagrange_piece(times, *ends, hyper.rho, hyper.node_discount) for ends in ((i_k, i_j), (i_j, 0)))
     x_hat_j, x_j = surrogate(velocity, x_k, times, to_j, hyper.alpha, step)
@@ -268,8 +268,8 @@ def stratified(velocity, x_T, times, hyper, generator, step=leap) -> Endpoints:
 
 def leap_align_per_sample(velocity, x_T, times, hyper, generator, step=leap) -> Endpoints:
     """Ours: LeapAlign with a pair of timesteps a sample instead of one a batch; T + 2 evaluations."""
-    B, rows = _batch(x_T, generator)
-    i_k, i_j = (i[rows] for i in sample_pair(_steps(times), generator, hyper.low, hyper.high, B))
+    B, rows = batch_of(x_T, generator)
+    i_k, i_j = (i[rows] for i in sample_pair(steps_of(times), generator, hyper.low, hyper.high, B))
     states = rollout(velocity, x_T, times, 0, step)
     trajectory = leap_trajectory(velocity, states, times, i_k, i_j, hyper.alpha)
     d_j, d_0 = distances(trajectory)
@@ -286,8 +286,8 @@ def recomputed(velocity: Velocity) -> Velocity:
 
 
 def _check_K(times: Tensor, hyper: Hyper) -> int:
-    """T, if there are as many timesteps as the method trains."""
-    T = _steps(times)
+    """T of the grid; refuses a K larger than T."""
+    T = steps_of(times)
     require(hyper.K <= T, f"K={hyper.K} must be at most T={T}")
     return T
 

@@ -57,7 +57,7 @@ def shifted_times(T: int, shift: float) -> Tensor:
     return shift * u / (shift * u + (1 - u))  # so written, times[T] is exactly 1
 
 
-def _steps(times: Tensor) -> int:
+def steps_of(times: Tensor) -> int:
     """T of a grid, which must ascend from 0 to 1."""
     is_row = torch.is_tensor(times) and times.ndim == 1 and len(times) > 1
     if is_row and times[0] == 0 and times[-1] == 1 and (times.diff() > 0).all():
@@ -150,7 +150,7 @@ def rollout(velocity: Velocity, x_T: Tensor, times: Tensor, i_end: int = 0, step
 
     Returns the states in the order of the grid, [x_{i_end}, ..., x_T]: with i_end = 0, states[i] stands at times[i].
     """
-    T = _steps(times)
+    T = steps_of(times)
     require(0 <= i_end <= T, f"i_end={i_end} must lie in 0..T={T}")
     states = [stop_gradient(x_T)]
     for i in range(T, i_end, -1):
@@ -179,7 +179,7 @@ def leap_trajectory(
     states: what `rollout` returned, T+1 of (B, *S).  i_k > i_j >= 1: one pair for the batch (ints) or a pair a
     sample ((B,) integer tensors).  Gradient reaches theta through both evaluations; the states are constants.
     """
-    T, n = _steps(times), len(states)
+    T, n = steps_of(times), len(states)
     require(n == T + 1, f"{n} states do not fit {T + 1} times: record all of them with rollout()")
     _check_pair(i_k, i_j, T, len(states[0]))
     x_k, x_j, x_0 = stop_gradient(_at(states, i_k)), _at(states, i_j), states[0]
@@ -197,7 +197,7 @@ def leap_rollout(
 
     The rollout's own evaluations at k and j serve the leaps, so the batch shares one pair; same values and gradients.
     """
-    T = _steps(times)
+    T = steps_of(times)
     _check_pair(i_k, i_j, T)
     x_t = stop_gradient(x_T)
     for i in range(T, 0, -1):
@@ -294,8 +294,8 @@ class Hyper:
     m: int = 11  # Early stop: the last timestep is drawn from 1..m (m; refl, drtune).
     K: int = 2  # Trained timesteps (K; drtune).
     n: int = 2  # Re-noised copies of the image (n; draft_lv).
-    low: int = 1  # Least timestep of a pair (leap_align*).
-    high: int | None = None  # Greatest timestep of a pair, None for T (leap_align*).
+    low: int = 1  # Least timestep of a pair (leap_align).
+    high: int | None = None  # Greatest timestep of a pair, None for T (leap_align).
 
     def __post_init__(self) -> None:
         one = torch.ones(1)  # these functions check their hyperparameter
@@ -308,9 +308,9 @@ class Hyper:
 # velocity: v_theta; x_T (B, *S): noise; times (T+1,): the grid; every draw comes from generator; step: the solver.
 def refl(velocity, x_T, times, hyper, generator, step=leap) -> Endpoints:
     """ReFL: sample without gradient, stop early at t_min, leap to the image with gradient."""
-    T, m = _steps(times), hyper.m
+    T, m = steps_of(times), hyper.m
     require(m <= T, f"m={m} must be at most T={T}")
-    i_min = int(_randint(1, m, generator))  # line 2
+    i_min = int(uniform_integers(1, m, generator))  # line 2
     x_t, t = rollout(velocity, x_T, times, i_min, step)[0], times[i_min]
     x_0 = leap(x_t, velocity(x_t, t), t, 0)  # line 25
     yield x_0, x_0.new_ones(len(x_0)), {"i_min": i_min}
@@ -329,12 +329,12 @@ def draft_lv(velocity, x_T, times, hyper, generator, step=leap) -> Endpoints:
 
 def drtune(velocity, x_T, times, hyper, generator, step=leap) -> Endpoints:
     """DRTune: gradient through the outputs of K evenly spaced timesteps, never through the input; early stop."""
-    T, K = _steps(times), hyper.K
+    T, K = steps_of(times), hyper.K
     require(K <= T, f"K={K} must be at most T={T}")
     most = 1 + (K - 1) * (T // K)
-    require(hyper.m <= most, f"m={hyper.m} must be at most 1 + (K-1)*floor(T/K) = {most}, or a run may train no step")
-    i_min = int(_randint(1, hyper.m, generator))  # line 2
-    s = int(_randint(1, T - (K - 1) * (T // K), generator))  # line 4
+    require(hyper.m <= most, f"m={hyper.m} must be at most 1 + (K-1)*floor(T/K) = {most}, or it may train no timestep")
+    i_min = int(uniform_integers(1, hyper.m, generator))  # line 2
+    s = int(uniform_integers(1, T - (K - 1) * (T // K), generator))  # line 4
     i_train = {s + i * (T // K) for i in range(K)}  # line 5
     x_t = stop_gradient(x_T)
     for i in range(T, i_min - 1, -1):
@@ -346,16 +346,16 @@ def drtune(velocity, x_T, times, hyper, generator, step=leap) -> Endpoints:
 
 def leap_align(velocity, x_T, times, hyper, generator, step=leap) -> Endpoints:
     """LeapAlign: gradient through two leaps between states of the rollout; weight by how well they match it."""
-    i_k, i_j = sample_pair(_steps(times), generator, hyper.low, hyper.high)  # line 7
+    i_k, i_j = sample_pair(steps_of(times), generator, hyper.low, hyper.high)  # line 7
     trajectory = leap_rollout(velocity, x_T, times, i_k, i_j, hyper.alpha, step)
     d_j, d_0 = distances(trajectory)
     yield trajectory.x_0, weight_of(d_j, d_0, hyper.tau), {"i_k": i_k, "i_j": i_j, "d_j": d_j, "d_0": d_0}  # line 37
 
 
 def full_backprop(velocity, x_T, times, hyper, generator, step=leap) -> Endpoints:
-    """What the methods avoid: gradient through all T steps of the sampling run, with T times the memory."""
+    """What the methods avoid: gradient through all T steps of the sampling run; memory holds T evaluations."""
     x_t = stop_gradient(x_T)
-    for i in range(_steps(times), 0, -1):
+    for i in range(steps_of(times), 0, -1):
         x_t = step(x_t, velocity(x_t, times[i]), times[i], times[i - 1])
     yield x_t, x_t.new_ones(len(x_t)), {}
 
@@ -371,29 +371,29 @@ def sample_pair(T: int, generator: Generator, low: int = 1, high: int | None = N
     """
     high = T if high is None else high
     require(1 <= low < high <= T, f"low={low}, high={high} must satisfy 1 <= low < high <= T={T}")
-    a, b = _randint(low, high, generator, size), _randint(low, high - 1, generator, size)
+    a, b = uniform_integers(low, high, generator, size), uniform_integers(low, high - 1, generator, size)
     b = b + (b >= a)  # skip a: all other indices are equally likely
     i_k, i_j = torch.maximum(a, b), torch.minimum(a, b)
     return (int(i_k), int(i_j)) if size is None else (i_k, i_j)
 
 
-def _randint(low: int, high: int, generator: Generator, size: int | None = None) -> Tensor:
+def uniform_integers(low: int, high: int, generator: Generator, size: int | None = None) -> Tensor:
     """Uniform integers, both ends included as in the paper; () or (size,)."""
-    _check_generator(generator)
+    check_generator(generator)
     return torch.randint(low, high + 1, () if size is None else (size,), generator=generator, device=generator.device)
 
 
 def _noise_like(x: Tensor, generator: Generator) -> Tensor:
     """Gaussian noise with the shape, dtype and device of x, drawn on the generator's device."""
-    _check_generator(generator)
-    B, rows = _batch(x, generator)
+    check_generator(generator)
+    B, rows = batch_of(x, generator)
     return torch.randn(B, *x.shape[1:], generator=generator, dtype=x.dtype, device=generator.device)[rows].to(x.device)
 
 
-def _batch(x: Tensor, generator: Generator) -> tuple[int, slice]:
-    """Samples of the whole batch, and which of its rows are x; a plain generator draws for x alone."""
+def batch_of(x: Tensor, generator: Generator) -> tuple[int, slice]:
+    """Size of the whole batch and the rows of x in it; runtime.backward.BatchGenerator holds both, else x is all."""
     return getattr(generator, "batch_size", len(x)), getattr(generator, "rows", slice(None))
 
 
-def _check_generator(generator: Generator) -> None:
+def check_generator(generator: Generator) -> None:
     require(isinstance(generator, Generator), f"generator={generator} must be a torch.Generator: draws are seeded")

@@ -4,7 +4,7 @@
     python train_leap_align.py --task digits                       the same on 8x8 images of real digits
     python train_leap_align.py --method drtune --out runs/drtune   another method
     python train_leap_align.py --method lagrange --help            every flag, with the defaults of a method
-    torchrun --nproc_per_node=2 train_leap_align.py                two processes, with the same result
+    torchrun --nproc_per_node=2 train_leap_align.py                two processes, the same up to rounding
     python train_leap_align.py --task flux --help                  every flag of a task, here FLUX.1-dev
 
 A run's folder holds config.json, metrics.csv (a row per iteration), evaluations.csv, result.json (the evaluators before
@@ -34,7 +34,7 @@ import leap_align
 from beyond import SOLVERS, Hyper
 from leap_align import BadInput, Endpoints, differentiable, objective
 from runtime import command_line, processes, report, run_dir
-from runtime.backward import BatchGenerator, CutVelocity, Leash, leaf, rows_of_rank
+from runtime.backward import BatchGenerator, Leash, SplitVelocity, leaf, rows_of_rank
 from runtime.checkpoint import Progress, TrainingState, load_checkpoint, save_checkpoint
 from runtime.ema import EMA
 from runtime.processes import RaisedOnAllRanks, mean, rank, run_on_all_ranks, run_on_rank0, world_size
@@ -67,7 +67,7 @@ class Config:
     # How the reward's gradient reaches the model: leap_align, refl, draft_lv, drtune, full_backprop; beyond the paper
     # sparse, bridge, lagrange, stratified, leap_align_per_sample. --method NAME --help shows a method's own defaults.
     method: str = "leap_align"
-    iterations: int = 300  # Optimizer steps.
+    iterations: int = 300  # Training iterations: one update of the weights each.
     batch_size: int = 256  # Samples per iteration, over all processes (B).
     gradient_accumulation_steps: int = 1  # Microbatches per iteration and process; more of them need less memory.
     T: int = 25  # Steps of a sampling run (T).
@@ -93,7 +93,7 @@ TaskOptions = TypeVar("TaskOptions")
 
 @dataclass(frozen=True)
 class Flags(Generic[TaskOptions]):
-    """Everything that the command line sets."""
+    """All flags: those of the run, the method and the task."""
 
     run: Config
     method: Hyper
@@ -159,7 +159,7 @@ class Trainer:
         """Adds the gradient of one microbatch; returns its metrics.
 
         Loss and leash are sums over the method's endpoints, as in Algorithm 1; other metrics are means over them.
-        is_last: of the microbatches of an iteration; in it, nodes add up their gradients (HSDP).
+        is_last: whether this is the last microbatch, in whose backward the nodes add up their gradients (HSDP).
         """
         with record_function("text"):
             velocity = self.velocity(condition)
@@ -175,12 +175,12 @@ class Trainer:
             rows.append(metrics | drawn | leash)
         sums = {name: sum(row[name] for row in rows) for name in ("loss", "leash") if name in rows[0]}
         sums["loss"] += self.config.beta * sums.get("leash", 0)
-        return mean(rows) | {name: torch.tensor(value).item() for name, value in sums.items()}  # float32
+        return mean(rows) | {name: torch.tensor(value).item() for name, value in sums.items()}  # float32, as the loss
 
-    def velocity(self, condition: Any) -> CutVelocity:
+    def velocity(self, condition: Any) -> SplitVelocity:
         """v_theta for the method, on a leash if beta > 0."""
         if not self.config.beta:
-            return CutVelocity(self.task.velocity(condition))
+            return SplitVelocity(self.task.velocity(condition))
         velocities = self.task.velocity_and_reference(condition)
         return Leash(*velocities, self.config.beta, self.config.gradient_accumulation_steps)
 
@@ -222,7 +222,7 @@ class Trainer:
         return norm
 
     def skip_step(self, loss: float, norm: float) -> None:
-        """Reports a step whose loss or gradient is not finite, and stops the run after too many in a row."""
+        """Reports an iteration whose loss or gradient is not finite, and stops the run after too many in a row."""
         self.progress.consecutive_skips += 1
         message = f"loss {loss:.3g}, gradient norm {norm:.3g}, {report.not_finite_gradients(self.task.model)}"
         if rank() == 0:

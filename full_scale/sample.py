@@ -85,7 +85,7 @@ def sample(
 
 
 def contents(model: str, transformer: Path | None, lora: Path | None) -> dict[str, str | None]:
-    """Digests of everything that decides about the images, apart from prompts and numbers."""
+    """Digests of the weights that determine the images."""
     folder = pipeline_folder(model)
     return {
         "model": files_content(folder, *TEXT_SUBFOLDERS, "vae", "scheduler"),

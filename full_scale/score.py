@@ -45,7 +45,7 @@ def score(images: Path, out: Path, reward: str = "hpsv2.1", reward_weights: tupl
 
 
 def contents(images: Path, prompts: dict[str, str], reward: str, model: nn.Module) -> dict[str, str]:
-    """Digests of everything that determines the scores; refuses a damaged image."""
+    """Digests of the images, prompts and weights that determine the scores; refuses a damaged image."""
     for name in tqdm(prompts, "check", leave=False, delay=2):
         check_image(images / name)
     lines = [f"{name} {digest(images / name)} {prompt}" for name, prompt in prompts.items()]

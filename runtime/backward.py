@@ -1,8 +1,8 @@
 """How a backward is run: one evaluation of a sharded model at a time, a slice of a batch, a leash's extra pass.
 
 The leash.  A reward is a rough model of what people want, so training on it alone may carry v_theta far away from the
-pre-trained v_ref, where the reward errs: samples lose diversity, then quality.  The hinge (Eq. M11) stops samples that
-score well.  The leash instead draws the velocity back, in proportion to its distance from v_ref:
+pre-trained v_ref, where the reward errs: samples lose diversity, then quality.  The hinge (Eq. M11) gives no gradient
+to samples whose reward exceeds lambda.  The leash instead draws the velocity back, in proportion to the distance:
 
     L + beta R,    R = mean over samples and dimensions of  sg(w) sum_i l_i |v_theta(x_i, t_i) - sg(v_ref(x_i, t_i))|^2
 
@@ -63,8 +63,8 @@ class Evaluation(NamedTuple):
     v_out: Tensor  # v as a leaf
 
 
-class CutVelocity:
-    """v_theta with the graph cut before and after every evaluation, for models that are sharded (FSDP2).
+class SplitVelocity:
+    """v_theta whose graph ends at a leaf before and after every evaluation, for models that are sharded (FSDP2).
 
     In one backward through two leaps, such a model holds the unsharded gradients of both evaluations at once.  Here
     x_0 depends on theta through leaves, and `backward` passes through one evaluation after the other, from x_0 to x_k.
@@ -119,7 +119,7 @@ class CutVelocity:
         return x_in.grad
 
 
-class Leash(CutVelocity):
+class Leash(SplitVelocity):
     """v_theta on a leash to `reference`, the pre-trained v_ref: `backward` adds the gradient of beta R to the loss's.
 
     `backward` returns R as `leash`, and the mean of |v_theta| / |v_ref| as `v_norm`, of one endpoint's evaluations.
@@ -137,7 +137,7 @@ class Leash(CutVelocity):
     def backward(
         self, x_0: Tensor, gradient: Tensor, weight: Tensor, before_last: Callable[[], None] | None = None
     ) -> dict[str, float]:
-        """`CutVelocity.backward`, with the gradient of beta R."""
+        """`SplitVelocity.backward`, with the gradient of beta R."""
         figures = {"leash": self._set_leash_gradients(x_0, weight), "v_norm": torch.stack(self.ratios).mean().item()}
         self.differences, self.ratios = [], []
         return figures | super().backward(x_0, gradient, weight, before_last)
@@ -146,7 +146,7 @@ class Leash(CutVelocity):
     def _record(self, evaluation: Evaluation) -> Tensor:
         v, v_ref = evaluation.v_out, self.reference(evaluation.x, evaluation.t)
         self.differences.append(v - v_ref)
-        self.ratios.append((v.flatten(1).norm(dim=1) / v_ref.flatten(1).norm(dim=1)).mean())
+        self.ratios.append((v.reshape(len(v), -1).norm(dim=1) / v_ref.reshape(len(v), -1).norm(dim=1)).mean())
         return super()._record(evaluation)
 
     def _set_leash_gradients(self, x_0: Tensor, weight: Tensor) -> float:

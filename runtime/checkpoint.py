@@ -43,7 +43,7 @@ class Progress:
     seconds: float = 0.0  # of training, without evaluations
     evaluations: list[dict[str, float]] = field(default_factory=list)
     warnings: dict[str, str] = field(default_factory=dict)  # those of reward hacking that hold now, by evaluator
-    consecutive_skips: int = 0  # steps skipped in a row, up to now
+    consecutive_skips: int = 0  # iterations skipped in a row, up to now
 
 
 class TrainingState(NamedTuple):
@@ -121,7 +121,7 @@ def _publish(folder: Path, part: Path, iteration: int, content: dict[str, Any], 
     shutil.rmtree(path, ignore_errors=True)  # exists only if it was damaged and the run resumed from an earlier one
     os.replace(part, path)
     fsync(part.parent)
-    # A later number is that of a damaged checkpoint, which the run went back behind; it must not count.
+    # A higher number is a damaged checkpoint, before which the run resumed: it does not count towards the limit.
     for old in [path for path in checkpoints(folder) if int(path.name) <= iteration][:-limit]:
         shutil.rmtree(old, ignore_errors=True)
 

@@ -242,7 +242,7 @@ def _exit_under_torchrun(error: BaseException | None, message: str, status: int)
 def _message(error: BaseException, continue_with: str, out_of_memory: str) -> str:
     """The line for an error that a user can act on; any other error is raised again, with its traceback."""
     if isinstance(error, StoppedBySignal):
-        outcome = f"everything is saved: {continue_with}" if error.is_saved else "nothing new was saved"
+        outcome = f"progress is saved: {continue_with}" if error.is_saved else "nothing new was saved"
         return f"stopped by {signal.Signals(error.signal).name}, {outcome}"
     if isinstance(error, BadInput):
         return f"error: {error}"

@@ -49,7 +49,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def write_errors_named(path: Path) -> Iterator[None]:
-    """Gives an error of the operating system that names no file, such as that of a full disk, this one."""
+    """Adds this path to an operating system's error that names no file, such as a full disk's."""
     try:
         yield
     except OSError as error:

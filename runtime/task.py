@@ -78,7 +78,7 @@ class Task(ABC):
         return {}
 
     def contents(self) -> dict[str, str]:
-        """A digest of everything that the task reads from files, by name; a resumed run must find them unchanged."""
+        """A digest of each file that the task reads, by name; a resumed run must find them unchanged."""
         return {}
 
     def inputs(self, condition: Any) -> Any:

@@ -40,10 +40,10 @@ clamp-of-sum ~ d_j.clamp(min=tau) + d_0.clamp(min=tau) ~ d_j + d_0).clamp(min=2 
 weight-with-gradient ~ (stop_gradient(weight) * ~ (weight * ~ forward
 objective-sum ~ hinge(reward, lam)).mean() ~ hinge(reward, lam)).sum() ~ forward
 pair-of-one ~ b + (b >= a) ~ b + (b > a) ~ forward
-pair-never-high ~ = _randint(low, high, ~ = _randint(low, high - 1, ~ forward
+pair-never-high ~ = uniform_integers(low, high, ~ = uniform_integers(low, high - 1, ~ forward
 window-ignored ~ hyper.high)  # line 7 ~ None)  # line 7 ~ methods window
 drtune-through-input ~ velocity(stop_gradient(x_t), times[i]) ~ velocity(x_t, times[i]) ~ gradient algorithm
-noise-of-own-rows ~ B, rows = _batch(x, generator) ~ B, rows = len(x), slice(None) ~ methods half_batches
+noise-of-own-rows ~ B, rows = batch_of(x, generator) ~ B, rows = len(x), slice(None) ~ methods half_batches
 wrong-rows ~ "rows", slice(None) ~ "", slice(len(x)) ~ methods half_batches
 beyond.py: ab2-slope ~ v + r / 2 * (v - v_before) ~ v + r * (v - v_before) ~ beyond ab2
 surrogate-gain ~ scale_gradient(v, gain) ~ scale_gradient(v, 1) ~ beyond formula
@@ -103,21 +103,25 @@ nearest-seen-image ~ cdist(flat, self.unseen) ~ cdist(flat, self.data.flatten(1)
 toy/task.py: captions-right ~ wrong, other_class % ~ wrong, self.truth % ~ toy half_of_its
 evaluation-noise ~ torch.Generator().manual_seed(EVALUATION_SEED)) ~ self.generator) ~ toy repeatable and Modes
 toy/pretrain.py: cache-key-without-code ~ inspect.getsource(source) ~ "" ~ toy cache_is_read and Modes
+runtime/task.py: held-out-not-checked ~ ["reward", *task.held_out] ~ ["reward"] ~ user_code something_else
+runtime/cost_counter.py: all-reduce-once ~ times = 2 if ~ times = 1 if ~ plan nodes
+full_scale/rewards/contract.py: random-scores ~ yield torch.equal(first, second) ~ yield True ~ rewards violation
+full_scale/prompts.py: embedding-unchecked ~ content == tensors_content(embedding) ~ True ~ damaged_files anew
 toy/summary.py: error-of-population ~ ddof=1 ~ ddof=0 ~ toy summary or numbers
 toy/laboratory/tables.py: one-sided ~ (1 + CONFIDENCE) / 2 ~ CONFIDENCE ~ laboratory directions_against
 toy/laboratory/laboratory.py: tuned-on-table-seeds ~ scale.tuning_seeds) ~ scale.seeds) ~ laboratory learning_rates
 toy/laboratory/gradients.py: cosine ~ (gradient, self.true, ~ (self.sum, self.true, ~ laboratory_measurements moments
 toy/laboratory/beyond.py: jackknife ~ (n - 1) / n * sum ~ 1 / n * sum ~ laboratory_beyond cost_to
 """
-"""[file:] name ~ old text, which occurs once in the file ~ new text ~ tests.  A line that begins with ~ continues the
-one before it; a row without a file has that of the row before it.  `forward` is tests/test_forward.py, `trainer seed or
+"""[file:] name ~ old text, which occurs once in the file ~ new text ~ tests.  A row without a file has that of
+the row before it.  `forward` is tests/test_forward.py, `trainer seed or
 norm` are the tests of tests/test_trainer.py that `pytest -k "seed or norm"` chooses."""
 
 
 def read_mutants() -> dict[str, tuple[str, str, str, str]]:
     """(file, old, new, tests) by name; every mutant must change exactly one place."""
     mutants, file = {}, ""
-    for row in MUTANTS.strip().replace("\n~ ", " ~ ").splitlines():
+    for row in MUTANTS.strip().splitlines():
         head, old, new, tests = row.split(" ~ ")
         file, name = head.split(": ") if ": " in head else (file, head)
         if (count := (ROOT / file).read_text().count(old)) != 1 or old == new or name in mutants:
@@ -138,6 +142,7 @@ def run_pytest(copy: Path, room: str, expression: str) -> None:
 def run(copy: Path, tests: str) -> tuple[int | None, str]:
     """The status of some tests, None if they hang, and which failed; forked, so that libraries are imported once."""
     process = get_context("fork").Process(target=run_pytest, args=(copy, *tests.partition(" ")[::2]))
+    (copy / "output.txt").write_text("")
     process.start()
     process.join(timeout=900)
     process.kill()
@@ -160,7 +165,9 @@ def verdict(copy: Path, file: str, old: str, new: str, tests: str) -> str:
     (copy / file).write_text(text.replace(old, new))
     status, failed = run(copy, tests)
     (copy / file).write_text(text)
-    return {1: f"killed by {failed}", 0: "SURVIVED"}.get(status, f"NO VERDICT, status {status}")
+    if status == 1 and failed:
+        return f"killed by {failed}"
+    return "SURVIVED" if status == 0 else f"NO VERDICT, status {status}"
 
 
 def main(names: list[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from beyond import SOLVERS, Hyper
 from leap_align import objective
-from runtime.backward import CutVelocity, Leash, leaf, rows_of_rank
+from runtime.backward import Leash, SplitVelocity, leaf, rows_of_rank
 from tests.oracles import bumpy, jacobians
 from tests.problems import HYPERS, METHODS, B, Net, Recorder, T, close, gradient, grid, problem, run, seeded
 
@@ -36,7 +36,7 @@ def backward(name, velocity, x_T, times, hyper, seed=0, solver="euler", microbat
 def cut(name, net, *arguments, **keywords):
     """The gradient of theta by the cut backward."""
     theta = net.leaf()
-    figures, *_ = backward(name, CutVelocity(net.velocity(theta)), *arguments, **keywords)
+    figures, *_ = backward(name, SplitVelocity(net.velocity(theta)), *arguments, **keywords)
     assert figures == [{}] * len(figures)
     return theta.grad
 
@@ -60,13 +60,13 @@ def test_the_cut_backward_of_a_velocity_that_ignores_its_state(name):
     theta, (_, x_T, times, _) = torch.tensor(0.7, requires_grad=True), problem()
     plain = lambda x, t: (theta * (1 + t)).reshape(-1, 1).expand(B, 3)  # noqa: E731
     run(name, plain, x_T, times, HYPERS[name], seeded(), loss=lambda x_0, weight: x_0.sum())
-    expected, theta.grad, velocity = theta.grad, None, CutVelocity(plain)
+    expected, theta.grad, velocity = theta.grad, None, SplitVelocity(plain)
     for x_0, weight, _ in METHODS[name](velocity, x_T, times, HYPERS[name], seeded()):
         velocity.backward(x_0, torch.ones_like(x_0), weight)
     assert close(theta.grad, expected)
 
 
-@pytest.mark.parametrize("make", [CutVelocity, lambda v: Leash(v, lambda x, t: x, 1.0)], ids=["cut", "leash"])
+@pytest.mark.parametrize("make", [SplitVelocity, lambda v: Leash(v, lambda x, t: x, 1.0)], ids=["cut", "leash"])
 @pytest.mark.parametrize("K", [2, T])
 def test_the_cut_backward_ends_one_evaluation_before_the_next_begins(name, K, make):
     """A joint backward adds to the weights once.  before_last, for HSDP, runs once an endpoint, before the last."""

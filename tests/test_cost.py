@@ -10,7 +10,7 @@ from torch import nn
 
 from beyond import DEFAULTS, Hyper
 from leap_align import METHODS, uniform_times
-from runtime.backward import CutVelocity, Leash
+from runtime.backward import Leash, SplitVelocity
 from runtime.cost_counter import flop_count
 from runtime.run_dir import read_csv
 from tests.problems import seeded
@@ -89,7 +89,7 @@ def test_a_leash_costs_a_forward_for_each_differentiated_evaluation_and_a_backwa
         return net(x)
 
     leashed = flop_count(lambda: step(Leash(v_theta, v_ref, beta=1.0)))
-    free = flop_count(lambda: step(CutVelocity(v_theta)))
+    free = flop_count(lambda: step(SplitVelocity(v_theta)))
     assert not any(asked)
     assert len(asked) == {"leap_align": 2, "refl": 1, "draft_lv": 3, "full_backprop": T}.get(name, len(asked)) >= 1
     assert sum(nested) == {"leap_align": 1, "full_backprop": T - 1}.get(name, 0)

@@ -42,7 +42,7 @@ def copy(whole, tmp_path):
 
 @pytest.fixture
 def commands(whole, copy):
-    """Programs, and arguments with which they read the copy; `score again` goes on with scores of the whole images."""
+    """Programs, and arguments with which they read the copy; `score again` continues from scores of whole images."""
     new = copy / "new"
     training, drawing = [*flags(copy, "flux"), "--out", copy / "trained anew"], sampling(copy, new)
     return {

@@ -226,7 +226,7 @@ def test_score_continues_where_it_stopped(models, tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit, match="130"):
         tool(*command)
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "stopped by SIGINT, everything is saved: the same command continues from here"
+    assert last == "stopped by SIGINT, progress is saved: the same command continues from here"
     part = tmp_path / "resumed" / "i_rewards_log.parts" / "0.jsonl"
     part.write_text(part.read_text()[:-9])  # cut off in the middle of a row
     tool(*command)

@@ -138,7 +138,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(models, tmp_path, monkeypatch
     once = train(tmp_path / "once", arguments)
     assert all(row["grad_norm"] > 0 and ("--beta" in more) == (row.get("leash", 0) > 0) for row in once[1:])
     with monkeypatch.context() as patch:
-        patch.setattr("full_scale.prompts.FEW_PROMPTS", 0)
+        if name != "sd3":  # whose pooled text rounds differently in a batch
+            patch.setattr("full_scale.prompts.FEW_PROMPTS", 0)
         train(part, [*arguments, "--iterations", "2"])
     resumed = train(part, [*arguments, "--resume", *on_resume.split()])
     tiny.assert_same_run(tmp_path / "once", part)

@@ -2,7 +2,7 @@
 
 1. The autograd Jacobian of the leap trajectory equals Eq. S16 and S18, assembled from Jacobians of the velocity.
 2. The frozen leap, in which every sg(.) is a number, passes gradcheck and has the leap trajectory's gradient.
-3. Every method has the gradient g of the literal Algorithm 1.
+3. Every method of Algorithm 1 has its gradient g of the literal Algorithm 1.
 4. The leap trajectory itself fails gradcheck by design.
 """
 

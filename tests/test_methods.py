@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from beyond import SOLVERS, Hyper
 from leap_align import objective
-from runtime.backward import BatchGenerator, CutVelocity
+from runtime.backward import BatchGenerator, SplitVelocity
 from tests.oracles import NODES, bumpy, mean_reward
 from tests.problems import HYPERS, METHODS, B, Net, Recorder, T, close, gradient, grid, problem, randn, run, seeded
 
@@ -186,7 +186,7 @@ def test_the_evaluations_that_memory_holds_at_one_time(name, K, backward):
     """draft_lv and stratified train many evaluations, and hold one."""
     steps = 8
     velocity = Alive(torch.ones((), requires_grad=True))
-    run_it = velocity if backward == "joint" else CutVelocity(velocity)
+    run_it = velocity if backward == "joint" else SplitVelocity(velocity)
     hyper = replace(HYPERS[name], K=K, n=K, m=1)
     for x_0, weight, log in METHODS[name](run_it, randn(B, 3), grid(steps), hyper, seeded()):
         if backward == "joint":

@@ -9,7 +9,7 @@
     rewards.check_reward(reward)                                     raises BadInput if it breaks the contract
     reward(images, prompts)                                          images (B, 3, H, W) in [0, 1], B prompts, to (B,)
 
-Every step from the pixels to the score is torch: PIL, uint8 or no_grad in between would cut the gradient.  Weights are
+Every step from the pixels to the score is torch: PIL, uint8 or no_grad in between would stop the gradient.  Weights are
 frozen, the text carries no gradient, and a reward imports the large libraries only when it is loaded.
 """
 

@@ -2,7 +2,7 @@
 
     python -m toy.laboratory compare      every method, learning rates tuned, at equal samples and at equal compute
     python -m toy.laboratory ablations    LeapAlign with one part replaced or removed
-    python -m toy.laboratory fidelity     each method's gradient compared with that of full backpropagation
+    python -m toy.laboratory fidelity     each method's gradient compared with the true one
     python -m toy.laboratory pairs        one pair of timesteps a batch, as in the paper, or one pair a sample
     python -m toy.laboratory leash        the leash to the pre-trained model, the hinge, and early stopping
     python -m toy.laboratory beyond       every method since, over T, solver and budget, and policy gradient
@@ -54,7 +54,7 @@ def main(
         name: The experiment, or all of them.
         out: Folder of the tables, the figures and, in cache/, the results that they are made of.
         workers: Processes that compute, one core each.
-        smoke: Check within a minute that everything runs.  Its results mean nothing: it needs an --out of its own.
+        smoke: Check within half a minute that everything runs.  Its results mean nothing: it needs an --out of its own.
     """
     if workers < 1:
         sys.exit(f"error: workers={workers} must be at least 1")

@@ -213,7 +213,7 @@ def mean_curve(runs: list[Run], left_out: int | None) -> Curve:
 
 
 def shares(curve: Curve, published: Curve) -> dict[str, float]:
-    """needed: evaluations to the utility that the published runs have at their end.  Without what is never reached.
+    """needed: evaluations to the utility that the published runs have at their end.  What is never reached is left out.
 
     share: needed over theirs.  share_alike: over those with which they first have this utility, for it may fall again.
     share_of_best: evaluations to their best utility, over theirs to it.

@@ -29,8 +29,8 @@ from torch import Tensor
 
 import train_leap_align
 from beyond import DEFAULTS
-from leap_align import Hyper, Velocity
-from runtime.backward import CutVelocity
+from leap_align import Hyper, Velocity, require
+from runtime.backward import SplitVelocity
 from runtime.cost_counter import flop_count, saved_bytes
 from runtime.task import Task
 from toy.laboratory.laboratory import Laboratory
@@ -73,7 +73,8 @@ def tiny_pipeline(name: str) -> tempfile.TemporaryDirectory:
     folder = tempfile.TemporaryDirectory()
     (Path(folder.name) / "prompts.txt").write_text("a red cube\ntwo dogs on a beach\n")
     command = [sys.executable, "-m", "full_scale", "tiny", f"{folder.name}/model", *TINY_PIPELINES[name]]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    finished = subprocess.run(command, stdout=subprocess.DEVNULL)
+    require(finished.returncode == 0, f"`{' '.join(command)}` failed: see the line above")
     return folder
 
 
@@ -139,9 +140,9 @@ def method_cost(method: Callable, task: Task, condition: Any, x_T: Tensor, hyper
         return method(velocity, x_T, task.times, hyper, torch.Generator().manual_seed(seed))
 
     def step(seed: int) -> None:
-        cut_velocity = CutVelocity(counted_velocity)  # as in the trainer
-        for x_0, weight, _ in endpoints(cut_velocity, seed):
-            cut_velocity.backward(x_0, torch.ones_like(x_0), weight)
+        split_velocity = SplitVelocity(counted_velocity)  # as in the trainer
+        for x_0, weight, _ in endpoints(split_velocity, seed):
+            split_velocity.backward(x_0, torch.ones_like(x_0), weight)
 
     operations = sum(flop_count(partial(step, seed)) for seed in seeds)
     totals = {"evaluations": len(evaluations), "with gradient": sum(evaluations), "operations": operations}

@@ -20,7 +20,7 @@ Runs = dict[tuple[str, str, float | None, float], list[RunMetrics]]  # (task, me
 
 
 def run(lab: Laboratory) -> None:
-    """Trains with every leash and hinge over the large budget, without both also to stop on the way, and publishes."""
+    """Trains with every beta and lambda over the large budget; without both, early stops are evaluated as well."""
     end, settings = lab.scale.budgets["large"], {}
     stops = sorted({max(1, round(end * fraction)) for fraction in CURVE_FRACTIONS})
     for task in lab.scale.tasks:

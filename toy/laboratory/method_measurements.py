@@ -7,7 +7,7 @@ from torch import Tensor
 
 from beyond import DEFAULTS, Hyper
 from leap_align import Velocity, uniform_times
-from runtime.backward import CutVelocity
+from runtime.backward import SplitVelocity
 from train_leap_align import METHODS
 
 
@@ -18,7 +18,7 @@ def hyper_for(T: int, method: str = "leap_align") -> Hyper:
 
 def run_method(v: Velocity, method: str, T: int, seed: int, **changes: object) -> list[dict]:
     """The logs of a method's endpoints on one sample, each after a backward of their sum, run as by the trainer."""
-    velocity, hyper, logs = CutVelocity(v), replace(hyper_for(T, method), **changes), []
+    velocity, hyper, logs = SplitVelocity(v), replace(hyper_for(T, method), **changes), []
     arguments = velocity, torch.zeros(1, 1), uniform_times(T), hyper, torch.Generator().manual_seed(seed)
     for x_0, weight, log in METHODS[method](*arguments):
         if x_0.requires_grad:

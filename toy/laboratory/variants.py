@@ -26,7 +26,7 @@ def nested_trajectory(velocity, states, times, i_k, i_j, alpha) -> LeapTrajector
 def multi_leap_trajectory(velocity, states, times, indices, alpha) -> list[tuple[Tensor, Tensor]]:
     """Leaps through the states at descending indices and then to x_0; two indices give `leap_trajectory`.
 
-    Returns the pairs (x̂, x) in order, each (B, *S): the end of a leap, and the recorded state with x̂'s gradient.
+    Returns (x̂, x) of every connector in order, each (B, *S): a leap's end, and the recorded state with its gradient.
     """
     x, connections = stop_gradient(states[indices[0]]), []
     for i, i_next in pairwise([*indices, 0]):
