@@ -39,6 +39,9 @@ class Options:
     # What is maximised: a reward's name, NAME:weight,NAME:weight for a sum, or your own package.module:factory.
     reward: str = "hpsv2.1"
     reward_weights: tuple[str, ...] = ()  # Local path of each named reward's weights, in their order; else the hub's.
+    # Evaluators that training never sees: rewards as above, NAME,NAME; NAME:drop sets the fall that brings a warning.
+    held_out: str = ""
+    held_out_weights: tuple[str, ...] = ()  # Local path of each evaluator's weights, in their order; else the hub's.
     height: int = 720  # Pixels, a multiple of 16.
     width: int = 720  # Pixels, a multiple of 16.
     # Guidance scale: an input of FLUX.1-dev, classifier-free guidance in SD3.5-M and FLUX.2-klein.
@@ -74,7 +77,7 @@ class DiffusersTask(Task):
     held_out: ClassVar[dict[str, float]] = {"diversity": 0.02}
     step_metric_names: ClassVar[tuple[str, ...]] = ("saturated",)
     changeable_on_resume: ClassVar[frozenset[str]] = frozenset(
-        "gradient_checkpointing compile model prompts evaluation_prompts reward_weights".split()
+        "gradient_checkpointing compile model prompts evaluation_prompts reward_weights held_out_weights".split()
     )
     """Options that change no result, and paths: `contents` shows whether what they lead to has changed."""
 
@@ -84,6 +87,12 @@ class DiffusersTask(Task):
         settings = {"batch_size": 64, "iterations": 300, "T": 25, "weight_decay": 1e-4, "ema_decay": 0.995}
         settings |= {"alpha": 0.3, "lam": None, "lr": 1e-5}
         return settings | rewards.PRESETS.get(reward or Options.reward, {})
+
+    @classmethod
+    def evaluators(cls, options: Any) -> dict[str, float]:
+        """The diversity of the images, and the rewards of --held-out."""
+        terms = rewards.split_terms(options.held_out)
+        return cls.held_out | {name: rewards.DROPS.get(name, 0.0) if drop is None else drop for name, drop in terms}
 
     def __init__(self, options: Options, T: int) -> None:
         pipeline.check_image_size(options.height, options.width)
@@ -108,7 +117,9 @@ class DiffusersTask(Task):
         needs_text = len(self.embedding_folders) < len(sources)
         self.prompts_to_encode_once = few_prompts(self.prompts, self.evaluation_prompts) if needs_text else []
         self.encoded_once: dict[str, dict[str, Tensor]] = {}
-        self.reward_model = self.load_reward()
+        self.reward_model, self.evaluator_models = self.load_reward(), self.load_evaluators()
+        self.held_out = self.evaluators(options)
+        self.step_metric_names = (*self.step_metric_names, *getattr(self.reward_model, "terms", ()))
         self.pipeline = self.open_pipeline(needs_text)
         self.pipeline.vae.enable_gradient_checkpointing()
         for module in self.frozen_modules():
@@ -133,6 +144,12 @@ class DiffusersTask(Task):
         """The reward, with its weights."""
         options = self.options
         return rewards.load(options.reward, options.reward_weights, self.device, (options.height, options.width))
+
+    def load_evaluators(self) -> nn.ModuleList:
+        """The rewards of --held-out, in host memory; an evaluation moves them to the device."""
+        names, weights = self.options.held_out, self.options.held_out_weights
+        require(names or not weights, "held_out_weights are given without --held-out, which names their rewards")
+        return nn.ModuleList(rewards.load_each(names, weights, "cpu"))
 
     def open_pipeline(self, text: bool) -> Any:
         """The pipeline without its transformer; without its text encoders unless text."""
@@ -160,6 +177,7 @@ class DiffusersTask(Task):
             "prompts": contents.prompts_content(self.prompts),
             "evaluation_prompts": contents.prompts_content(self.evaluation_prompts),
             "reward_weights": contents.reward_content(self.options.reward, self.reward_model),
+            "held_out_weights": contents.reward_content(self.options.held_out, self.evaluator_models),
         }
 
     # The transformer
@@ -307,9 +325,13 @@ class DiffusersTask(Task):
         """(B,), with gradient to the images, apart from pixel values outside of [0, 1]."""
         return self.reward_model(sample.clamp(0, 1), condition)
 
+    def reward_and_terms(self, sample: Tensor, condition: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """`reward`, and each term of a sum of rewards."""
+        return self.reward_model.with_terms(sample.clamp(0, 1), condition)
+
     @torch.no_grad()
     def evaluate(self, folder: Path | None, iteration: int) -> dict[str, float]:
-        """Mean reward, diversity and saturation over fixed prompts and noise; with a folder, a sheet of the images.
+        """Means of every score over fixed prompts and noise, and diversity; with a folder, a sheet of the images.
 
         diversity: mean |a - b| between the two images of a prompt, at 64 pixels.
         """
@@ -319,23 +341,26 @@ class DiffusersTask(Task):
         rounds = -(-len(prompts) // world_size())
         turns = [i % len(prompts) for i in range(rank(), rounds * world_size(), world_size())]
         turns = tqdm(turns, "evaluate", leave=False, mininterval=1, disable=rank() > 0)
-        images = {i: self.evaluate_image(prompts[i], x_T[i : i + 1]) for i in turns}
+        self.evaluator_models.to(self.device)
+        images = {i: self.evaluate_images(prompts[i], x_T[i : i + 1]) for i in turns}
+        self.evaluator_models.to("cpu")
         reshard(self.model)
         for images_of_a_rank in all_gather(images):
             images |= images_of_a_rank
-        scores, saturated, thumbnails, pixels = zip(*(images[i] for i in range(len(prompts))))
+        scores, thumbnails, pixels = zip(*(images[i] for i in range(len(prompts))))
         if folder is not None:
             with atomic_file(folder / "samples" / f"{iteration:06d}.png") as temporary:
                 draw_sheet(torch.cat(pixels), self.evaluation_prompts).save(temporary, format="png")
         of_prompt = torch.cat(thumbnails).unflatten(0, (-1, IMAGES_PER_PROMPT))
         diversity = (of_prompt[:, 0] - of_prompt[:, 1]).abs().mean().item()
-        return {"reward": float(np.mean(scores)), "diversity": diversity, "saturated": float(np.mean(saturated))}
+        return {name: float(np.mean([row[name] for row in scores])) for name in scores[0]} | {"diversity": diversity}
 
-    def evaluate_image(self, prompt: str, x_T: Tensor) -> tuple[float, float, Tensor, Tensor]:
-        """Reward, saturation, thumbnail (1, 3, 64, 64) and 8-bit image (1, 3, H, W) that follow from x_T (1, *S)."""
-        x_0 = rollout(self.velocity([prompt]), x_T.to(self.device), self.evaluation_times)[0]
-        sample = self.decode(x_0)
-        reward, saturated = self.reward(sample, [prompt]).item(), self.step_metrics(sample)["saturated"]
-        image = sample.clamp(0, 1)
-        thumbnail = nn.functional.interpolate(image, (64, 64), mode="area")
-        return reward, saturated, thumbnail.cpu(), image.mul(255).round().byte().cpu()
+    def evaluate_images(self, prompt: str, x_T: Tensor) -> tuple[dict[str, float], Tensor, Tensor]:
+        """Mean scores, thumbnails (n, 3, 64, 64), 8-bit images (n, 3, H, W) of the samples from x_T (n, *S)."""
+        condition, names = [prompt] * len(x_T), [name for name, _ in rewards.split_terms(self.options.held_out)]
+        sample = self.decode(rollout(self.velocity(condition), x_T.to(self.device), self.evaluation_times)[0])
+        images = sample.clamp(0, 1)
+        scores = {"reward": self.reward(sample, condition).mean().item(), **self.step_metrics(sample)}
+        scores |= {name: model(images, condition).mean().item() for name, model in zip(names, self.evaluator_models)}
+        thumbnails = nn.functional.interpolate(images, (64, 64), mode="area")
+        return scores, thumbnails.cpu(), images.mul(255).round().byte().cpu()

@@ -1,6 +1,6 @@
 """The exact judge of the shapes: finds them in an image and compares them with a caption.  It has no gradient."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import permutations
 
 import numpy as np
@@ -8,7 +8,9 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from full_scale.shapes.scenes import COLORS, GROUND, KINDS, Caption, Placed, coverage, is_on_side, read_caption
+from full_scale.rewards import Reward
+from full_scale.shapes.scenes import COLORS, GROUND, KINDS, SIZE, Caption, Placed, coverage, is_on_side, read_caption
+from leap_align import require
 
 CONTRAST = 70  # grey levels from the ground's, in some channel, from which a pixel belongs to a shape
 SPECK = 8  # pixels; smaller spots are no shapes
@@ -55,22 +57,19 @@ def shows(scene: Sequence[Placed] | None, caption: Caption) -> bool:
     return False
 
 
-def judge(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """1 for each image (B, 3, H, W) that shows its prompt, else 0; (B,).  Raises BadInput for other prompts."""
-    captions = [read_caption(prompt) for prompt in prompts]
-    pairs = zip(images.detach().clamp(0, 1).cpu(), captions)
-    return torch.tensor([float(shows(read_scene(image), caption)) for image, caption in pairs], device=images.device)
+class Judge(Reward):
+    """1 for an image that shows its prompt, else 0: `shapes` in --held-out and in `score`."""
 
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """(B,), without gradient.  Raises BadInput for prompts that are no captions, and for images of another size."""
+        captions, size = [read_caption(prompt) for prompt in prompts], tuple(images.shape[2:])
+        require(size == (SIZE, SIZE), f"images of {size} pixels: the judge of the shapes reads {SIZE} x {SIZE}")
+        pairs = zip(images.detach().clamp(0, 1).cpu(), captions)
+        return torch.tensor([float(shows(read_scene(image), caption)) for image, caption in pairs], device=images.device)
 
-def factory() -> Callable[[Tensor, Sequence[str]], Tensor]:
-    """The judge as an evaluator: `shapes` in --held-out and in `score`."""
-    return judge
-
-
-def shares(prompts: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
-    """The share of right images of each of GenEval's kinds, and `overall`, the mean over the kinds."""
-    by_kind: dict[str, list[float]] = {}
-    for prompt, score in zip(prompts, scores, strict=True):
-        by_kind.setdefault(read_caption(prompt).kind, []).append(score)
-    found = {kind: sum(by_kind[kind]) / len(by_kind[kind]) for kind in KINDS if kind in by_kind}
-    return found | {"overall": sum(found.values()) / len(found)}
+    def summary(self, prompts: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
+        """The share of right images of each of GenEval's kinds, and `overall`, the mean over the kinds."""
+        rows = [(read_caption(prompt).kind, score) for prompt, score in zip(prompts, scores, strict=True)]
+        by_kind = {kind: [score for of, score in rows if of == kind] for kind in KINDS}
+        shares = {kind: sum(values) / len(values) for kind, values in by_kind.items() if values}
+        return shares | {"overall": sum(shares.values()) / len(shares)}

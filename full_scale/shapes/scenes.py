@@ -21,8 +21,8 @@ COLORS = {
     "yellow": (240, 210, 50), "purple": (150, 60, 190), "orange": (245, 140, 30),
 }  # fmt: skip
 GROUND = 245  # the grey level of the background
-RADII = (4.8, 6.2)  # pixels
-GAP = 2.5  # pixels between two shapes, at least
+RADII = (5.0, 6.2)  # pixels
+JITTER = 1.0  # pixels by which a centre moves at most, in x and in y
 COUNTS = {"two": 2, "three": 3}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # the first's side, (x, y)
 KINDS = ("single object", "two objects", "counting", "colors", "position", "color attribution")
@@ -102,27 +102,18 @@ Scene = tuple[Placed, ...]
 
 
 def place(caption: Caption, random: Random) -> Scene:
-    """A random scene that shows the caption, and nothing else."""
-    items = [Item(item.shape, item.color or random.choice(list(COLORS))) for item in caption.items]
+    """A random scene that shows the caption, and nothing else: each shape near the centre of a quarter of the image."""
+    quarters = [(x, y) for x in (SIZE / 4, 3 * SIZE / 4) for y in (SIZE / 4, 3 * SIZE / 4)]
     while True:
-        scene: list[Placed] = []
-        for item in items:
-            tries = (_placed(item, random) for _ in range(20))
-            scene += [new for new in tries if all(_apart(new, old) for old in scene)][:1]
-        if len(scene) == len(items) and (
-            caption.relation is None or is_on_side(*scene[:2], caption.relation, margin=3)
-        ):
-            return tuple(scene)
+        centres = random.sample(quarters, len(caption.items))
+        scene = tuple(_placed(item, *centre, random) for item, centre in zip(caption.items, centres))
+        if caption.relation is None or is_on_side(scene[0], scene[1], caption.relation, margin=3):
+            return scene
 
 
-def _placed(item: Item, random: Random) -> Placed:
-    radius = random.uniform(*RADII)
-    x, y = (random.uniform(radius + 1.5, SIZE - radius - 1.5) for _ in range(2))
-    return Placed(item.shape, item.color, x, y, radius)
-
-
-def _apart(a: Placed, b: Placed) -> bool:
-    return max(abs(a.x - b.x), abs(a.y - b.y)) > a.radius + b.radius + GAP
+def _placed(item: Item, x: float, y: float, random: Random) -> Placed:
+    x, y = (centre + random.uniform(-JITTER, JITTER) for centre in (x, y))
+    return Placed(item.shape, item.color or random.choice(list(COLORS)), x, y, random.uniform(*RADII))
 
 
 def is_on_side(a: Placed, b: Placed, relation: str, margin: float = 0) -> bool:
