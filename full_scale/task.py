@@ -91,7 +91,7 @@ class DiffusersTask(Task):
     @classmethod
     def evaluators(cls, options: Any) -> dict[str, float]:
         """The diversity of the images, and the rewards of --held-out."""
-        terms = rewards.split_terms(options.held_out)
+        terms = rewards.split_terms(options.held_out) if options.held_out else []
         return cls.held_out | {name: rewards.DROPS.get(name, 0.0) if drop is None else drop for name, drop in terms}
 
     def __init__(self, options: Options, T: int) -> None:
@@ -149,7 +149,7 @@ class DiffusersTask(Task):
         """The rewards of --held-out, in host memory; an evaluation moves them to the device."""
         names, weights = self.options.held_out, self.options.held_out_weights
         require(names or not weights, "held_out_weights are given without --held-out, which names their rewards")
-        return nn.ModuleList(rewards.load_each(names, weights, "cpu"))
+        return nn.ModuleList(rewards.load_each(names, weights, "cpu") if names else ())
 
     def open_pipeline(self, text: bool) -> Any:
         """The pipeline without its transformer; without its text encoders unless text."""

@@ -78,12 +78,14 @@ def load_each(spec: str, weights: Sequence[str | Path], device: str | torch.devi
     require(len(weights) in (0, len(built_in)), message)
     paths = iter(weights or [None] * len(built_in))
     load_one = {name: reward.load for name, reward in REWARDS.items()}
-    return [load_one[name](next(paths), device) if name in load_one else _load_custom(name).to(device) for name in names]
+    return [
+        load_one[name](next(paths), device) if name in load_one else _load_custom(name).to(device) for name in names
+    ]
 
 
 def split_terms(spec: str) -> list[tuple[str, float | None]]:
-    """("name", 0.5) of each term "name:0.5", ("name", None) of "name"; an empty text has none."""
-    return [_split_term(term.strip()) for term in spec.split(",")] if spec else []
+    """("name", 0.5) of each term "name:0.5", ("name", None) of "name"."""
+    return [_split_term(term.strip()) for term in spec.split(",")]
 
 
 def _split_term(term: str) -> tuple[str, float | None]:

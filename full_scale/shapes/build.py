@@ -13,42 +13,49 @@ from safetensors.torch import save_file
 from torch import nn
 
 from full_scale.shapes import networks
-from full_scale.shapes.scenes import SIZE, captions
+from full_scale.shapes.scenes import BY_TEXT, SIZE, captions
 from full_scale.shapes.train import fit_pipeline, fit_reward, fit_vae
 from runtime.run_dir import atomic_folder, claimed_output_folder, write_errors_named, write_json, write_text
 
-STEPS = {"vae": 900, "pipeline": 6000, "reward": 1600}
+STEPS = {"vae": 900, "pipeline": 6000, "reward": 1200}
 RUN = "--lr 2e-4 --beta 0.1 --T 8 --solver ab2 --batch-size 64 --iterations 120"  # of the recommended run
 HELD_OUT, TRAINED = 10, 48  # prompts of a kind, at most; of the held-out ones also at most a third of the kind
 
 
 def shapes(folder: Annotated[Path, tyro.conf.Positional], seed: int = 0, smoke: bool = False) -> None:
-    """Build, from nothing, a small FLUX.1 that draws coloured shapes, its prompts and its reward: half an hour.
+    """Build a small FLUX.1 that draws coloured shapes, its prompts and its reward, from nothing in half an hour.
 
-    FOLDER gets the pipeline, prompts.txt, held-out.txt, and reward/ in HPSv2.1's format.  A third of the captions that
-    the pipeline learns from are wrong, as on the web; so are about half of its images, and a reward can mend them.
+    FOLDER gets the pipeline, prompts.txt, held-out.txt, and reward/ in HPSv2.1's format.  Some of the captions that the
+    pipeline learns from are wrong, as on the web, so many of its images are, too; alignment can mend them.
 
     Args:
-        folder: Folder to fill: a new one, an empty one, or one that this command was stopped in.
-        seed: Seed of the first weights; the same gives the same pipeline.
-        smoke: Take a few steps only: the pictures mean nothing.
+        folder: Folder to fill: a new one, an empty one, or one in which this command was stopped.
+        seed: Seed of the first weights; the same seed gives the same pipeline.
+        smoke: Take three steps each, to see that everything runs: the images are noise.
     """
-    steps = {name: 3 if smoke else number for name, number in STEPS.items()}
+    steps = dict.fromkeys(STEPS, 3) if smoke else STEPS
     with claimed_output_folder(folder, "shapes", {"seed": seed, "steps": steps}), write_errors_named(folder):
-        torch.manual_seed(seed)
-        pipeline, model = networks.pipeline(), networks.reward()
-        tokenize = open_clip.SimpleTokenizer(context_length=model.context_length)
-        states = {name: folder / "training" / f"{name}.safetensors" for name in steps}
-        fit_vae(pipeline.vae, steps["vae"], states["vae"])
-        fit_pipeline(pipeline, steps["pipeline"], states["pipeline"])
-        fit_reward(model, tokenize, steps["reward"], states["reward"])
-        pipeline.to(torch.bfloat16).save_pretrained(folder)
-        save_reward(model.to(torch.bfloat16), folder / "reward")
-        for name, texts in prompts().items():
-            write_text(folder / name, "\n".join(texts) + "\n")
-        shutil.rmtree(folder / "training")
-    print(f"{folder} has the pipeline, its reward, prompts.txt and held-out.txt")
+        if not (folder / "held-out.txt").exists():  # the last file
+            build(folder, seed, steps)
+    print(f"{folder} holds a FLUX.1 that draws shapes, prompts.txt, held-out.txt and reward/")
     print(f"try: {recommended_run(folder)}")
+
+
+def build(folder: Path, seed: int, steps: dict[str, int]) -> None:
+    """Trains and writes everything.  An interrupted training continues from the folder training/."""
+    torch.manual_seed(seed)
+    pipeline, reward = networks.pipeline(), networks.reward()
+    tokenize = open_clip.SimpleTokenizer(context_length=reward.context_length)
+    fit_vae(pipeline.vae, steps["vae"], folder / "training" / "vae.safetensors")
+    fit_pipeline(pipeline, steps["pipeline"], folder / "training" / "pipeline.safetensors")
+    fit_reward(reward, tokenize, steps["reward"], folder / "training" / "reward.safetensors")
+    known = torch.zeros(reward.vocab_size, 1).index_fill(0, tokenize(list(BY_TEXT)).unique(), 1)
+    reward.token_embedding.weight.data *= known  # git stores zeros in no space
+    pipeline.to(torch.bfloat16).save_pretrained(folder)
+    save_reward(reward.to(torch.bfloat16), folder / "reward")
+    for name, texts in prompts().items():
+        write_text(folder / name, "\n".join(texts) + "\n")
+    shutil.rmtree(folder / "training")
 
 
 def recommended_run(folder: Path) -> str:
@@ -61,7 +68,7 @@ def recommended_run(folder: Path) -> str:
 
 def prompts() -> dict[str, list[str]]:
     """Training and held-out prompts by file, none in both; kinds take turns, so that any first lines have all kinds."""
-    files: dict[str, list[list[str]]] = {"held-out.txt": [], "prompts.txt": []}
+    files: dict[str, list[list[str]]] = {"prompts.txt": [], "held-out.txt": []}
     for kind, members in captions().items():
         texts = Random(kind).sample([str(caption) for caption in members], len(members))
         held_out = min(HELD_OUT, len(texts) // 3)

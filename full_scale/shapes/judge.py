@@ -65,7 +65,9 @@ class Judge(Reward):
         captions, size = [read_caption(prompt) for prompt in prompts], tuple(images.shape[2:])
         require(size == (SIZE, SIZE), f"images of {size} pixels: the judge of the shapes reads {SIZE} x {SIZE}")
         pairs = zip(images.detach().clamp(0, 1).cpu(), captions)
-        return torch.tensor([float(shows(read_scene(image), caption)) for image, caption in pairs], device=images.device)
+        return torch.tensor(
+            [float(shows(read_scene(image), caption)) for image, caption in pairs], device=images.device
+        )
 
     def summary(self, prompts: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
         """The share of right images of each of GenEval's kinds, and `overall`, the mean over the kinds."""

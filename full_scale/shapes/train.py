@@ -25,7 +25,7 @@ from runtime.ema import EMA
 from runtime.run_dir import atomic_file
 
 SAVE_EVERY = 250  # steps
-SCENES, WRONG = 20_000, 0.4  # of pre-training, and the share of them that are not what their captions say
+SCENES, WRONG = 20_000, 0.3  # of pre-training, and the share of them that are not what their captions say
 GUIDANCE = 3.5  # the scale that the transformer reads, always the same
 CAPTIONS = list(captions().values())
 
@@ -62,7 +62,9 @@ def fit(model: nn.Module, loss: Callable[[int], Tensor], steps: int, lr: float, 
     Matrices inside of blocks learn by Muon at twice the rate, all other weights by AdamW.
     """
     parameters = dict(model.named_parameters())
-    matrices = [p for name, p in parameters.items() if p.ndim == 2 and re.search(r"blocks?\.\d+\.(?!norm)|layers", name)]
+    matrices = [
+        p for name, p in parameters.items() if p.ndim == 2 and re.search(r"blocks?\.\d+\.(?!norm)|layers", name)
+    ]
     others = [p for p in parameters.values() if all(p is not matrix for matrix in matrices)]
     optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.99), fused=True)]
     optimizers += [Muon(matrices, lr)] if matrices else []
@@ -95,7 +97,8 @@ def save_state(path: Path, model: nn.Module, optimizers: list[Any], ema: EMA, do
     tensors = {f"model.{name}": value for name, value in members(model).items()} | {"done": torch.tensor(done)}
     moments = {p: values for optimizer in optimizers for p, values in optimizer.state.items()}
     for i, (p, average) in enumerate(zip(ema.parameters, ema.average)):
-        tensors |= {f"average.{i}": average, **{f"moment.{i}.{name}": value for name, value in moments[p].items()}}
+        own = {f"moment.{i}.{name}": value for name, value in moments.get(p, {}).items()}  # none for an unused weight
+        tensors |= {f"average.{i}": average, **own}
     with atomic_file(path) as temporary:
         save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
 
@@ -146,10 +149,10 @@ def fit_vae(vae: nn.Module, steps: int, state: Path) -> None:
 
 # ---------------------------------------------- Text encoders and transformer ---------------------------------------
 @torch.no_grad()
-def training_scenes(pipeline: Any) -> tuple[Tensor, list[str]]:
+def training_scenes(pipeline: Any, n: int) -> tuple[Tensor, list[str]]:
     """Packed latents of scenes, and their captions, of which the share WRONG is wrong in one respect."""
     random, vae, packed, texts = Random("scenes"), pipeline.vae, [], []
-    for _ in trange(SCENES // 100, desc="scenes", mininterval=1):
+    for _ in trange(n // 100, desc="scenes", mininterval=1):
         chosen = [random_caption(random) for _ in range(100)]
         images = draw([(spoiled if random.random() < WRONG else place)(caption, random) for caption in chosen])
         latents = (vae.encode(2 * images - 1).latent_dist.mean - vae.config.shift_factor) * vae.config.scaling_factor
@@ -161,7 +164,7 @@ def training_scenes(pipeline: Any) -> tuple[Tensor, list[str]]:
 def fit_pipeline(pipeline: Any, steps: int, state: Path) -> None:
     """Flow matching: |v(x_t, t, caption) - (noise - x_0)|², with t a sigmoid of N(0.3, 1.1)."""
     networks = {name: getattr(pipeline, name) for name in ("transformer", "text_encoder", "text_encoder_2")}
-    latents, texts = training_scenes(pipeline)
+    latents, texts = training_scenes(pipeline, min(SCENES, 100 * steps))
     rows = int(latents.shape[1] ** 0.5)
     ids = {"txt_ids": torch.zeros(TOKENS, 3)}
     ids["img_ids"] = pipeline._prepare_latent_image_ids(1, rows, rows, torch.device("cpu"), torch.float32)
