@@ -171,14 +171,16 @@ class DiffusersTask(Task):
             text_encoders = read_json(self.embedding_folders[0] / "settings.json")["model"]
         else:
             text_encoders = contents.files_content(self.folder, *pipeline.TEXT_SUBFOLDERS)
-        return {
+        found = {
             "model": contents.files_content(self.folder, "transformer", "vae", "scheduler"),
             "text_encoders": text_encoders,
             "prompts": contents.prompts_content(self.prompts),
             "evaluation_prompts": contents.prompts_content(self.evaluation_prompts),
             "reward_weights": contents.reward_content(self.options.reward, self.reward_model),
-            "held_out_weights": contents.reward_content(self.options.held_out, self.evaluator_models),
         }
+        if self.options.held_out:
+            found["held_out_weights"] = contents.reward_content(self.options.held_out, self.evaluator_models)
+        return found
 
     # The transformer
 

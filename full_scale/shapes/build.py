@@ -51,8 +51,12 @@ def build(folder: Path, seed: int, steps: dict[str, int]) -> None:
     fit_reward(reward, tokenize, steps["reward"], folder / "training" / "reward.safetensors")
     known = torch.zeros(reward.vocab_size, 1).index_fill(0, tokenize(list(BY_TEXT)).unique(), 1)
     reward.token_embedding.weight.data *= known  # git stores zeros in no space
-    pipeline.to(torch.bfloat16).save_pretrained(folder)
-    save_reward(reward.to(torch.bfloat16), folder / "reward")
+    # New ones: a used tokenizer's file holds the padding of its last batch.
+    pipeline.register_modules(tokenizer=networks.clip_tokenizer(), tokenizer_2=networks.t5_tokenizer())
+    for network in (pipeline.vae, pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, reward):
+        nn.Module.to(network, torch.bfloat16)
+    pipeline.save_pretrained(folder)
+    save_reward(reward, folder / "reward")
     for name, texts in prompts().items():
         write_text(folder / name, "\n".join(texts) + "\n")
     shutil.rmtree(folder / "training")
