@@ -31,6 +31,7 @@ TOOLS = {
     "embed": "full_scale.prompts:embed",
     "sample": "full_scale.sample:sample",
     "score": "full_scale.score:score",
+    "shapes-sheet": "full_scale.shapes.sheet:shapes_sheet",
     "check-reward": "full_scale.check_reward:check_reward",
     "geneval-prompts": "full_scale.geneval_prompts:geneval_prompts",
     "plan": "full_scale.plan:plan",

@@ -130,7 +130,8 @@ def spoil(caption: Caption, random: Random) -> Caption:
     item, (first, *others) = items[at], items
     faults = {
         "shape": replace_at(items, at, replace(item, shape=other(SHAPES, item.shape, random))),
-        "more": [*items, Item(random.choice(SHAPES), item.color and random.choice(list(COLORS)))],
+        "new": [*items, Item(random.choice(SHAPES), item.color and random.choice(list(COLORS)))],
+        "copy": [*items, item],
     }
     if item.color:
         faults["color"] = replace_at(items, at, replace(item, color=other(COLORS, item.color, random)))
@@ -141,7 +142,7 @@ def spoil(caption: Caption, random: Random) -> Caption:
     fault = random.choice([*faults, *(["side"] if caption.relation else [])])
     if fault == "side":
         return replace(caption, relation=other(RELATIONS, caption.relation, random))
-    return Caption(tuple(faults[fault]), caption.relation if fault in ("swap", "color", "shape", "more") else None)
+    return Caption(tuple(faults[fault]), None if fault == "less" else caption.relation)
 
 
 def other(choices: Sequence[str], known: str, random: Random) -> str:
