@@ -82,7 +82,11 @@ train --model {models}/klein            | StableDiffusion3Pipeline is --task sd3
 train --model {odd}/flux                | {odd}/flux {DISTILLED}1-dev
 klein --model {odd}/klein               | {odd}/klein {DISTILLED}2-klein-base-4B
 train --reward-weights {odd}/reward     | missing, such as logit_scale
-few --reward beauty                     | unknown reward 'beauty'
+few --reward beauty                     | unknown reward 'beauty': choose from hpsv2.1,
+train --held-out beauty                 | unknown reward 'beauty': choose from hpsv2.1,
+train --held-out shapes                 | 'a red cube' is no caption of shapes, such as
+train --held-out-weights {models}       | held_out_weights are given without --held-out
+train --held-out hpsv2.1:inf            | 'hpsv2.1:inf' must be a reward's name, a colon and a finite weight
 train --evaluation-images 3             | evaluation_images=3 must be even
 train --evaluation-T 0                  | evaluation_T=0 must be at least 1
 train --batch-size 3 --gradient-accumulation-steps 2 | batch_size=3 must be a multiple of

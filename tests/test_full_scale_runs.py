@@ -21,6 +21,7 @@ from full_scale import transformer
 from full_scale.sheet import draw_sheet
 from leap_align import rollout
 from runtime.processes import full_value
+from runtime.run_dir import read_csv
 from tests.tiny_pipelines import PROMPTS, TASKS, assert_close, every_task, flags, seeded, task_of, tool, train
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -106,6 +107,26 @@ def test_a_run_logs_saturated_pixels_and_active_hinges_and_writes_its_images(mod
     after = tiny.read(tmp_path / "result.json")["after"]
     assert after.keys() == {"reward", "diversity", "saturated"} and after["diversity"] > 0
     assert [call.args[1] for call in sheet.call_args_list] == [PROMPTS[:2]] * 2 and not warning.called
+
+
+def test_held_out_rewards_are_watched_and_every_term_of_a_sum_is_logged(models, tmp_path, capsys):
+    """Training lowers PickScore, so its evaluator warns; before training it is what a run that raises it evaluates."""
+    folders = {name: models / "flux" / name for name in ("pickscore", "reward")}
+    few = [*flags(models, "flux"), "--lam", "None", "--evaluate-every", 1]
+    both = ["--reward", "pickscore:-2,hpsv2.1:0.01", "--reward-weights", *folders.values()]
+    watched = ["--held-out", "pickscore:1e-6", "--held-out-weights", folders["pickscore"]]
+    rows = train(tmp_path / "sum", [*few, *both, *watched])
+    assert all(row["reward"] == pytest.approx(0.01 * row["hpsv2.1"] - 2 * row["pickscore"], abs=1e-5) for row in rows)
+    output = capsys.readouterr().out
+    assert "never sees these evaluators: diversity, pickscore." in output
+    assert "perhaps reward hacking" in output and ", but pickscore " in output
+    train(
+        tmp_path / "one", [*few, "--iterations", 1, "--reward", "pickscore", "--reward-weights", folders["pickscore"]]
+    )
+    held_out, reward = (read_csv(tmp_path / run / "evaluations.csv")[0] for run in ("sum", "one"))
+    assert held_out["pickscore"] == reward["reward"]
+    contents = tiny.read(tmp_path / "sum" / "config.json")["contents"]
+    assert contents["held_out_weights"] != contents["reward_weights"]
 
 
 def test_a_sheet_shows_every_image_unchanged_and_its_prompt_below():

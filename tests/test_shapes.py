@@ -143,7 +143,7 @@ def run_flags(*more):
 
 def test_it_draws_as_recorded():
     prompts = [str(caption) for members in ALL.values() for caption in Random(0).choices(members, k=50)]
-    pipeline = tiny.FAMILIES["flux"].pipeline_class.from_pretrained(TRAINED)
+    pipeline = tiny.FAMILIES["flux"].pipeline_class.from_pretrained(TRAINED, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     size = {"height": 32, "width": 32, "max_sequence_length": 10}
     images = pipeline(prompts, **size, num_inference_steps=12, generator=seeded(), output_type="pt").images
@@ -152,7 +152,10 @@ def test_it_draws_as_recorded():
 
 
 def test_its_vae_keeps_what_the_judge_sees():
-    vae, random = tiny.FAMILIES["flux"].pipeline_class.from_pretrained(TRAINED).vae, Random(0)
+    vae, random = (
+        tiny.FAMILIES["flux"].pipeline_class.from_pretrained(TRAINED, torch_dtype=torch.float32).vae,
+        Random(0),
+    )
     captions = [random.choice(members) for members in ALL.values() for _ in range(30)]
     with torch.no_grad():
         latents = vae.encode(

@@ -48,7 +48,7 @@ def build(folder: Path, seed: int, steps: dict[str, int]) -> None:
     tokenize = open_clip.SimpleTokenizer(context_length=reward.context_length)
     fit_vae(pipeline.vae, steps["vae"], folder / "training" / "vae.safetensors")
     fit_pipeline(pipeline, steps["pipeline"], folder / "training" / "pipeline.safetensors")
-    fit_reward(reward, tokenize, steps["reward"], folder / "training" / "reward.safetensors")
+    fit_reward(reward, tokenize, pipeline, steps["reward"], folder / "training" / "reward.safetensors")
     known = torch.zeros(reward.vocab_size, 1).index_fill(0, tokenize(list(BY_TEXT)).unique(), 1)
     reward.token_embedding.weight.data *= known  # git stores zeros in no space
     # New ones: a used tokenizer's file holds the padding of its last batch.

@@ -18,14 +18,15 @@ from torch import Generator, Tensor, nn
 from tqdm import trange
 
 from full_scale.rewards.images import letterbox, normalise
-from full_scale.shapes.judge import shows
+from full_scale.shapes.judge import Judge, shows
 from full_scale.shapes.networks import TOKENS
-from full_scale.shapes.scenes import BY_TEXT, Caption, Scene, captions, draw, place, spoil
+from full_scale.shapes.scenes import BY_TEXT, SIZE, Caption, Scene, captions, draw, place, spoil
 from runtime.ema import EMA
 from runtime.run_dir import atomic_file
 
 SAVE_EVERY = 250  # steps
 SCENES, WRONG = 20_000, 0.3  # of pre-training, and the share of them that are not what their captions say
+CHOICES = 600  # captions of which the pipeline draws images for the reward's training
 GUIDANCE = 3.5  # the scale that the transformer reads, always the same
 CAPTIONS = list(captions().values())
 
@@ -191,17 +192,38 @@ def near(caption: Caption) -> list[str]:
     return sorted({str(other) for other in (spoil(caption, random) for _ in range(300)) if other in known})
 
 
-def fit_reward(model: nn.Module, tokenize: Callable[[list[str]], Tensor], steps: int, state: Path) -> None:
+@torch.no_grad()
+def drawn_choices(pipeline: Any, n: int) -> list[tuple[Caption, Tensor, Tensor]]:
+    """Captions with the right and the wrong images among eight that the pipeline draws; only those that have both."""
+    random, judge, found = Random("choices"), Judge(), []
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"height": SIZE, "width": SIZE, "max_sequence_length": TOKENS, "guidance_scale": GUIDANCE}
+    for i in trange(n // 8, desc="choices", mininterval=1):
+        captions = [random_caption(random) for _ in range(8)]
+        prompts, generator = [str(c) for c in captions for _ in range(8)], Generator().manual_seed(i)
+        images = pipeline(prompts, num_inference_steps=8, generator=generator, output_type="pt", **options).images
+        is_right = judge(images, prompts).bool().view(8, 8)
+        both = zip(captions, images.view(8, 8, *images.shape[1:]), is_right)
+        found += [(c, own[right], own[~right]) for c, own, right in both if right.any() and not right.all()]
+    return found
+
+
+def fit_reward(
+    model: nn.Module, tokenize: Callable[[list[str]], Tensor], pipeline: Any, steps: int, state: Path
+) -> None:
     """Simulated choices: of two images the one that shows the caption, of captions the one that an image shows.
 
     -log σ(20 (cos(right image, text) - cos(wrong image, text))), and cross-entropy over 20 cos(right image, texts),
-    where the other texts differ from the caption in one respect.
+    where the other texts differ from the caption in one respect.  Half of the images are the pipeline's own.
     """
+    choices = drawn_choices(pipeline, min(CHOICES, 8 * steps))
 
     def loss(step: int) -> Tensor:
         random, n = Random(step), 48
-        chosen = [random_caption(random) for _ in range(n)]
-        images = draw([place(caption, random) for caption in chosen] + [spoiled(caption, random) for caption in chosen])
+        chosen, drawn = [random_caption(random) for _ in range(n // 2)], random.choices(choices, k=n // 2)
+        right = [*draw([place(c, random) for c in chosen]), *(random.choice(images) for _, images, _ in drawn)]
+        wrong = [*draw([spoiled(c, random) for c in chosen]), *(random.choice(images) for _, _, images in drawn)]
+        chosen, images = chosen + [caption for caption, _, _ in drawn], torch.stack(right + wrong)
         generator = Generator().manual_seed(step)
         noise = torch.randn(images.shape, generator=generator) * torch.rand(2 * n, 1, 1, 1, generator=generator)
         pixels = normalise(letterbox((images + 0.03 * noise).clamp(0, 1), model.visual.image_size))
@@ -210,9 +232,9 @@ def fit_reward(model: nn.Module, tokenize: Callable[[list[str]], Tensor], steps:
         texts = sorted({text for row in offered for text in row})
         cosines = features @ model.encode_text(tokenize(texts), normalize=True).T
         is_offered = torch.tensor([[text in row for text in texts] for row in offered])
-        right = torch.tensor([texts.index(row[0]) for row in offered])
-        good, bad = cosines.gather(1, right.repeat(2)[:, None]).chunk(2)
-        choice = F.cross_entropy((20 * cosines[:n]).masked_fill(~is_offered, -torch.inf), right)
+        own = torch.tensor([texts.index(row[0]) for row in offered])
+        good, bad = cosines.gather(1, own.repeat(2)[:, None]).chunk(2)
+        choice = F.cross_entropy((20 * cosines[:n]).masked_fill(~is_offered, -torch.inf), own)
         return F.softplus(20 * (bad - good)).mean() + choice
 
     fit(model, loss, steps, 2e-3, state, "reward")
