@@ -130,16 +130,17 @@ def test_held_out_rewards_are_watched_and_every_term_of_a_sum_is_logged(models, 
 
 
 def test_a_sheet_shows_every_image_unchanged_and_its_prompt_below():
-    images = torch.randint(256, (6, 3, 32, 48), dtype=torch.uint8, generator=seeded())
+    small = torch.randint(256, (6, 3, 32, 48), dtype=torch.uint8, generator=seeded())
+    images = small.repeat_interleave(3, 2).repeat_interleave(3, 3)  # a sheet of small images enlarges them
     texts = "", "two dogs", "x " * 500
-    sheets = [np.array(draw_sheet(images, ["a red cube", text, "a"], columns=2)) for text in texts]
+    sheets = [np.array(draw_sheet(small, ["a red cube", text, "a"], columns=2)) for text in texts]
     height, width = sheets[0].shape[0] // 2, sheets[0].shape[1] // 2
     for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        top, left = i // 4 * height + 4, i // 2 % 2 * width + 4 + i % 2 * 52
-        assert all((sheet[top : top + 32, left : left + 48] == image).all() for sheet in sheets)
-    darkest = [sheet[40:height, width:].min() for sheet in sheets]  # of the caption of two dogs
+        top, left = i // 4 * height + 4, i // 2 % 2 * width + 4 + i % 2 * 148
+        assert all((sheet[top : top + 96, left : left + 144] == image).all() for sheet in sheets)
+    darkest = [sheet[104:height, width:].min() for sheet in sheets]  # of the caption of two dogs
     assert darkest[0] == 255 and max(darkest[1:]) < 128
-    first, _, beside_a_long_one = (sheet[40:height, :width] for sheet in sheets)
+    first, _, beside_a_long_one = (sheet[104:height, :width] for sheet in sheets)
     assert (first == beside_a_long_one).all() and first.min() < 128
 
 

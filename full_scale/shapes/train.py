@@ -238,3 +238,11 @@ def fit_reward(
         return F.softplus(20 * (bad - good)).mean() + choice
 
     fit(model, loss, steps, 2e-3, state, "reward")
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:  # their statistics are those of the weights before they were averaged
+        norm.reset_running_stats()
+        norm.momentum = None
+    with torch.no_grad():
+        for step in range(min(steps, 50)):
+            loss(step)
+    model.eval()
