@@ -325,7 +325,7 @@ class DiffusersTask(Task):
 
     def reward(self, sample: Tensor, condition: list[str]) -> Tensor:
         """(B,), with gradient to the images, apart from pixel values outside of [0, 1]."""
-        return self.reward_model(sample.clamp(0, 1), condition)
+        return self.reward_and_terms(sample, condition)[0]
 
     def reward_and_terms(self, sample: Tensor, condition: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """`reward`, and each term of a sum of rewards."""

@@ -130,6 +130,13 @@ def spoiled(caption: Caption, random: Random) -> Scene:
     return spoiled(caption, random) if shows(scene, caption) else scene
 
 
+def scene_and_spoiled(caption: Caption, random: Random) -> tuple[Scene, Scene]:
+    """A scene that shows the caption, and one that does not, with most shapes in the same places."""
+    layout, wrong = random.random(), spoil(caption, random)
+    right, other = place(caption, Random(layout)), place(wrong, Random(layout))
+    return scene_and_spoiled(caption, random) if shows(other, caption) else (right, other)
+
+
 # ------------------------------------------------------- The VAE -----------------------------------------------------
 def fit_vae(vae: nn.Module, steps: int, state: Path) -> None:
     """Reconstruction and a little KL; then brings the latents to mean 0 and standard deviation 1."""
@@ -214,17 +221,22 @@ def fit_reward(
     """Simulated choices: of two images the one that shows the caption, of captions the one that an image shows.
 
     -log σ(20 (cos(right image, text) - cos(wrong image, text))), and cross-entropy over 20 cos(right image, texts),
-    where the other texts differ from the caption in one respect.  Half of the images are the pipeline's own.
+    where the other texts differ from the caption in one respect.  Half of the images are the pipeline's own.  Of
+    mixtures the one with more of the right image is chosen: otherwise a wrong image would get no gradient.
     """
     choices = drawn_choices(pipeline, min(CHOICES, 8 * steps))
 
     def loss(step: int) -> Tensor:
-        random, n = Random(step), 48
+        random, generator, n = Random(step), Generator().manual_seed(step), 48
         chosen, drawn = [random_caption(random) for _ in range(n // 2)], random.choices(choices, k=n // 2)
-        right = [*draw([place(c, random) for c in chosen]), *(random.choice(images) for _, images, _ in drawn)]
-        wrong = [*draw([spoiled(c, random) for c in chosen]), *(random.choice(images) for _, _, images in drawn)]
+        right, wrong = map(draw, zip(*(scene_and_spoiled(caption, random) for caption in chosen)))
+        share = torch.rand(2, n // 2, 1, 1, 1, generator=generator)
+        share[0, ::2] = 1  # half of the scenes are right, the others are a mixture of right and wrong
+        right, wrong = wrong.lerp(right, share[0]), wrong.lerp(right, share[0] * share[1])
+        right = [*right, *(random.choice(images) for _, images, _ in drawn)]
+        wrong = [*wrong, *(random.choice(images) for _, _, images in drawn)]
         chosen, images = chosen + [caption for caption, _, _ in drawn], torch.stack(right + wrong)
-        generator = Generator().manual_seed(step)
+        is_whole = torch.cat([share[0].flatten() == 1, torch.ones(n // 2, dtype=torch.bool)])
         noise = torch.randn(images.shape, generator=generator) * torch.rand(2 * n, 1, 1, 1, generator=generator)
         pixels = normalise(letterbox((images + 0.03 * noise).clamp(0, 1), model.visual.image_size))
         features = model.encode_image(pixels, normalize=True)
@@ -234,7 +246,8 @@ def fit_reward(
         is_offered = torch.tensor([[text in row for text in texts] for row in offered])
         own = torch.tensor([texts.index(row[0]) for row in offered])
         good, bad = cosines.gather(1, own.repeat(2)[:, None]).chunk(2)
-        choice = F.cross_entropy((20 * cosines[:n]).masked_fill(~is_offered, -torch.inf), own)
+        logits = (20 * cosines[:n]).masked_fill(~is_offered, -torch.inf)
+        choice = F.cross_entropy(logits[is_whole], own[is_whole])
         return F.softplus(20 * (bad - good)).mean() + choice
 
     fit(model, loss, steps, 2e-3, state, "reward")

@@ -10,14 +10,13 @@ from train_leap_align import task_class
 
 Flux = task_class("flux")  # imports diffusers
 FOLDER = Path("full_scale/shapes/trained")
-IMAGES = 40  # of each kind of prompts in an evaluation
-EVALUATION_T = 16
 
 
 class Shapes(Flux):
     """FLUX.1 whose evaluation reports the judged share of right images of each kind of prompts."""
 
     name = "flux"  # of the trainer
+    images_of_a_kind = 40  # in an evaluation
 
     def keep_reference(self) -> None:
         """Keeps one reference for all runs of a process."""
@@ -34,7 +33,9 @@ class Shapes(Flux):
         rows = []
         for kind, prompts in by_kind.items():
             for prompt in prompts:
-                scores, thumbnails, _ = self.evaluate_images(prompt, self.noise(IMAGES // len(prompts), generator))
+                scores, thumbnails, _ = self.evaluate_images(
+                    prompt, self.noise(self.images_of_a_kind // len(prompts), generator)
+                )
                 diversity = (thumbnails[1:] - thumbnails[:-1]).abs().mean().item()
                 rows.append({"kind": kind, "diversity": diversity, kind: scores["shapes"], **scores})
         shares = {kind: mean(row[kind] for row in rows if row["kind"] == kind) for kind in by_kind}
@@ -43,14 +44,16 @@ class Shapes(Flux):
 
 
 def build(T: int, smoke: bool) -> Shapes:
-    """The task, with its model and a reference on the CPU; without `smoke` with FOLDER's weights."""
+    """The task, with the project's own pipeline and a reference."""
     torch.set_num_threads(1)
     options = Flux.Options(
         model=str(FOLDER), prompts=FOLDER / "prompts.txt", reward_weights=(str(FOLDER / "reward"),), held_out="shapes",
-        evaluation_prompts=FOLDER / "held-out.txt", evaluation_images=118, evaluation_T=EVALUATION_T, height=32,
-        width=32, max_sequence_length=10, precision="float32",
+        evaluation_prompts=FOLDER / "held-out.txt", evaluation_images=12 if smoke else 118, height=32, width=32,
+        evaluation_T=2 if smoke else 16, max_sequence_length=10, precision="float32", gradient_checkpointing="off",
     )  # fmt: skip
     task = Shapes(options, T)
+    if smoke:
+        task.images_of_a_kind = 2
     task.keep_reference()
     task.parallelize(None)
     return task
