@@ -102,7 +102,7 @@ any-side ~ is_on_side(placed[0], placed[1], caption.relation) ~ True ~ shapes ju
 full_scale/shapes/scenes.py: left-is-right ~ "left of": (-1, 0) ~ "left of": (1, 0) ~ shapes by_hand
 full_scale/shapes/build.py: trained-on-held-out ~ [held_out : held_out + ~ [0 : held_out + ~ shapes both_trained
 full_scale/shapes/train.py: moments-not-restored ~ optimizer_of[p].state[p] = moments ~ pass ~ shapes interrupted
-full_scale/rewards/registry.py: terms-swapped ~ zip(self.terms, scores) ~ zip(self.terms, scores[::-1]) ~ full_scale_runs held_out
+full_scale/rewards/registry.py: terms-swapped ~ self.terms, scores) ~ self.terms, scores[::-1]) ~ full_scale_runs held
 full_scale/rewards/images.py: clip-std ~ 0.26862954, 0.26130258 ~ 0.26130258, 0.26862954 ~ reward_parity pickscore
 first-pass-not-clipped ~ images.shape[2], width).clamp(0, 1) ~ images.shape[2], width) ~ reward_parity imagereward
 toy/modes.py: utility-sign ~ return -4 * torch.cdist ~ return 4 * torch.cdist ~ toy utility_is and Modes

@@ -17,7 +17,7 @@ from full_scale.shapes.scenes import BY_TEXT, SIZE, captions
 from full_scale.shapes.train import fit_pipeline, fit_reward, fit_vae
 from runtime.run_dir import atomic_folder, claimed_output_folder, write_errors_named, write_json, write_text
 
-STEPS = {"vae": 900, "pipeline": 6000, "reward": 1200}
+STEPS = {"vae": 900, "pipeline": 5000, "reward": 1500}
 RUN = "--lr 2e-4 --beta 0.1 --T 8 --solver ab2 --batch-size 64 --iterations 120"  # of the recommended run
 HELD_OUT, TRAINED = 10, 48  # prompts of a kind, at most; of the held-out ones also at most a third of the kind
 

@@ -74,8 +74,8 @@ def transformer() -> nn.Module:
 
 
 def pipeline() -> Any:
-    """The whole FluxPipeline; its scheduler keeps the grid even."""
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
+    """The whole FluxPipeline; its grid is shifted to the noise, where a caption matters."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     return diffusers.FluxPipeline(scheduler=scheduler, transformer=transformer(), vae=vae(), **text_encoders())
 
 
