@@ -69,7 +69,7 @@ def fit(model: nn.Module, loss: Callable[[int], Tensor], steps: int, lr: float, 
     others = [p for p in parameters.values() if all(p is not matrix for matrix in matrices)]
     optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.99), fused=True)]
     optimizers += [Muon(matrices, lr)] if matrices else []
-    ema = EMA(list(parameters.values()), max(0.5, 1 - 20 / max(1, steps)))  # of about the last twentieth of the steps
+    ema = EMA(list(parameters.values()), max(0.5, 1 - 20 / max(1, steps)))  # over a twentieth of the steps
     done = load_state(state, model, optimizers, ema) if state.exists() else 0
     for step in trange(done, steps, initial=done, total=steps, desc=title, mininterval=1):
         warm_up, decay = (step + 1) / (0.05 * steps), (steps - step) / (0.7 * steps)
@@ -170,7 +170,7 @@ def training_scenes(pipeline: Any, n: int) -> tuple[Tensor, list[str]]:
 
 
 def fit_pipeline(pipeline: Any, steps: int, state: Path) -> None:
-    """Flow matching: |v(x_t, t, caption) - (noise - x_0)|², with t a sigmoid of N(1.5, 1.3): a caption matters above t = 0.7."""
+    """Flow matching: |v(x_t, t, caption) - (noise - x_0)|².  Captions matter above t = 0.7, so most times are there."""
     networks = {name: getattr(pipeline, name) for name in ("transformer", "text_encoder", "text_encoder_2")}
     latents, texts = training_scenes(pipeline, min(SCENES, 100 * steps))
     rows = int(latents.shape[1] ** 0.5)
