@@ -255,7 +255,7 @@ def test_an_export_onto_a_full_disk_continues_with_resume(models, tmp_path, monk
 
 PAPER = {"lr": 1e-5, "weight_decay": 1e-4, "batch_size": 64, "iterations": 300, "ema_decay": 0.995, "T": 25}
 PAPER |= {"alpha": 0.3, "lam": 0.55, "tau": 0.1, "height": 720, "width": 720, "guidance": 3.5, "reward": "hpsv2.1"}
-SD3 = {"height": 512, "width": 512, "iterations": 200}  # supplement A2
+SD3 = {"max_sequence_length": 256, "height": 512, "width": 512, "iterations": 200}  # supplement A2
 
 
 @pytest.mark.parametrize(

@@ -60,11 +60,12 @@ def shows(scene: Sequence[Placed] | None, caption: Caption) -> bool:
 class Judge(Reward):
     """1 for an image that shows its prompt, else 0: `shapes` in --held-out and in `score`."""
 
+    @torch.no_grad()
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """(B,), without gradient.  Raises BadInput for prompts that are no captions, and for images of another size."""
         captions, size = [read_caption(prompt) for prompt in prompts], tuple(images.shape[2:])
         require(size == (SIZE, SIZE), f"images of {size} pixels: the judge of the shapes reads {SIZE} x {SIZE}")
-        pairs = zip(images.detach().clamp(0, 1).cpu(), captions)
+        pairs = zip(images.clamp(0, 1).cpu(), captions)
         return torch.tensor(
             [float(shows(read_scene(image), caption)) for image, caption in pairs], device=images.device
         )

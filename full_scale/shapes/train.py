@@ -215,40 +215,52 @@ def drawn_choices(pipeline: Any, n: int) -> list[tuple[Caption, Tensor, Tensor]]
     return found
 
 
+def choice_batch(
+    choices: list[tuple[Caption, Tensor, Tensor]], generator: Generator, random: Random, n: int = 48
+) -> tuple[list[Caption], Tensor, Tensor]:
+    """n captions; 2n images, of which the first n are to be chosen; which of these show their captions, (n,).
+
+    Half of the images are the pipeline's own, unless it draws none right.  Of the rendered pairs, half are mixtures of
+    a right and a wrong image, of which the one with more of the right is chosen: otherwise wrong images would lie on a
+    plateau, where the reward has no gradient.
+    """
+    rendered = n // 2 if choices else n
+    captions = [random_caption(random) for _ in range(rendered)]
+    drawn = random.choices(choices, k=n - rendered) if choices else []
+    right, wrong = map(draw, zip(*(scene_and_spoiled(caption, random) for caption in captions)))
+    share = torch.rand(2, rendered, 1, 1, 1, generator=generator)
+    share[0, ::2] = 1
+    right, wrong = wrong.lerp(right, share[0]), wrong.lerp(right, share[0] * share[1])
+    right = [*right, *(random.choice(images) for _, images, _ in drawn)]
+    wrong = [*wrong, *(random.choice(images) for _, _, images in drawn)]
+    is_whole = torch.cat([share[0].flatten() == 1, torch.ones(len(drawn), dtype=torch.bool)])
+    return captions + [caption for caption, _, _ in drawn], torch.stack(right + wrong), is_whole
+
+
 def fit_reward(
     model: nn.Module, tokenize: Callable[[list[str]], Tensor], pipeline: Any, steps: int, state: Path
 ) -> None:
     """Simulated choices: of two images the one that shows the caption, of captions the one that an image shows.
 
-    -log σ(20 (cos(right image, text) - cos(wrong image, text))), and cross-entropy over 20 cos(right image, texts),
-    where the other texts differ from the caption in one respect.  Half of the images are the pipeline's own.  Of
-    mixtures the one with more of the right image is chosen: otherwise a wrong image would get no gradient.
+    -log σ(20 (cos(chosen image, text) - cos(other image, text))), and cross-entropy over 20 cos(right image, texts),
+    where the other texts differ from the caption in one respect.
     """
     choices = drawn_choices(pipeline, min(CHOICES, 8 * steps))
 
     def loss(step: int) -> Tensor:
-        random, generator, n = Random(step), Generator().manual_seed(step), 48
-        chosen, drawn = [random_caption(random) for _ in range(n // 2)], random.choices(choices, k=n // 2)
-        right, wrong = map(draw, zip(*(scene_and_spoiled(caption, random) for caption in chosen)))
-        share = torch.rand(2, n // 2, 1, 1, 1, generator=generator)
-        share[0, ::2] = 1  # half of the scenes are right, the others are a mixture of right and wrong
-        right, wrong = wrong.lerp(right, share[0]), wrong.lerp(right, share[0] * share[1])
-        right = [*right, *(random.choice(images) for _, images, _ in drawn)]
-        wrong = [*wrong, *(random.choice(images) for _, _, images in drawn)]
-        chosen, images = chosen + [caption for caption, _, _ in drawn], torch.stack(right + wrong)
-        is_whole = torch.cat([share[0].flatten() == 1, torch.ones(n // 2, dtype=torch.bool)])
-        noise = torch.randn(images.shape, generator=generator) * torch.rand(2 * n, 1, 1, 1, generator=generator)
+        random, generator = Random(step), Generator().manual_seed(step)
+        captions, images, is_right = choice_batch(choices, generator, random)
+        noise = torch.randn(images.shape, generator=generator) * torch.rand(len(images), 1, 1, 1, generator=generator)
         pixels = normalise(letterbox((images + 0.03 * noise).clamp(0, 1), model.visual.image_size))
         features = model.encode_image(pixels, normalize=True)
-        offered = [[str(c), *random.sample(near(c), min(16, len(near(c))))] for c in chosen]
+        offered = [[str(c), *random.sample(near(c), min(16, len(near(c))))] for c in captions]
         texts = sorted({text for row in offered for text in row})
         cosines = features @ model.encode_text(tokenize(texts), normalize=True).T
-        is_offered = torch.tensor([[text in row for text in texts] for row in offered])
         own = torch.tensor([texts.index(row[0]) for row in offered])
-        good, bad = cosines.gather(1, own.repeat(2)[:, None]).chunk(2)
-        logits = (20 * cosines[:n]).masked_fill(~is_offered, -torch.inf)
-        choice = F.cross_entropy(logits[is_whole], own[is_whole])
-        return F.softplus(20 * (bad - good)).mean() + choice
+        chosen, other = cosines.gather(1, own.repeat(2)[:, None]).chunk(2)
+        is_offered = torch.tensor([[text in row for text in texts] for row in offered])
+        logits = (20 * cosines[: len(captions)]).masked_fill(~is_offered, -torch.inf)
+        return F.softplus(20 * (other - chosen)).mean() + F.cross_entropy(logits[is_right], own[is_right])
 
     fit(model, loss, steps, 2e-3, state, "reward")
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]

@@ -214,7 +214,7 @@ def shapes(rows: list[Row], kinds: tuple[str, ...]) -> Figure:
     figure, cases = panels(12, 3.6, groups(own, "restraint").items(), 1)
     for ((restraint,), case), (axis,) in cases:
         for n, row in enumerate(case):
-            look = {"color": "0.6", "marker": "_", "ms": 60} if row["method"] == "pretrained" else style(row["method"])
+            look = style(row["method"]) if n else {"color": "0.6", "marker": "_", "ms": 60}  # first, without training
             shares, errors = ([row.get(f"{kind}{suffix}", 0.0) for kind in kinds] for suffix in ("", "_error"))
             places = np.arange(len(kinds)) + (0 if n == 0 else 0.07 * (n - len(case) / 2))
             label = " ".join(str(row[name]) for name in ("method", "option") if row.get(name))
