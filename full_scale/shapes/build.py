@@ -18,8 +18,6 @@ from full_scale.shapes.train import fit_pipeline, fit_reward, fit_vae
 from runtime.run_dir import atomic_folder, claimed_output_folder, write_errors_named, write_json, write_text
 
 STEPS = {"vae": 900, "pipeline": 5000, "reward": 1500}
-RUN = "--lam None --lr 1e-4 --beta 0.1 --T 8 --solver ab2 --batch-size 48 --iterations 300 --ema-decay 0.95"
-"""The settings of the recommended run."""
 HELD_OUT, TRAINED = 10, 48  # prompts of a kind, at most; of the held-out ones also at most a third of the kind
 
 
@@ -65,11 +63,14 @@ def build(folder: Path, seed: int, steps: dict[str, int]) -> None:
 
 def recommended_run(folder: Path) -> str:
     """The command of an aligned run with this pipeline."""
-    paths = f"--model {folder} --prompts {folder}/prompts.txt --reward-weights {folder}/reward"
-    evaluation = f"--held-out shapes --evaluation-prompts {folder}/held-out.txt --evaluation-images 118"
-    evaluation += " --evaluate-every 100"
-    sizes = f"--height {SIZE} --width {SIZE} --max-sequence-length {networks.TOKENS} --precision float32 --gradient-checkpointing off"
-    return f"python train_leap_align.py --task flux {paths} {evaluation} {sizes} {RUN}"
+    words = [
+        f"python train_leap_align.py --task flux --model {folder} --prompts {folder}/prompts.txt",
+        f"--reward-weights {folder}/reward --held-out shapes --evaluation-prompts {folder}/held-out.txt",
+        f"--evaluation-images 118 --evaluate-every 100 --height {SIZE} --width {SIZE}",
+        f"--max-sequence-length {networks.TOKENS} --precision float32 --gradient-checkpointing off",
+        "--lam None --lr 1e-4 --beta 0.1 --T 8 --solver ab2 --batch-size 48 --iterations 300 --ema-decay 0.95",
+    ]
+    return " ".join([*words, "--out runs/shapes"])
 
 
 def prompts() -> dict[str, list[str]]:
