@@ -71,6 +71,8 @@ class SD3Options(Options):
     model: str = FAMILIES["sd3"].model  # Pipeline: a local folder in diffusers' layout, or a hub id.
     height: int = 512  # Pixels, a multiple of 16.
     width: int = 512  # Pixels, a multiple of 16.
+    # Tokens of T5, padding included: fewer are faster if all prompts are short.
+    max_sequence_length: int = FAMILIES["sd3"].max_sequence_length
 
 
 class SD3(DiffusersTask):

@@ -190,13 +190,15 @@ class Trainer:
         with record_function("decode"):
             sample = check_gradient(name, "decode", self.task.decode(image))
         with record_function("reward"):
-            reward = differentiable(self.task.reward(sample, condition), image)
+            reward, terms = self.task.reward_and_terms(sample, condition)
+            reward = differentiable(reward, image)
         loss = objective(reward, weight, lam)
         with record_function("backward"):
             (loss / self.config.gradient_accumulation_steps).backward()
         active = 1.0 if lam is None else (reward < lam).float().mean().item()
         metrics = {"loss": loss.item(), "reward": reward.mean().item(), "weight": weight.mean().item()}
-        own = check_step_metrics(name, self.task, self.task.step_metrics(sample))
+        own = self.task.step_metrics(sample) | {term: value.mean().item() for term, value in terms.items()}
+        check_step_metrics(name, self.task, own)
         return image.grad, metrics | {"hinge_active": active} | own
 
     def optimizer_step(self, loss: float) -> float:

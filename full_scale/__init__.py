@@ -12,7 +12,8 @@ sample.py           images from a base or trained model
 score.py            a reward of every image
 check_reward.py     whether a reward keeps the contract
 geneval_prompts.py  training prompts in GenEval's templates
-tiny.py             tiny random pipelines and rewards for a rehearsal
+shapes/             a small FLUX.1 that draws coloured shapes, its reward and an exact judge
+tiny.py             tiny random pipelines and rewards, whose images are noise
 plan.py             memory and time of a run, from its own code on tensors without values
 simulation.py       what executes that code
 benchmark.py        seconds and memory of a training step of a model's size on a GPU

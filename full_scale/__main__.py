@@ -1,6 +1,7 @@
 """The tools around a run with FLUX.1-dev, SD3.5-M or FLUX.2-klein, in the order of their use.
 
-    python -m full_scale tiny tiny                                   a tiny random model, to rehearse on a laptop
+    python -m full_scale shapes shapes                               a small FLUX.1 that draws, to align on a laptop
+    python -m full_scale tiny tiny                                   a tiny random model, for tests
     python -m full_scale embed --model M --prompts P --out E         for cards that cannot hold the text encoders
     python train_leap_align.py --task flux --model M --prompts P     the training itself
     python -m full_scale sample --model M --transformer RUN/transformer --prompts P --out IMAGES
@@ -25,10 +26,12 @@ from leap_align import BadInput
 from runtime.processes import StoppedBySignal, UserCodeError, exit_process, init_process_group, stop_on_signals
 
 TOOLS = {
+    "shapes": "full_scale.shapes.build:shapes",
     "tiny": "full_scale.tiny:tiny",
     "embed": "full_scale.prompts:embed",
     "sample": "full_scale.sample:sample",
     "score": "full_scale.score:score",
+    "shapes-sheet": "full_scale.shapes.sheet:shapes_sheet",
     "check-reward": "full_scale.check_reward:check_reward",
     "geneval-prompts": "full_scale.geneval_prompts:geneval_prompts",
     "plan": "full_scale.plan:plan",

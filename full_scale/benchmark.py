@@ -45,7 +45,8 @@ class RandomWeights:
 
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         """Random text inputs in the shapes of the text encoders'."""
-        options, shapes = {"device": self.device, "dtype": self.dtype}, self.family.text_shapes(self.model.config)
+        options, tokens = {"device": self.device, "dtype": self.dtype}, self.options.max_sequence_length
+        shapes = self.family.text_shapes(self.model.config, tokens)
         return {name: torch.randn(len(prompts), *shape, **options) for name, shape in shapes.items()}
 
 

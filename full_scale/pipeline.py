@@ -95,6 +95,11 @@ def check_image_size(height: int, width: int) -> None:
         require(is_valid, f"{name}={pixels} must be a multiple of 16 pixels: 512, 720, 1024, ...")
 
 
+def check_sequence_length(tokens: int) -> None:
+    """Refuses a number of text tokens that the pipelines do not take."""
+    require(1 <= tokens <= 512, f"max_sequence_length={tokens} must lie between 1 and 512")
+
+
 def has_guidance(folder: Path) -> bool:
     """Whether a guidance scale changes what the pipeline in a folder draws: not for a FLUX distilled to few steps."""
     config = folder / "transformer" / "config.json"

@@ -112,7 +112,7 @@ def simulate(flags: PlanFlags, title: str) -> Costs:
             counts = step_counts(simulation, trainer)
             bar.update()
             with trainer.ema.swapped(), torch.no_grad(), record_function("evaluation"):
-                trainer.task.evaluate_image("a red cube", trainer.task.noise(1, torch.Generator()))
+                trainer.task.evaluate_images("a red cube", trainer.task.noise(1, torch.Generator()))
             bar.update()
         peaks = {name: simulation.phases[name].peak for name in PHASES}
         counts = {name: counts[name] for name in PHASES if name in counts}

@@ -15,7 +15,15 @@ from tqdm import tqdm
 
 from full_scale.contents import files_content, prompts_content, tensors_content
 from full_scale.models import Family
-from full_scale.pipeline import TEXT_SUBFOLDERS, Precision, family_of, gpu_or_cpu, open_pipeline, pipeline_folder
+from full_scale.pipeline import (
+    TEXT_SUBFOLDERS,
+    Precision,
+    check_sequence_length,
+    family_of,
+    gpu_or_cpu,
+    open_pipeline,
+    pipeline_folder,
+)
 from leap_align import BadInput, require
 from runtime.processes import barrier, one_line, rank, run_on_all_ranks, run_on_rank0, world_size
 from runtime.run_dir import atomic_file, claimed_output_folder, read_json, write_text
@@ -47,7 +55,9 @@ def few_prompts(*prompts: list[str]) -> list[str]:
     return distinct if len(distinct) <= FEW_PROMPTS else []
 
 
-def embed(model: str, prompts: Path, out: Path, precision: Precision = "bfloat16") -> None:
+def embed(
+    model: str, prompts: Path, out: Path, precision: Precision = "bfloat16", max_sequence_length: int | None = None
+) -> None:
     """Store the text embedding of every prompt, 4.2 MB each for FLUX.1-dev, 7.9 MB for FLUX.2-klein.
 
     Then train with --prompts OUT.
@@ -57,16 +67,20 @@ def embed(model: str, prompts: Path, out: Path, precision: Precision = "bfloat16
         prompts: Text file, one prompt per line.
         out: Folder to fill; embeddings that it already holds are not computed again, unless they are damaged.
         precision: What the text encoders compute in.
+        max_sequence_length: Tokens of the largest text encoder, as in training; the pipeline's own if not given.
     """
     texts = run_on_all_ranks(lambda: read_prompts(prompts))
     folder = run_on_all_ranks(lambda: pipeline_folder(model, TEXT_SUBFOLDERS))
     family, dtype = run_on_all_ranks(lambda: family_of(folder)), getattr(torch, precision)
+    tokens = family.max_sequence_length if max_sequence_length is None else max_sequence_length
+    check_sequence_length(tokens)
     pipeline = run_on_all_ranks(lambda: open_pipeline(family, folder, dtype, transformer=None, vae=None))
     content = run_on_all_ranks(lambda: files_content(folder, *TEXT_SUBFOLDERS) if rank() == 0 else None)
     settings = {"model": content, "prompts": prompts_content(texts), "precision": precision}
+    settings |= {"max_sequence_length": tokens}
     with claimed_output_folder(out, EMBED, settings):
         # Classifier-free guidance also needs the empty prompt.
-        store_embeddings(family, pipeline, list(dict.fromkeys(["", *texts])), out)
+        store_embeddings(family, pipeline, list(dict.fromkeys(["", *texts])), out, tokens)
         barrier()  # a training run that finds the list also finds every embedding
         run_on_rank0(lambda: write_text(out / "prompts.txt", "\n".join(texts) + "\n"))
     if rank() == 0:
@@ -74,7 +88,7 @@ def embed(model: str, prompts: Path, out: Path, precision: Precision = "bfloat16
 
 
 @torch.no_grad()
-def store_embeddings(family: Family, pipeline: Any, texts: Sequence[str], out: Path) -> None:
+def store_embeddings(family: Family, pipeline: Any, texts: Sequence[str], out: Path, tokens: int) -> None:
     """Stores the embeddings of this rank's part of the texts, apart from whole ones that are there already."""
     device = gpu_or_cpu()
     pipeline.to(device)
@@ -83,7 +97,7 @@ def store_embeddings(family: Family, pipeline: Any, texts: Sequence[str], out: P
         with suppress(BadInput):
             read_embedding(path)
             continue
-        rows = family.encode_text(pipeline, [text], device)
+        rows = family.encode_text(pipeline, [text], device, tokens)
         embedding = {name: value[0].contiguous().cpu() for name, value in rows.items()}
         with atomic_file(path) as temporary:
             temporary.write_bytes(save(embedding, {"content": tensors_content(embedding)}))
@@ -107,15 +121,16 @@ def embedding_file(folder: Path, prompt: str) -> Path:
     return folder / (hashlib.sha1(prompt.encode()).hexdigest() + ".safetensors")
 
 
-def embedding_folders(sources: Sequence[tuple[Path, Sequence[str]]], folder: Path) -> list[Path]:
+def embedding_folders(sources: Sequence[tuple[Path, Sequence[str]]], folder: Path, tokens: int) -> list[Path]:
     """The sources that are folders of embeddings by the text encoders of the pipeline in a folder.
 
     sources: the path of each list of prompts, and the prompts.  If all are folders, they must hold every embedding.
+    tokens: of each embedding.
     """
     folders = [path for path, _ in sources if path.is_dir()]
     for path, prompts in sources:
         if path.is_dir():
-            check_embeddings(path, folder)
+            check_embeddings(path, folder, tokens)
             missing = [prompt for prompt in prompts if not embedding_file(path, prompt).exists()]
             if missing and len(folders) == len(sources):
                 example = f"{len(missing)} embeddings, such as that of {missing[0]!r:.60}"
@@ -123,14 +138,17 @@ def embedding_folders(sources: Sequence[tuple[Path, Sequence[str]]], folder: Pat
     return folders
 
 
-def check_embeddings(folder: Path, pipeline: Path) -> None:
-    """Refuses a folder with embeddings of another pipeline's text encoders.
+def check_embeddings(folder: Path, pipeline: Path, tokens: int) -> None:
+    """Refuses a folder with embeddings of another pipeline's text encoders, or of another number of tokens.
 
     A pipeline's folder need not hold its text encoders; then there is nothing to compare.  Only rank 0 reads them.
     """
     settings = read_json(folder / "settings.json") if (folder / "settings.json").exists() else {}
     is_own = settings.get("tool") == EMBED
     require(is_own, f"{folder} was not filled by `python -m full_scale embed`: give a text file, or embed it")
+    stored = settings.get("max_sequence_length")
+    fault = f"{folder} holds embeddings of {stored} tokens, not {tokens}"
+    require(stored == tokens, f"{fault}: give --max-sequence-length {stored}")
     if rank() == 0 and any(pipeline.glob("text_encoder*/*.safetensors")):
         is_same = settings.get("model") == files_content(pipeline, *TEXT_SUBFOLDERS)
         remedy = "embed the prompts with this --model"

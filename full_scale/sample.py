@@ -34,6 +34,7 @@ def sample(
     height: int = 720,
     width: int = 720,
     guidance: float | None = None,
+    max_sequence_length: int | None = None,
     batch_size: int = 4,
     precision: Precision = "bfloat16",
 ) -> None:
@@ -53,6 +54,7 @@ def sample(
         height: Pixels, a multiple of 16.
         width: Pixels, a multiple of 16.
         guidance: Guidance scale; 4 for FLUX.2-klein and 3.5 for the others if not given.
+        max_sequence_length: Tokens of the largest text encoder; the pipeline's own if not given.
         batch_size: Images of one prompt that are drawn at once.
         precision: What the networks compute in.
     """
@@ -61,16 +63,20 @@ def sample(
     for name, value in {"steps": steps, "images_per_prompt": images_per_prompt, "batch_size": batch_size}.items():
         require(value >= 1, f"{name}={value} must be at least 1")
     guidance = run_on_all_ranks(lambda: pipeline.choose_guidance(model, guidance))
+    if max_sequence_length is not None:
+        pipeline.check_sequence_length(max_sequence_length)
     layout = run_on_all_ranks(lambda: choose_layout(prompts, geneval, images_per_prompt))
     texts = prompts_content([*layout.prompts, *layout.metadata])
     settings = {"prompts": texts, "steps": steps, "images_per_prompt": images_per_prompt, "height": height}
     settings |= {"width": width, "guidance": guidance, "batch_size": batch_size, "precision": precision}
+    settings |= {"max_sequence_length": max_sequence_length}
     pipe = run_on_all_ranks(lambda: open_trained(model, transformer, lora, getattr(torch, precision)))
     settings |= run_on_all_ranks(lambda: contents(model, transformer, lora) if rank() == 0 else {})
     with claimed_output_folder(out, "sample", settings):
         run_on_rank0(lambda: layout.write(out))
         pipe.to(pipeline.gpu_or_cpu())
         options = {"height": height, "width": width, "num_inference_steps": steps, "guidance_scale": guidance}
+        options |= {"max_sequence_length": max_sequence_length} if max_sequence_length else {}
         draw_missing(partial(pipe, **options), layout, out, batch_size)
         barrier()
     if rank() == 0:

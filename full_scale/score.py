@@ -41,7 +41,7 @@ def score(images: Path, out: Path, reward: str = "hpsv2.1", reward_weights: tupl
         if not is_old:
             score_images(model, images, prompts, log.with_suffix(".parts"), device)
             run_on_rank0(lambda: write_log(log, log.with_suffix(".parts"), prompts, reward))
-        run_on_rank0(lambda: print_mean(log, reward, "already in" if is_old else "written to"))
+        run_on_rank0(lambda: print_result(log, model, reward, "already in" if is_old else "written to"))
 
 
 def contents(images: Path, prompts: dict[str, str], reward: str, model: nn.Module) -> dict[str, str]:
@@ -121,9 +121,12 @@ def write_log(log: Path, rows_folder: Path, prompts: dict[str, str], reward: str
     shutil.rmtree(rows_folder)
 
 
-def print_mean(log: Path, reward: str, where: str) -> None:
-    """Prints the mean in a log."""
+def print_result(log: Path, model: rewards.Reward, reward: str, where: str) -> None:
+    """Prints the mean in a log, and the means of groups of prompts if the reward knows any."""
     result = read_json(log)
     is_whole = isinstance(result.get("mean"), float) and isinstance(result.get("images"), list)
     require(is_whole, f"{log} is damaged: delete it, and the same command scores the images again")
+    prompts, scores = zip(*((row["prompt"], row["reward"]) for row in result["images"]))
+    for group, mean in model.summary(prompts, scores).items():
+        print(f"{group:20}{mean:8.3f}")
     print(f"mean {reward} of {len(result['images'])} images: {result['mean']:.4f}; {where} {log}")

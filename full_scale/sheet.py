@@ -14,6 +14,7 @@ from torch import Tensor
 
 PADDING = 4  # pixels around each image
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+SMALLEST = 96  # pixels; lower images are enlarged by a whole factor
 LINES_OF_TEXT = 3  # under the images of a prompt; a longer prompt is cut off
 
 
@@ -22,6 +23,8 @@ def draw_sheet(images: Tensor, prompts: Sequence[str], columns: int = 4) -> Imag
 
     images: 8 bits, (P * n, 3, H, W), n for each of the P prompts, one prompt's after the other's.
     """
+    enlarged = max(1, SMALLEST // images.shape[2])
+    images = images.repeat_interleave(enlarged, 2).repeat_interleave(enlarged, 3)
     cells = [_draw_cell(group, prompt) for group, prompt in zip(images.chunk(len(prompts)), prompts)]
     sheet = torchvision.utils.make_grid(cells, nrow=columns, padding=0, pad_value=255)
     return Image.fromarray(sheet.permute(1, 2, 0).numpy())

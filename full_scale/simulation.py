@@ -93,6 +93,10 @@ class WithoutWeights:
         folders = [Path(path) for path in self.options.reward_weights if Path(path).is_dir()]
         return self.simulation.empty(HPSv2.empty(*folders[:1]), torch.float32)
 
+    def load_evaluators(self) -> nn.ModuleList:
+        """None: in training they are in host memory."""
+        return nn.ModuleList()
+
     def open_pipeline(self, text: bool) -> Any:
         """The pipeline, whose tokenizers know few words; without text encoders if embeddings are stored."""
         text, kind, empty = not self.stored_embeddings, self.family.pipeline_class, self.simulation.empty
@@ -122,7 +126,7 @@ class WithoutWeights:
         """The text inputs, computed or as if read from files."""
         if not self.stored_embeddings:
             return super().encode(prompts)
-        shapes = self.family.text_shapes(self.configs["transformer"])
+        shapes = self.family.text_shapes(self.configs["transformer"], self.options.max_sequence_length)
         with self.simulation.fake:
             return {name: torch.empty(len(prompts), *shape, dtype=self.dtype) for name, shape in shapes.items()}
 

@@ -39,10 +39,15 @@ class Options:
     # What is maximised: a reward's name, NAME:weight,NAME:weight for a sum, or your own package.module:factory.
     reward: str = "hpsv2.1"
     reward_weights: tuple[str, ...] = ()  # Local path of each named reward's weights, in their order; else the hub's.
+    # Evaluators that training never sees: rewards as above, NAME,NAME; NAME:drop sets the fall that brings a warning.
+    held_out: str = ""
+    held_out_weights: tuple[str, ...] = ()  # Local path of each evaluator's weights, in their order; else the hub's.
     height: int = 720  # Pixels, a multiple of 16.
     width: int = 720  # Pixels, a multiple of 16.
     # Guidance scale: an input of FLUX.1-dev, classifier-free guidance in SD3.5-M and FLUX.2-klein.
     guidance: float = FAMILIES["flux"].guidance
+    # Tokens of the largest text encoder, padding included: fewer are faster if all prompts are short.
+    max_sequence_length: int = FAMILIES["flux"].max_sequence_length
     shift: float | None = None  # Shift s of the time grid; the pipeline's own scheduler decides if not given.
     # What the networks compute in; states, trained weights, their average and the reward are always float32.
     precision: pipeline.Precision = "bfloat16"
@@ -72,7 +77,7 @@ class DiffusersTask(Task):
     held_out: ClassVar[dict[str, float]] = {"diversity": 0.02}
     step_metric_names: ClassVar[tuple[str, ...]] = ("saturated",)
     changeable_on_resume: ClassVar[frozenset[str]] = frozenset(
-        "gradient_checkpointing compile model prompts evaluation_prompts reward_weights".split()
+        "gradient_checkpointing compile model prompts evaluation_prompts reward_weights held_out_weights".split()
     )
     """Options that change no result, and paths: `contents` shows whether what they lead to has changed."""
 
@@ -83,9 +88,16 @@ class DiffusersTask(Task):
         settings |= {"alpha": 0.3, "lam": None, "lr": 1e-5}
         return settings | rewards.PRESETS.get(reward or Options.reward, {})
 
+    @classmethod
+    def evaluators(cls, options: Any) -> dict[str, float]:
+        """The diversity of the images, and the rewards of --held-out."""
+        terms = rewards.split_terms(options.held_out) if options.held_out else []
+        return cls.held_out | {name: rewards.DROPS.get(name, 0.0) if drop is None else drop for name, drop in terms}
+
     def __init__(self, options: Options, T: int) -> None:
         pipeline.check_image_size(options.height, options.width)
         pipeline.check_guidance(self.family, options.guidance)
+        pipeline.check_sequence_length(options.max_sequence_length)
         transformer.check_lora(options.lora_rank, options.lora_alpha)
         if options.load_in_4bit:
             transformer.check_4bit(options.lora_rank, options.compile)
@@ -101,11 +113,13 @@ class DiffusersTask(Task):
         pipeline.check_trainable(self.family, pipeline.pipeline_folder(options.model, ()))  # before any gigabyte moves
         self.folder = pipeline.pipeline_folder(options.model)
         sources = [(options.prompts, self.prompts), (evaluation_source, self.evaluation_prompts)]
-        self.embedding_folders = embedding_folders(sources, self.folder)
+        self.embedding_folders = embedding_folders(sources, self.folder, options.max_sequence_length)
         needs_text = len(self.embedding_folders) < len(sources)
         self.prompts_to_encode_once = few_prompts(self.prompts, self.evaluation_prompts) if needs_text else []
         self.encoded_once: dict[str, dict[str, Tensor]] = {}
-        self.reward_model = self.load_reward()
+        self.reward_model, self.evaluator_models = self.load_reward(), self.load_evaluators()
+        self.held_out = self.evaluators(options)
+        self.step_metric_names = (*self.step_metric_names, *getattr(self.reward_model, "terms", ()))
         self.pipeline = self.open_pipeline(needs_text)
         self.pipeline.vae.enable_gradient_checkpointing()
         for module in self.frozen_modules():
@@ -131,6 +145,12 @@ class DiffusersTask(Task):
         options = self.options
         return rewards.load(options.reward, options.reward_weights, self.device, (options.height, options.width))
 
+    def load_evaluators(self) -> nn.ModuleList:
+        """The rewards of --held-out, in host memory; an evaluation moves them to the device."""
+        names, weights = self.options.held_out, self.options.held_out_weights
+        require(names or not weights, "held_out_weights are given without --held-out, which names their rewards")
+        return nn.ModuleList(rewards.load_each(names, weights, "cpu") if names else ())
+
     def open_pipeline(self, text: bool) -> Any:
         """The pipeline without its transformer; without its text encoders unless text."""
         return pipeline.open_pipeline(self.family, self.folder, self.dtype, text=text, transformer=None)
@@ -151,13 +171,16 @@ class DiffusersTask(Task):
             text_encoders = read_json(self.embedding_folders[0] / "settings.json")["model"]
         else:
             text_encoders = contents.files_content(self.folder, *pipeline.TEXT_SUBFOLDERS)
-        return {
+        found = {
             "model": contents.files_content(self.folder, "transformer", "vae", "scheduler"),
             "text_encoders": text_encoders,
             "prompts": contents.prompts_content(self.prompts),
             "evaluation_prompts": contents.prompts_content(self.evaluation_prompts),
             "reward_weights": contents.reward_content(self.options.reward, self.reward_model),
         }
+        if self.options.held_out:
+            found["held_out_weights"] = contents.reward_content(self.options.held_out, self.evaluator_models)
+        return found
 
     # The transformer
 
@@ -250,10 +273,10 @@ class DiffusersTask(Task):
         """Encodes the prompts of a run that has few of them and frees the text encoders."""
         if not self.prompts_to_encode_once:
             return
-        encoders, encode = self.text_encoders(), self.family.encode_text
+        encoders = self.text_encoders()
         for encoder in encoders.values():
             encoder.to(self.device)
-        self.encoded_once = {text: encode(self.pipeline, [text], self.device) for text in self.prompts_to_encode_once}
+        self.encoded_once = {text: self.encode_now([text]) for text in self.prompts_to_encode_once}
         self.pipeline.register_modules(**dict.fromkeys(encoders))
 
     @torch.no_grad()
@@ -266,7 +289,11 @@ class DiffusersTask(Task):
         if self.encoded_once:
             rows = [self.encoded_once[prompt] for prompt in prompts]
             return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-        return self.family.encode_text(self.pipeline, prompts, self.device)
+        return self.encode_now(prompts)
+
+    def encode_now(self, prompts: list[str]) -> dict[str, Tensor]:
+        """The text inputs, by the text encoders."""
+        return self.family.encode_text(self.pipeline, prompts, self.device, self.options.max_sequence_length)
 
     def latent_size(self) -> tuple[int, int, int]:
         """Channels, height and width of the VAE's latents."""
@@ -298,11 +325,15 @@ class DiffusersTask(Task):
 
     def reward(self, sample: Tensor, condition: list[str]) -> Tensor:
         """(B,), with gradient to the images, apart from pixel values outside of [0, 1]."""
-        return self.reward_model(sample.clamp(0, 1), condition)
+        return self.reward_and_terms(sample, condition)[0]
+
+    def reward_and_terms(self, sample: Tensor, condition: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """`reward`, and each term of a sum of rewards."""
+        return self.reward_model.with_terms(sample.clamp(0, 1), condition)
 
     @torch.no_grad()
     def evaluate(self, folder: Path | None, iteration: int) -> dict[str, float]:
-        """Mean reward, diversity and saturation over fixed prompts and noise; with a folder, a sheet of the images.
+        """Means of every score over fixed prompts and noise, and diversity; with a folder, a sheet of the images.
 
         diversity: mean |a - b| between the two images of a prompt, at 64 pixels.
         """
@@ -312,23 +343,26 @@ class DiffusersTask(Task):
         rounds = -(-len(prompts) // world_size())
         turns = [i % len(prompts) for i in range(rank(), rounds * world_size(), world_size())]
         turns = tqdm(turns, "evaluate", leave=False, mininterval=1, disable=rank() > 0)
-        images = {i: self.evaluate_image(prompts[i], x_T[i : i + 1]) for i in turns}
+        self.evaluator_models.to(self.device)
+        images = {i: self.evaluate_images(prompts[i], x_T[i : i + 1]) for i in turns}
+        self.evaluator_models.to("cpu")
         reshard(self.model)
         for images_of_a_rank in all_gather(images):
             images |= images_of_a_rank
-        scores, saturated, thumbnails, pixels = zip(*(images[i] for i in range(len(prompts))))
+        scores, thumbnails, pixels = zip(*(images[i] for i in range(len(prompts))))
         if folder is not None:
             with atomic_file(folder / "samples" / f"{iteration:06d}.png") as temporary:
                 draw_sheet(torch.cat(pixels), self.evaluation_prompts).save(temporary, format="png")
         of_prompt = torch.cat(thumbnails).unflatten(0, (-1, IMAGES_PER_PROMPT))
         diversity = (of_prompt[:, 0] - of_prompt[:, 1]).abs().mean().item()
-        return {"reward": float(np.mean(scores)), "diversity": diversity, "saturated": float(np.mean(saturated))}
+        return {name: float(np.mean([row[name] for row in scores])) for name in scores[0]} | {"diversity": diversity}
 
-    def evaluate_image(self, prompt: str, x_T: Tensor) -> tuple[float, float, Tensor, Tensor]:
-        """Reward, saturation, thumbnail (1, 3, 64, 64) and 8-bit image (1, 3, H, W) that follow from x_T (1, *S)."""
-        x_0 = rollout(self.velocity([prompt]), x_T.to(self.device), self.evaluation_times)[0]
-        sample = self.decode(x_0)
-        reward, saturated = self.reward(sample, [prompt]).item(), self.step_metrics(sample)["saturated"]
-        image = sample.clamp(0, 1)
-        thumbnail = nn.functional.interpolate(image, (64, 64), mode="area")
-        return reward, saturated, thumbnail.cpu(), image.mul(255).round().byte().cpu()
+    def evaluate_images(self, prompt: str, x_T: Tensor) -> tuple[dict[str, float], Tensor, Tensor]:
+        """Mean scores, thumbnails (n, 3, 64, 64), 8-bit images (n, 3, H, W) of the samples from x_T (n, *S)."""
+        condition, names = [prompt] * len(x_T), [name for name, _ in rewards.split_terms(self.options.held_out)]
+        sample = self.decode(rollout(self.velocity(condition), x_T.to(self.device), self.evaluation_times)[0])
+        images = sample.clamp(0, 1)
+        scores = {"reward": self.reward(sample, condition).mean().item(), **self.step_metrics(sample)}
+        scores |= {name: model(images, condition).mean().item() for name, model in zip(names, self.evaluator_models)}
+        thumbnails = nn.functional.interpolate(images, (64, 64), mode="area")
+        return scores, thumbnails.cpu(), images.mul(255).round().byte().cpu()

@@ -47,7 +47,7 @@ def announce(flags: Any, task: type[Task], method: Callable[..., Any], folder: P
     done = [f", from iteration {int(path.name)} of {config.iterations}" for path in checkpoints(folder)[-1:]]
     print(f"{config.task} is trained to lower {loss}{leash}: {sizes}, lr {config.lr:g}{''.join(done)}.")
     print((method.__doc__ or config.method).strip().splitlines()[0])
-    evaluators = ", ".join(task.held_out) or "none"
+    evaluators = ", ".join(task.evaluators(flags.task)) or "none"
     print(f"Training never sees these evaluators: {evaluators}. The folder is {folder}.", flush=True)
 
 

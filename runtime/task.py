@@ -68,6 +68,15 @@ class Task(ABC):
 
     # The defaults
 
+    @classmethod
+    def evaluators(cls, options: Any) -> dict[str, float]:
+        """`held_out`, and the evaluators that these flags add."""
+        return cls.held_out
+
+    def reward_and_terms(self, sample: Tensor, condition: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """`reward`, and the terms (B,) of a reward that is a sum; step_metric_names names them, too."""
+        return self.reward(sample, condition), {}
+
     def evaluate_held_out(self, samples: Tensor, condition: Any) -> dict[str, float]:
         """The evaluators of `held_out`, and others if you like, of samples under their prompts."""
         return {}

@@ -86,6 +86,8 @@ klein-epsilon ~ (variance + vae.config.batch_norm_eps).sqrt() ~ variance.sqrt() 
 unpacked-sideways ~ = self.options.height, self.options.width ~ = self.options.width, self.options.height ~ flux rollout
 vae-shift ~ x_0 / vae.scaling_factor + vae ~ x_0 / vae.scaling_factor - vae ~ flux rollout
 full_scale/task.py: reward-not-clamped ~ (sample.clamp(0, 1), condition) ~ (sample, condition) ~ flux saturated
+evaluator-is-the-reward ~ {name: model(images ~ {name: self.reward_model(images ~ full_scale_runs held_out
+all-tokens ~ self.device, self.options.max_sequence_length) ~ self.device, 512) ~ flux short_text
 one-evaluation-noise ~ x_T[i : i + 1] ~ x_T[:1] ~ full_scale_runs saturated
 full_scale/transformer.py: lora-starts-changed ~ torch.zeros(p.shape) ~ torch.ones(p.shape) ~ flux only_the_adapters
 memory-without-average ~ (5 * p.nbytes ~ (4 * p.nbytes ~ full_scale_errors too_little
@@ -95,6 +97,12 @@ shapes-not-values ~ total.update(value.cpu() ~ (value.cpu() ~ damaged_files embe
 full_scale/sample.py: noise-of-image-number ~ i << 16 | number ~ number ~ full_scale geneval_samples
 full_scale/score.py: pixels-of-256 ~ [None] / 255 ~ [None] / 256 ~ full_scale numbers_from
 full_scale/plan.py: time-of-the-faster ~ overlapped = max( ~ overlapped = min( ~ plan time_is
+full_scale/shapes/judge.py: any-number ~ len(scene) != len( ~ len(scene) < len( ~ shapes judge
+any-side ~ is_on_side(placed[0], placed[1], caption.relation) ~ True ~ shapes judge
+full_scale/shapes/scenes.py: left-is-right ~ "left of": (-1, 0) ~ "left of": (1, 0) ~ shapes by_hand
+full_scale/shapes/build.py: trained-on-held-out ~ [held_out : held_out + ~ [0 : held_out + ~ shapes both_trained
+full_scale/shapes/train.py: moments-not-restored ~ optimizer_of[p].state[p] = moments ~ pass ~ shapes interrupted
+full_scale/rewards/registry.py: terms-swapped ~ self.terms, scores) ~ self.terms, scores[::-1]) ~ full_scale_runs held
 full_scale/rewards/images.py: clip-std ~ 0.26862954, 0.26130258 ~ 0.26130258, 0.26862954 ~ reward_parity pickscore
 first-pass-not-clipped ~ images.shape[2], width).clamp(0, 1) ~ images.shape[2], width) ~ reward_parity imagereward
 toy/modes.py: utility-sign ~ return -4 * torch.cdist ~ return 4 * torch.cdist ~ toy utility_is and Modes

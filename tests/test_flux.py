@@ -64,6 +64,16 @@ def test_klein_is_guided_from_a_scale_above_1_as_in_its_pipeline(models, guidanc
     assert torch.equal(drawn, final_latents(task, x_0))
 
 
+@pytest.mark.parametrize("name, tolerance, tokens", [("flux", 0.0, 9), ("sd3", 1e-5, 77 + 9), ("klein", 0.0, 9)])
+def test_short_text_inputs_are_the_pipelines(models, name, tolerance, tokens):
+    task = task_of(models, name, max_sequence_length=9)
+    x_T = task.noise(2, seeded())
+    x_0 = rollout(task.velocity(PROMPTS[:2]), x_T, task.times)[0]
+    drawn = draw(pipeline_of(models, name), x_T, PROMPTS[:2], 4, max_sequence_length=9)
+    assert (drawn - final_latents(task, x_0)).abs().max() <= tolerance
+    assert task.encode(PROMPTS[:2])["encoder_hidden_states"].shape[1] == tokens
+
+
 @every_task
 def test_weights_loaded_through_the_meta_device_are_those_on_disk_and_every_block_is_sharded(models, name):
     task = task_of(models, name)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import weakref
 from collections import Counter
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -165,6 +166,10 @@ def test_evaluation_prompts_may_be_embedded_in_a_folder_of_their_own(models, tmp
     task = TASKS["flux"](options_of(models, "flux", **folders), 4)
     assert task.evaluation_prompts == ["a cat on the moon"] and task.pipeline.text_encoder is None
     assert task.encode(["a cat on the moon", "a red cube"])["encoder_hidden_states"].shape == (2, 512, 32)
+    tool(*tiny.embedding(models, tmp_path / "short", "--max-sequence-length", 9))
+    live = options_of(models, "flux", max_sequence_length=9)
+    stored = replace(live, prompts=tmp_path / "short")
+    tiny.assert_close(*(TASKS["flux"](options, 4).encode(PROMPTS[:1]) for options in (live, stored)), 0, 1e-6)
     (tmp_path / "evaluation" / "prompts.txt").write_text("a dog\n")
     with pytest.raises(BadInput, match="evaluation lacks 1 embeddings"):
         TASKS["flux"](options_of(models, "flux", **folders), 4)

@@ -54,6 +54,7 @@ def odd(models, tmp_path_factory):
     save_file(wide, odd / "wide.safetensors")
     tool(*tiny.embedding(models, odd / "embedded", name="sd3"))
     next((odd / "embedded").glob("*.safetensors")).unlink()
+    tool(*tiny.embedding(models, odd / "short", "--max-sequence-length", 9))
     tool(*sampling(models, odd / "whole"))
     shutil.copytree(odd / "whole", odd / "images")
     (odd / "images" / "00000_0.png").unlink()
@@ -69,6 +70,10 @@ train --prompts {odd}/empty.txt         | empty.txt holds no prompt
 train --prompts {odd}/none.txt          | cannot read prompts from {odd}/none.txt
 train --prompts {odd}/flux              | flux was not filled by `python -m full_scale embed`
 train --prompts {odd}/embedded          | embedded holds embeddings of another model than {models}/flux
+train --prompts {odd}/short             | short holds embeddings of 9 tokens, not 512: give --max-sequence-length 9
+train --max-sequence-length 0           | max_sequence_length=0 must lie between 1 and 512
+sample --max-sequence-length 513        | max_sequence_length=513 must lie between 1 and 512
+embed --max-sequence-length 0           | max_sequence_length=0 must lie between 1 and 512
 sd3 --prompts {odd}/embedded            | embedded lacks 1 embeddings, such as that of
 bare                                    | prompts is missing
 train --model no/such/folder            | model=no/such/folder is neither a hub id
@@ -77,7 +82,11 @@ train --model {models}/klein            | StableDiffusion3Pipeline is --task sd3
 train --model {odd}/flux                | {odd}/flux {DISTILLED}1-dev
 klein --model {odd}/klein               | {odd}/klein {DISTILLED}2-klein-base-4B
 train --reward-weights {odd}/reward     | missing, such as logit_scale
-few --reward beauty                     | unknown reward 'beauty'
+few --reward beauty                     | unknown reward 'beauty': choose from hpsv2.1,
+train --held-out beauty                 | unknown reward 'beauty': choose from hpsv2.1,
+train --held-out shapes                 | 'a red cube' is no caption of shapes, such as
+train --held-out-weights {models}       | held_out_weights are given without --held-out
+train --held-out hpsv2.1:inf            | 'hpsv2.1:inf' must be a reward's name, a colon and a finite weight
 train --evaluation-images 3             | evaluation_images=3 must be even
 train --evaluation-T 0                  | evaluation_T=0 must be at least 1
 train --batch-size 3 --gradient-accumulation-steps 2 | batch_size=3 must be a multiple of
@@ -134,7 +143,12 @@ def test_what_cannot_work_is_refused(models, odd, tmp_path, monkeypatch, row):
     command, _, words = row.format(**names).partition(" | ")
     usual = {"train": flags(models, "flux"), "sd3": flags(models, "sd3"), "klein": flags(models, "klein")}
     usual |= {"few": ["--task", "flux", *tiny.files(models)], "bare": ["--task", "flux", "--model", models / "flux"]}
-    usual |= {"sample": sampling(models, out), "score": ["score", "--out", out], "tiny": ["tiny", out]}
+    usual |= {
+        "embed": tiny.embedding(models, out),
+        "sample": sampling(models, out),
+        "score": ["score", "--out", out],
+        "tiny": ["tiny", out],
+    }
     usual |= {"benchmark": ["benchmark", "--out", out]}
     name, *more = shlex.split(command)
     is_tool = name in tools.TOOLS

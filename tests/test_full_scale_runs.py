@@ -21,6 +21,7 @@ from full_scale import transformer
 from full_scale.sheet import draw_sheet
 from leap_align import rollout
 from runtime.processes import full_value
+from runtime.run_dir import read_csv
 from tests.tiny_pipelines import PROMPTS, TASKS, assert_close, every_task, flags, seeded, task_of, tool, train
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -108,17 +109,38 @@ def test_a_run_logs_saturated_pixels_and_active_hinges_and_writes_its_images(mod
     assert [call.args[1] for call in sheet.call_args_list] == [PROMPTS[:2]] * 2 and not warning.called
 
 
+def test_held_out_rewards_are_watched_and_every_term_of_a_sum_is_logged(models, tmp_path, capsys):
+    """Training lowers PickScore, so its evaluator warns; before training it is what a run that raises it evaluates."""
+    folders = {name: models / "flux" / name for name in ("pickscore", "reward")}
+    few = [*flags(models, "flux"), "--lam", "None", "--evaluate-every", 1]
+    both = ["--reward", "pickscore:-2,hpsv2.1:0.01", "--reward-weights", *folders.values()]
+    watched = ["--held-out", "pickscore:1e-6", "--held-out-weights", folders["pickscore"]]
+    rows = train(tmp_path / "sum", [*few, *both, *watched])
+    assert all(row["reward"] == pytest.approx(0.01 * row["hpsv2.1"] - 2 * row["pickscore"], abs=1e-5) for row in rows)
+    output = capsys.readouterr().out
+    assert "never sees these evaluators: diversity, pickscore." in output
+    assert "perhaps reward hacking" in output and ", but pickscore " in output
+    train(
+        tmp_path / "one", [*few, "--iterations", 1, "--reward", "pickscore", "--reward-weights", folders["pickscore"]]
+    )
+    held_out, reward = (read_csv(tmp_path / run / "evaluations.csv")[0] for run in ("sum", "one"))
+    assert held_out["pickscore"] == reward["reward"]
+    contents = tiny.read(tmp_path / "sum" / "config.json")["contents"]
+    assert contents["held_out_weights"] != contents["reward_weights"]
+
+
 def test_a_sheet_shows_every_image_unchanged_and_its_prompt_below():
-    images = torch.randint(256, (6, 3, 32, 48), dtype=torch.uint8, generator=seeded())
+    small = torch.randint(256, (6, 3, 32, 48), dtype=torch.uint8, generator=seeded())
+    images = small.repeat_interleave(3, 2).repeat_interleave(3, 3)  # a sheet of small images enlarges them
     texts = "", "two dogs", "x " * 500
-    sheets = [np.array(draw_sheet(images, ["a red cube", text, "a"], columns=2)) for text in texts]
+    sheets = [np.array(draw_sheet(small, ["a red cube", text, "a"], columns=2)) for text in texts]
     height, width = sheets[0].shape[0] // 2, sheets[0].shape[1] // 2
     for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        top, left = i // 4 * height + 4, i // 2 % 2 * width + 4 + i % 2 * 52
-        assert all((sheet[top : top + 32, left : left + 48] == image).all() for sheet in sheets)
-    darkest = [sheet[40:height, width:].min() for sheet in sheets]  # of the caption of two dogs
+        top, left = i // 4 * height + 4, i // 2 % 2 * width + 4 + i % 2 * 148
+        assert all((sheet[top : top + 96, left : left + 144] == image).all() for sheet in sheets)
+    darkest = [sheet[104:height, width:].min() for sheet in sheets]  # of the caption of two dogs
     assert darkest[0] == 255 and max(darkest[1:]) < 128
-    first, _, beside_a_long_one = (sheet[40:height, :width] for sheet in sheets)
+    first, _, beside_a_long_one = (sheet[104:height, :width] for sheet in sheets)
     assert (first == beside_a_long_one).all() and first.min() < 128
 
 
@@ -233,7 +255,7 @@ def test_an_export_onto_a_full_disk_continues_with_resume(models, tmp_path, monk
 
 PAPER = {"lr": 1e-5, "weight_decay": 1e-4, "batch_size": 64, "iterations": 300, "ema_decay": 0.995, "T": 25}
 PAPER |= {"alpha": 0.3, "lam": 0.55, "tau": 0.1, "height": 720, "width": 720, "guidance": 3.5, "reward": "hpsv2.1"}
-SD3 = {"height": 512, "width": 512, "iterations": 200}  # supplement A2
+SD3 = {"max_sequence_length": 256, "height": 512, "width": 512, "iterations": 200}  # supplement A2
 
 
 @pytest.mark.parametrize(

@@ -117,10 +117,10 @@ def pipeline_of(models, name, **components):
     return pipeline
 
 
-def draw(pipeline, x_T, prompts, T, output_type="latent", guidance=3.5):
+def draw(pipeline, x_T, prompts, T, output_type="latent", guidance=3.5, **more):
     """What diffusers' own pipeline draws from this noise."""
     arguments = {"height": 64, "width": 96, "num_inference_steps": T, "guidance_scale": guidance}
-    return pipeline(prompt=prompts, latents=x_T, output_type=output_type, **arguments).images
+    return pipeline(prompt=prompts, latents=x_T, output_type=output_type, **arguments, **more).images
 
 
 def final_latents(task, x_0):

@@ -25,14 +25,15 @@ class Family:
     model: str  # the hub id of the published pipeline
     pipeline_class: Any
     transformer_class: Any
-    encode_text: Callable[[Any, list[str], torch.device], dict[str, Tensor]]
-    """(pipeline, prompts, device) to the transformer's text inputs by name, each (B, ...)."""
-    text_shapes: Callable[[Config], dict[str, tuple[int, ...]]]
-    """The transformer's config to the shapes of one prompt's text inputs by name."""
+    encode_text: Callable[[Any, list[str], torch.device, int], dict[str, Tensor]]
+    """(pipeline, prompts, device, max_sequence_length) to the transformer's text inputs by name, each (B, ...)."""
+    text_shapes: Callable[[Config, int], dict[str, tuple[int, ...]]]
+    """The transformer's config and max_sequence_length to the shapes of one prompt's text inputs by name."""
     tiny: Callable[..., Any]
     """() to a tiny random pipeline; its arguments replace transformer, VAE and the widths of its text encoders."""
     widths: Config = field(default_factory=dict)
     """Arguments of `tiny` with which its text encoders have the published widths."""
+    max_sequence_length: int = 512  # of the largest text encoder, in tokens, as in the pipeline
     guidance: float = 3.5  # the usual guidance scale
     guidance_is_input: bool = False  # whether the transformer reads the scale; otherwise guidance is classifier-free
 
@@ -42,12 +43,10 @@ class Family:
         return read_json(Path(__file__).parent / f"{self.name}.json")
 
 
-def text_shapes(tokens: int) -> Callable[[Config], dict[str, tuple[int, ...]]]:
-    """The field `text_shapes` for a model that reads so many tokens, and a pooled text."""
-    return lambda config: {
-        "encoder_hidden_states": (tokens, config["joint_attention_dim"]),
-        "pooled_projections": (config["pooled_projection_dim"],),
-    }
+def text_shapes(config: Config, tokens: int) -> dict[str, tuple[int, ...]]:
+    """The text inputs of a model that reads so many tokens, and a pooled text."""
+    pooled = (config["pooled_projection_dim"],)
+    return {"encoder_hidden_states": (tokens, config["joint_attention_dim"]), "pooled_projections": pooled}
 
 
 def tiny_text(t5_width: int, clip_widths: Sequence[int]) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from full_scale.models.family import Family, text_shapes, tiny_text, tiny_vae
 
 
-def encode_text(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+def encode_text(pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> dict[str, Tensor]:
     """T5's tokens and CLIP's pooled text.  Padding stays, because FLUX was trained with it."""
-    tokens, pooled, _ = pipeline.encode_prompt(prompts, device=device)
+    tokens, pooled, _ = pipeline.encode_prompt(prompts, device=device, max_sequence_length=max_sequence_length)
     return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
 
 
@@ -43,7 +43,7 @@ FAMILY = Family(
     pipeline_class=diffusers.FluxPipeline,
     transformer_class=diffusers.FluxTransformer2DModel,
     encode_text=encode_text,
-    text_shapes=text_shapes(512),
+    text_shapes=text_shapes,
     tiny=tiny,
     widths={"t5_width": 4096, "clip_widths": (768,)},
     guidance_is_input=True,

@@ -21,9 +21,9 @@ CHAT_TEMPLATE = (
 """What Qwen3's own template makes of one message of the user, without thinking."""
 
 
-def encode_text(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+def encode_text(pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> dict[str, Tensor]:
     """Three layers of Qwen3's hidden states, beside each other.  Padding stays, because the pipeline keeps it."""
-    tokens, _ = pipeline.encode_prompt(prompts, device=device)
+    tokens, _ = pipeline.encode_prompt(prompts, device=device, max_sequence_length=max_sequence_length)
     return {"encoder_hidden_states": tokens}
 
 
@@ -68,7 +68,7 @@ FAMILY = Family(
     pipeline_class=diffusers.Flux2KleinPipeline,
     transformer_class=diffusers.Flux2Transformer2DModel,
     encode_text=encode_text,
-    text_shapes=lambda config: {"encoder_hidden_states": (512, config["joint_attention_dim"])},
+    text_shapes=lambda config, tokens: {"encoder_hidden_states": (tokens, config["joint_attention_dim"])},
     tiny=tiny,
     widths={"qwen3_width": 2560},
     guidance=4.0,

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from full_scale.models.family import Family, text_shapes, tiny_text, tiny_vae
 
 
-def encode_text(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+def encode_text(pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> dict[str, Tensor]:
     """The tokens of all three encoders and the pooled text of the two CLIPs."""
-    options = {"device": device, "do_classifier_free_guidance": False}
+    options = {"device": device, "do_classifier_free_guidance": False, "max_sequence_length": max_sequence_length}
     tokens, _, pooled, _ = pipeline.encode_prompt(prompts, prompts, prompts, **options)
     return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
 
@@ -46,7 +46,8 @@ FAMILY = Family(
     pipeline_class=diffusers.StableDiffusion3Pipeline,
     transformer_class=diffusers.SD3Transformer2DModel,
     encode_text=encode_text,
-    text_shapes=text_shapes(77 + 256),
+    text_shapes=lambda config, tokens: text_shapes(config, 77 + tokens),
     tiny=tiny,
     widths={"t5_width": 4096, "clip_widths": (768, 1280)},
+    max_sequence_length=256,
 )

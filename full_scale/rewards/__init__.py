@@ -14,7 +14,10 @@ frozen, the text carries no gradient, and a reward imports the large libraries o
 """
 
 from full_scale.rewards.contract import CustomReward, Reward, check_reward
-from full_scale.rewards.registry import PRESETS, REWARDS, WeightedSum, load
+from full_scale.rewards.registry import DROPS, PRESETS, REWARDS, WeightedSum, load, load_each, split_terms
 from full_scale.rewards.tiny import tiny
 
-__all__ = ["PRESETS", "REWARDS", "CustomReward", "Reward", "WeightedSum", "check_reward", "load", "tiny"]
+__all__ = [
+    "DROPS", "PRESETS", "REWARDS", "CustomReward", "Reward", "WeightedSum", "check_reward", "load", "load_each",
+    "split_terms", "tiny",
+]  # fmt: skip

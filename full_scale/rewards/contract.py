@@ -54,6 +54,14 @@ class Reward(nn.Module, ABC):
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Scores (B,) with gradient to the images."""
 
+    def with_terms(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scores, and those of each term of a sum by its name, all (B,) with gradient to the images."""
+        return self(images, prompts), {}
+
+    def summary(self, prompts: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
+        """What `score` prints beside the mean: means over groups of prompts by name."""
+        return {}
+
 
 class TextCachingReward(Reward):
     """A reward that computes text features without the image, and keeps them for the next call."""

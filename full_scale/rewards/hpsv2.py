@@ -48,7 +48,8 @@ class HPSv2(TextCachingReward):
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """cos(image, text), in [-1, 1]."""
-        pixels = normalise(letterbox(images, self.model.visual.image_size[0]))
+        size = self.model.visual.image_size  # of a ViT (H, W), of a ResNet one number
+        pixels = normalise(letterbox(images, size[0] if isinstance(size, tuple) else size))
         image_features = self.model.encode_image(pixels, normalize=True)
         return (image_features * torch.stack(self.text_features(prompts))).sum(1)
 

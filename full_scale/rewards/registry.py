@@ -26,18 +26,26 @@ PRESETS: dict[str, dict[str, float]] = {
     "imagereward": {},
 }
 """The paper's training settings for each reward; the paper uses ImageReward for evaluation only."""
+DROPS = {"hpsv2.1": 0.005, "pickscore": 0.005, "hpsv3": 0.3, "imagereward": 0.1, "shapes": 0.05}
+"""How far each must fall in a run's evaluations to bring a warning of reward hacking; others: at all."""
+FACTORIES = {"shapes": "full_scale.shapes.judge:Judge"}  # evaluators without weights, and without gradient
 
 
 class WeightedSum(Reward):
     """Σᵢ wᵢ rᵢ(images, prompts), (B,)."""
 
-    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float]) -> None:
+    def __init__(self, terms: Sequence[str], rewards: Sequence[Reward], weights: Sequence[float]) -> None:
         name = f"the sum of {' and '.join(reward.name for reward in rewards)}"
-        super().__init__(rewards=nn.ModuleList(rewards), weights=list(weights), name=name)
+        super().__init__(rewards=nn.ModuleList(rewards), weights=list(weights), terms=list(terms), name=name)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Every reward scores the same images."""
-        return sum(weight * reward(images, prompts) for weight, reward in zip(self.weights, self.rewards))
+        return self.with_terms(images, prompts)[0]
+
+    def with_terms(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum, and each reward's own scores, without its weight."""
+        scores = [reward(images, prompts) for reward in self.rewards]
+        return sum(w * r for w, r in zip(self.weights, scores)), dict(zip(self.terms, scores))
 
 
 def load(
@@ -52,24 +60,35 @@ def load(
     (B,); one that is no nn.Module must compute on the images' device.  weights: empty for the hub's, or one local path
     or hub id for each name in REWARDS, in the order of the text.  image_size: (H, W) at which to try a custom reward.
     """
-    terms = [_split_weight(term.strip()) for term in spec.split(",")]
-    built_in = [name for name, _ in terms if name in REWARDS]
-    names = ", ".join(built_in) or "none"
-    message = f"{len(weights)} paths of reward weights: give one for each reward that loads weights ({names})"
-    require(len(weights) in (0, len(built_in)), message)
-    paths = iter(weights or [None] * len(built_in))
-    rewards = []
-    for name, _ in terms:
-        rewards.append(REWARDS[name].load(next(paths), device) if name in REWARDS else _load_custom(name).to(device))
+    terms, rewards = split_terms(spec), load_each(spec, weights, device)
+    for (name, _), reward in zip(terms, rewards):
         if name not in REWARDS and image_size is not None:
-            try_out(rewards[-1], random_images(2, (3, *image_size), device))
+            try_out(reward, random_images(2, (3, *image_size), device))
     if [weight for _, weight in terms] == [None]:
         return rewards[0]
-    return WeightedSum(rewards, [1.0 if weight is None else weight for _, weight in terms])
+    return WeightedSum([name for name, _ in terms], rewards, [1.0 if w is None else w for _, w in terms])
 
 
-def _split_weight(term: str) -> tuple[str, float | None]:
-    """("name", 0.5) of "name:0.5", ("name", None) of "name"."""
+def load_each(spec: str, weights: Sequence[str | Path], device: str | torch.device) -> list[Reward]:
+    """The reward of each term of a text, as `load` reads it."""
+    names = [name for name, _ in split_terms(spec)]
+    built_in = [name for name in names if name in REWARDS]
+    known = ", ".join(built_in) or "none"
+    message = f"{len(weights)} paths of reward weights: give one for each reward that loads weights ({known})"
+    require(len(weights) in (0, len(built_in)), message)
+    paths = iter(weights or [None] * len(built_in))
+    load_one = {name: reward.load for name, reward in REWARDS.items()}
+    return [
+        load_one[name](next(paths), device) if name in load_one else _load_custom(name).to(device) for name in names
+    ]
+
+
+def split_terms(spec: str) -> list[tuple[str, float | None]]:
+    """("name", 0.5) of each term "name:0.5", ("name", None) of "name"."""
+    return [_split_term(term.strip()) for term in spec.split(",")]
+
+
+def _split_term(term: str) -> tuple[str, float | None]:
     name, _, number = term.rpartition(":")
     try:
         weight = float(number)
@@ -79,16 +98,17 @@ def _split_weight(term: str) -> tuple[str, float | None]:
     return name, weight
 
 
-def _load_custom(name: str) -> CustomReward:
+def _load_custom(name: str) -> Reward:
     """The reward that a factory "package.module:factory" returns."""
-    choices = f"choose from {', '.join(REWARDS)}, or give your own as package.module:factory"
+    choices = f"choose from {', '.join([*REWARDS, *FACTORIES])}, or give your own as package.module:factory"
+    name = FACTORIES.get(name, name)
     require(all(name.partition(":")), f"unknown reward {name!r}: {choices}")
     factory, expected = _import(name), "a callable that takes no arguments and returns the reward"
     require(callable(factory), f"{name} is {describe(factory)}, not {expected}")
     with user_code(f"your factory {name}, called without arguments,"):
         function = factory()
     require(callable(function), f"{name}() must return a callable (images, prompts) -> (B,), not {describe(function)}")
-    return CustomReward(function, f"your reward {name}")
+    return function if isinstance(function, Reward) else CustomReward(function, f"your reward {name}")
 
 
 def _import(name: str) -> Any:

@@ -1,0 +1,83 @@
+"""shapes: the methods on the small FLUX.1 that draws, judged by kinds of prompts, with a hinge or on a leash."""
+
+from dataclasses import dataclass
+from itertools import product
+
+from toy.laboratory import plots
+from toy.laboratory.laboratory import Laboratory, RunMetrics, tuning_score
+from toy.laboratory.method_measurements import evaluation_count
+from toy.laboratory.result_cache import Settings
+from toy.laboratory.tables import EVALUATORS, Row, summarize, tables
+
+RESTRAINTS = {"hinge": {"lam": 0.5}, "leash": {"lam": None, "beta": 0.1}}
+STEPS = 8  # of a sampling run in training, but for one row
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a row of the tables trains with."""
+
+    restraint: str
+    method: str
+    option: str = ""  # a changed hyperparameter, `alpha 1`, `low 4` or `high 4`
+    T: int = STEPS
+
+    def run(self, lr: float, evaluate_at: list[int]) -> Settings:
+        """The arguments of train_run apart from the seed."""
+        name, _, value = self.option.partition(" ")
+        hyper = RESTRAINTS[self.restraint] | ({name: (float if name == "alpha" else int)(value)} if name else {})
+        own = {"task": "shapes", "method": self.method, "hyper": hyper, "T": self.T}
+        return own | {"lr": lr, "evaluate_at": evaluate_at}
+
+
+def settings() -> list[Setting]:
+    """All rows: the methods, LeapAlign on late or early timesteps alone, and in 25 steps."""
+    rows = [(name,) for name in ("refl", "draft_lv", "drtune", "bridge", "stratified")]
+    rows += [("leap_align", f"alpha {alpha}") for alpha in (0, 0.3, 1)]
+    rows += [("leap_align", f"high {STEPS // 2}"), ("leap_align", f"low {STEPS // 2}"), ("leap_align", "alpha 0.3", 25)]
+    return [Setting(restraint, *row) for restraint, row in product(RESTRAINTS, rows)]
+
+
+def run(lab: Laboratory) -> None:
+    """Trains every setting to equal iterations and to equal evaluations, with the rate that other seeds chose."""
+    rows, n = settings()[: 2 if lab.scale.smoke else None], lab.scale.shapes_iterations
+    costs = evaluations(lab, rows)
+    equal = {s: round(n * costs["leap_align", STEPS] / costs[s.method, s.T]) for s in rows}
+    ends = {s: {"iterations": n, "evaluations": equal[s]} for s in rows}
+    rates = learning_rates(lab, ends)
+    planned = {s: s.run(rates[s], sorted({0, *ends[s].values()})) for s in rows}
+    found = table_rows(lab.run_metrics(planned, "shapes", lab.scale.shapes_seeds), rates, ends)
+    columns = ["method", "option", "T", "lr", "iterations", "evaluators"]
+    title = "### {restraint}, equal {equal} (n = {n}, mean ± standard error)"
+    figure = plots.shapes(found, EVALUATORS["shapes"][1:-1])
+    lab.publish("shapes", found, tables(found, ("restraint", "equal"), title, columns), figure)
+
+
+def evaluations(lab: Laboratory, rows: list[Setting]) -> dict[tuple[str, int], float]:
+    """(method, T) -> velocity evaluations an iteration and sample."""
+    keys = {(s.method, s.T) for s in rows}
+    planned = {key: {"method": key[0], "T": key[1], "max_draws": lab.scale.max_draws} for key in sorted(keys)}
+    results = lab.cache.results(evaluation_count, planned, "evaluations")
+    return {key: result["evaluations"] for key, result in results.items()}
+
+
+def learning_rates(lab: Laboratory, ends: dict[Setting, dict[str, int]]) -> dict[Setting, float]:
+    """The rate of each setting with the highest judged share on a tuning seed, after equal iterations."""
+    rates, seeds = lab.scale.shapes_learning_rates, lab.scale.tuning_seeds[:1]
+    tried = {(s, lr): s.run(lr, [ends[s]["iterations"]]) for s, lr in product(ends, rates)}
+    runs = lab.train_runs(tried, "learning rates", seeds)
+    return {s: max(rates, key=lambda lr: tuning_score(runs[s, lr], "judged")) for s in ends}
+
+
+def table_rows(runs: dict[Setting, list[RunMetrics]], rates: dict, ends: dict) -> list[Row]:
+    """A row for each setting and end; the first of each table is the model before training."""
+    rows, begun = [], []
+    for s, seed_runs in runs.items():
+        for equal, n in ends[s].items():
+            table = {"task": "shapes", "restraint": s.restraint, "equal": equal}
+            if table not in begun:
+                begun.append(table)
+                rows.append(table | {"method": "pretrained"} | summarize([run[0] for run in seed_runs], "shapes"))
+            row = table | vars(s) | {"lr": rates[s], "iterations": n}
+            rows.append(row | summarize([run[n] for run in seed_runs], "shapes"))
+    return rows
