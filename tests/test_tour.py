@@ -48,7 +48,7 @@ def test_the_notebook_is_committed_whole_as_a_run_from_top_to_bottom():
     assert kinds == {"stdout", "display_data", "execute_result"}
     assert sum(len(images_of(cell)) for cell in CODE) >= 10
     text = "".join("".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "markdown")
-    assert re.findall(r"## \((\w)\)", text) == list("abcdefghijk")
+    assert re.findall(r"## \((\w)\)", text) == list("abcdefghij")
     links = [target for target in re.findall(r"\]\(([^)#]+)", text) if not target.startswith("http")]
     assert len(links) > 10 and all((NOTEBOOK.parent / target).exists() for target in links)
 

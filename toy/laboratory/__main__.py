@@ -6,7 +6,6 @@
     python -m toy.laboratory pairs        one pair of timesteps a batch, as in the paper, or one pair a sample
     python -m toy.laboratory leash        the leash to the pre-trained model, the hinge, and early stopping
     python -m toy.laboratory beyond       every method since, over T, solver and budget, and policy gradient
-    python -m toy.laboratory shapes       the paper's methods on a small FLUX.1 that draws coloured shapes
     python -m toy.laboratory memory       bytes saved for backward, and the gradient's norm, as T grows
     python -m toy.laboratory cost         evaluations, operations, bytes and time of a step beside its lower bound
     python -m toy.laboratory all          all of them
@@ -26,7 +25,7 @@ import tyro
 
 from leap_align import BadInput
 from runtime.run_dir import claimed_output_folder
-from toy.laboratory import ablations, beyond, compare, cost, gradient_experiments, leash, shapes
+from toy.laboratory import ablations, beyond, compare, cost, gradient_experiments, leash
 from toy.laboratory.laboratory import SMOKE, Laboratory, Scale
 from toy.laboratory.result_cache import ResultCache
 
@@ -37,7 +36,6 @@ EXPERIMENTS: dict[str, Callable[[Laboratory], None]] = {
     "pairs": gradient_experiments.pairs,
     "leash": leash.run,
     "beyond": beyond.run,
-    "shapes": shapes.run,
     "memory": gradient_experiments.memory,
     "cost": cost.run,
 }

@@ -36,9 +36,6 @@ class Scale:
     step_counts: tuple[int, ...] = (5, 10, 25, 50, 100)  # values of T at which gradients are compared
     training_step_counts: tuple[int, ...] = (5, 6, 8, 12, 25)  # values of T at which `beyond` trains
     training_stages: tuple[int, ...] = (0, 30, 100, 300)  # iterations after which gradients are compared
-    shapes_iterations: int = 100  # of `shapes`
-    shapes_seeds: tuple[int, ...] = (0, 1, 2)
-    shapes_learning_rates: tuple[float, ...] = (1e-4, 2e-4, 4e-4)
     max_draws: int = 300  # of a method, over which its mean gradient is taken
     batch_size: int = 256  # samples of a gradient
     smoke: bool = False
@@ -47,8 +44,7 @@ class Scale:
 SMOKE = Scale(
     tasks=("toy",), seeds=(0, 1), tuning_seeds=(100,), more_tuning_seeds=(100,), learning_rates=(1e-4, 1e-3),
     budgets={"small": 1, "large": 8}, ablation_iterations=(1, 2), step_counts=(3, 5), training_step_counts=(25,),
-    training_stages=(0, 2), shapes_iterations=1, shapes_seeds=(0, 1), shapes_learning_rates=(1e-4,), max_draws=4,
-    batch_size=8, smoke=True,
+    training_stages=(0, 2), max_draws=4, batch_size=8, smoke=True,
 )  # fmt: skip
 
 
@@ -72,13 +68,10 @@ class Laboratory:
         runs = self.results(train_run, seeded, title)
         return {key: [runs[key, seed] for seed in seeds] for key in settings}
 
-    def run_metrics(
-        self, settings: dict[Key, Settings], title: str, seeds: tuple[int, ...] = ()
-    ) -> dict[Key, list[RunMetrics]]:
+    def run_metrics(self, settings: dict[Key, Settings], title: str) -> dict[Key, list[RunMetrics]]:
         """The metrics of each key's training runs, a list over the seeds of the tables; a run that broke is refused."""
-        seeds = seeds or self.scale.seeds
-        runs = self.train_runs(settings, title, seeds)
-        for (key, s), (n, seed) in product(settings.items(), enumerate(seeds)):
+        runs = self.train_runs(settings, title, self.scale.seeds)
+        for (key, s), (n, seed) in product(settings.items(), enumerate(self.scale.seeds)):
             error = " ".join(runs[key][n]["error"].split())
             require(not error, f"{s['task']}, {s['method']}, lr {s['lr']}, seed {seed} broke: {error:.200}")
         return {k: [dict(zip(s["evaluate_at"], run["metrics"])) for run in runs[k]] for k, s in settings.items()}

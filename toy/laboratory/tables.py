@@ -10,11 +10,7 @@ from toy.summary import markdown_table, mean_and_error
 EVALUATORS = {
     "toy": ("reward", "utility", "alignment", "log_density", "spread"),
     "digits": ("reward", "utility", "svm", "forest", "nearest_real", "diversity"),
-    "shapes": (
-        "reward", "judged", "single object", "two objects", "counting", "colors", "position", "color attribution",
-        "diversity",
-    ),
-}  # fmt: skip
+}
 """Evaluators of each task: the reward that is trained on, then the held-out ones, with diversity last."""
 CONFIDENCE = 0.95
 VERDICTS = ("agrees", "disagrees", "within error")

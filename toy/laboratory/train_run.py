@@ -1,7 +1,6 @@
 """Training runs of the laboratory: the trainer's own steps and evaluations, without a run's folder and figures."""
 
 import math
-import pkgutil
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -10,35 +9,30 @@ from functools import cache
 from io import StringIO
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from runtime.task import Task
 from toy.digits import Digits
 from toy.laboratory.method_measurements import hyper_for
 from toy.laboratory.other_trainers import TRAINERS
 from toy.laboratory.variants import VARIANTS
 from toy.modes import Modes
-from toy.task import ToyOptions
+from toy.task import ToyOptions, ToyTask
 from train_leap_align import METHODS, Config, Trainer
 
 T = 25  # steps of a sampling run
-TOYS = {"toy": Modes, "digits": Digits}
+TASKS = {"toy": Modes, "digits": Digits}
 SMOKE_OPTIONS = {"pretrain_steps": 60, "reward_steps": 60, "evaluation_samples": 160}  # these results mean nothing
 LAST = 20  # steps over which `v_norm` is averaged
 
 
 @cache
-def _task_and_weights(name: str, T: int, smoke: bool) -> tuple[Task, dict]:
-    """A task and its pre-trained weights, built once a process.  `shapes` needs diffusers, the toys do not."""
-    if name in TOYS:
-        task = TOYS[name](ToyOptions(**SMOKE_OPTIONS if smoke else {}), T)
-    else:
-        task = pkgutil.resolve_name("toy.laboratory.shapes_task:build")(T, smoke)
+def _task_and_weights(name: str, T: int, smoke: bool) -> tuple[ToyTask, dict]:
+    """A task and its pre-trained weights, built once a process."""
+    task = TASKS[name](ToyOptions(**SMOKE_OPTIONS if smoke else {}), T)
     return task, {key: value.clone() for key, value in task.model.state_dict().items()}
 
 
-def fresh_task(name: str, T: int = T, smoke: bool = False) -> Task:
+def fresh_task(name: str, T: int = T, smoke: bool = False) -> ToyTask:
     """A task, reset to its pre-trained weights and without gradients."""
     task, weights = _task_and_weights(name, T, smoke)
     task.model.load_state_dict(weights)
@@ -46,7 +40,7 @@ def fresh_task(name: str, T: int = T, smoke: bool = False) -> Task:
     return task
 
 
-def make_trainer(task: Task, method: str, lr: float, hyper: dict[str, Any], **run: Any) -> Trainer:
+def make_trainer(task: ToyTask, method: str, lr: float, hyper: dict[str, Any], **run: Any) -> Trainer:
     """A trainer before its first step: with a method, a variant of LeapAlign, or one of the other trainers.
 
     hyper: in place of the method's own, at lambda = 0; its `solver` and `beta` are fields of Config, as is `run`.
@@ -70,8 +64,7 @@ def count_evaluations(trainer: Trainer, used: dict[str, float]) -> Iterator[None
     """
     has_leash = trainer.config.beta > 0
 
-    def add(model: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor | tuple[Tensor]) -> None:
-        v = outputs if torch.is_tensor(outputs) else outputs[0]
+    def add(model: nn.Module, inputs: tuple[Tensor, ...], v: Tensor) -> None:
         passes = 3 + (has_leash and inputs[0].requires_grad) if v.requires_grad else 1
         used["evaluations"] += passes * len(v) / trainer.config.batch_size
 
