@@ -17,7 +17,7 @@ COLUMNS = 12
 
 
 def shapes_sheet(before: Path, after: Path, out: Path = Path("sheet.png")) -> None:
-    """Draw twelve prompts of the shapes before and after training: solid blue frames are right, dotted orange wrong.
+    """Draw twelve prompts of the shapes before and after training: solid blue frames are right, dashed orange wrong.
 
     Args:
         before: Folder that `sample` filled with the pipeline's own images.
@@ -44,4 +44,4 @@ def shapes_sheet(before: Path, after: Path, out: Path = Path("sheet.png")) -> No
         axis.set_title("\n".join(textwrap.wrap(prompt, 12)), fontsize=7)
     with atomic_file(out) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
-    print(f"{out}: solid blue frames are right, dotted orange ones are wrong")
+    print(f"{out}: solid blue frames are right, dashed orange ones are wrong")
