@@ -12,12 +12,12 @@ from full_scale.shapes.scenes import KINDS, read_caption
 from leap_align import require
 from runtime.run_dir import atomic_file
 
-FRAMES = {1.0: ("#0072B2", "-"), 0.0: ("#D55E00", (0, (1, 1)))}  # color and line of right and of wrong images
+FRAMES = {1.0: ("#0072B2", "-"), 0.0: ("#D55E00", (0, (1.5, 1.5)))}  # color and line of right and of wrong images
 COLUMNS = 12
 
 
 def shapes_sheet(before: Path, after: Path, out: Path = Path("sheet.png")) -> None:
-    """Draw twelve prompts of the shapes before and after training: solid blue frames are right, dotted orange wrong.
+    """Draw twelve prompts of the shapes before and after training: solid blue frames are right, dashed orange wrong.
 
     Args:
         before: Folder that `sample` filled with the pipeline's own images.
@@ -39,9 +39,9 @@ def shapes_sheet(before: Path, after: Path, out: Path = Path("sheet.png")) -> No
             axis.set(xticks=[], yticks=[])
             color, line = FRAMES[right]
             for spine in axis.spines.values():
-                spine.set(color=color, linestyle=line, linewidth=3)
+                spine.set(color=color, linestyle=line, linewidth=3, capstyle="butt")
     for axis, prompt in zip(rows[0], chosen):
         axis.set_title("\n".join(textwrap.wrap(prompt, 12)), fontsize=7)
     with atomic_file(out) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
-    print(f"{out}: solid blue frames are right, dotted orange ones are wrong")
+    print(f"{out}: solid blue frames are right, dashed orange ones are wrong")

@@ -1,0 +1,89 @@
+"""The pipeline of coloured shapes that the project holds, at work: it draws, is trained, exported and scored."""
+
+from random import Random
+
+import pytest
+import torch
+
+from tests import tiny_pipelines as tiny  # first: skips without the libraries
+
+# isort: split
+
+from diffusers import FluxPipeline, FluxTransformer2DModel
+
+import train_leap_align as trainer
+from full_scale.shapes import build, scenes
+from full_scale.shapes.judge import Judge
+from runtime.run_dir import read_csv
+from runtime.task import EVALUATION_SEED
+from tests.tiny_pipelines import seeded, tool, train
+from tests.toy_runs import ROOT
+
+pytestmark = pytest.mark.usefixtures("one_process")
+TRAINED = ROOT / "full_scale" / "shapes" / "trained"
+ALL = scenes.captions()
+RECORDED, ERROR = 0.5, 0.03  # the share of right images on the page, the mean over kinds, and the error of 300 images
+SIZE = {"height": 32, "width": 32, "max_sequence_length": 10}
+
+
+def run_flags(*more):
+    """The recommended run with few images to evaluate, and more flags in place of its own."""
+    words = [word for word in build.recommended_run(TRAINED).split()[2:] if word != "\\"]
+    return [*words, "--evaluation-images", 24, "--evaluation-T", 8, *more]
+
+
+def pipeline_of(**components):
+    """diffusers' own pipeline, in float32."""
+    pipeline = FluxPipeline.from_pretrained(TRAINED, torch_dtype=torch.float32, **components)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of five iterations, evaluated with the trained weights themselves."""
+    out = tmp_path_factory.mktemp("shapes") / "run"
+    train(out, run_flags("--iterations", 5, "--evaluate-every", 5, "--ema-decay", 0))
+    return out
+
+
+def test_it_draws_as_recorded():
+    prompts = [str(caption) for members in ALL.values() for caption in Random(0).choices(members, k=50)]
+    images = pipeline_of()(prompts, **SIZE, num_inference_steps=12, generator=seeded(), output_type="pt").images
+    share = Judge().summary(prompts, Judge()(images, prompts).tolist())["overall"]
+    assert abs(share - RECORDED) < 3 * ERROR
+
+
+def test_its_vae_keeps_what_the_judge_sees():
+    vae, random = pipeline_of().vae, Random(0)
+    captions = [random.choice(members) for members in ALL.values() for _ in range(30)]
+    with torch.no_grad():
+        images = scenes.draw([scenes.place(caption, random) for caption in captions])
+        images = vae.decode(vae.encode(2 * images - 1).latent_dist.mean).sample / 2 + 0.5
+    assert Judge()(images, [str(caption) for caption in captions]).mean() >= 0.95
+
+
+def test_five_iterations_of_leap_align_raise_the_reward(run):
+    before, after = (tiny.read(run / "result.json")[when]["reward"] for when in ("before", "after"))
+    assert after > before + 0.005
+
+
+def test_diffusers_draws_from_the_export_what_the_run_evaluated(run):
+    task = tiny.TASKS["flux"](trainer.parse(list(map(str, run_flags()))).task, T=8)
+    prompts = [prompt for prompt in task.evaluation_prompts for _ in range(2)]
+    latents = task.noise(len(prompts), torch.Generator().manual_seed(EVALUATION_SEED))
+    pipeline = pipeline_of(transformer=FluxTransformer2DModel.from_pretrained(run / "transformer"))
+    arguments = {"latents": latents, "num_inference_steps": 8, "guidance_scale": 3.5, "output_type": "pt"}
+    share = Judge()(pipeline(prompts, **SIZE, **arguments).images, prompts).mean().item()
+    assert share == pytest.approx(float(read_csv(run / "evaluations.csv")[-1]["shapes"]), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_the_command_builds_a_pipeline_of_the_recorded_quality(tmp_path):
+    """Half an hour."""
+    tool("shapes", tmp_path)
+    prompts = [str(caption) for members in ALL.values() for caption in Random(0).choices(members, k=50)]
+    pipeline = FluxPipeline.from_pretrained(tmp_path, torch_dtype=torch.float32)
+    images = pipeline(prompts, **SIZE, num_inference_steps=12, generator=seeded(), output_type="pt").images
+    share = Judge().summary(prompts, Judge()(images, prompts).tolist())["overall"]
+    assert abs(share - RECORDED) < 4 * ERROR
