@@ -146,13 +146,13 @@ def check_embeddings(folder: Path, pipeline: Path, tokens: int) -> None:
     settings = read_json(folder / "settings.json") if (folder / "settings.json").exists() else {}
     is_own = settings.get("tool") == EMBED
     require(is_own, f"{folder} was not filled by `python -m full_scale embed`: give a text file, or embed it")
-    stored = settings.get("max_sequence_length", tokens)  # older folders do not say
-    fault = f"{folder} holds embeddings of {stored} tokens, not {tokens}"
-    require(stored == tokens, f"{fault}: give --max-sequence-length {stored}")
     if rank() == 0 and any(pipeline.glob("text_encoder*/*.safetensors")):
         is_same = settings.get("model") == files_content(pipeline, *TEXT_SUBFOLDERS)
         remedy = "embed the prompts with this --model"
         require(is_same, f"{folder} holds embeddings of another model than {pipeline}: {remedy}")
+    stored = settings.get("max_sequence_length", tokens)  # older folders do not say
+    fault = f"{folder} holds embeddings of {stored} tokens, not {tokens}"
+    require(stored == tokens, f"{fault}: give --max-sequence-length {stored}")
 
 
 def find_embedding(prompt: str, folders: Sequence[Path]) -> Path | None:
