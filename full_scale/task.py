@@ -119,7 +119,7 @@ class DiffusersTask(Task):
         self.encoded_once: dict[str, dict[str, Tensor]] = {}
         self.reward_model, self.evaluator_models = self.load_reward(), self.load_evaluators()
         self.held_out = self.evaluators(options)
-        self.step_metric_names = (*self.step_metric_names, *getattr(self.reward_model, "terms", ()))
+        self.step_metric_names = (*self.step_metric_names, *dict.fromkeys(self.reward_model.terms))
         self.pipeline = self.open_pipeline(needs_text)
         self.pipeline.vae.enable_gradient_checkpointing()
         for module in self.frozen_modules():

@@ -66,7 +66,7 @@ def test_the_judge_knows_right_scenes_from_scenes_that_are_wrong_in_one_respect(
             pass
         wrong.append(scene)
     texts = [str(caption) for caption in captions]
-    assert Judge()(right, texts[:100]).mean() >= 0.98
+    assert Judge()(right, texts[:100]).mean() == 1
     assert Judge()(scenes.draw(wrong), texts).sum() == 0
 
 

@@ -24,6 +24,8 @@ class Reward(nn.Module, ABC):
     A subclass defines score(); its modules and other attributes are arguments of the constructor, by name.
     """
 
+    terms: Sequence[str] = ()  # the names of its terms, if it is a sum
+
     def __init__(self, **attributes: Any) -> None:
         super().__init__()
         self.name = f"the reward {type(self).__name__}"  # as error messages call it
