@@ -16,7 +16,7 @@ class Shapes(Flux):
     """FLUX.1 whose evaluation reports the judged share of right images of each kind of prompts."""
 
     name = "flux"  # of the trainer
-    images_of_a_kind = 40  # in an evaluation
+    images_of_a_kind = 60  # in an evaluation
 
     def keep_reference(self) -> None:
         """Keeps one reference for all runs of a process."""

@@ -49,9 +49,9 @@ def fresh_task(name: str, T: int = T, smoke: bool = False) -> Task:
 def make_trainer(task: Task, method: str, lr: float, hyper: dict[str, Any], **run: Any) -> Trainer:
     """A trainer before its first step: with a method, a variant of LeapAlign, or one of the other trainers.
 
-    hyper: in place of the method's own, at lambda = 0; its `solver` and `beta` are fields of Config, as is `run`.
+    hyper: in place of the method's own, at lambda = 0; those that are fields of Config go there, as does `run`.
     """
-    run |= {name: hyper[name] for name in ("solver", "beta") if name in hyper}
+    run |= {name: value for name, value in hyper.items() if name in Config.__dataclass_fields__}
     if run.get("beta"):
         task.keep_reference()
     config = Config(**{"task": task.name, "batch_size": 64, "lr": lr, "ema_decay": 0.99} | run)
