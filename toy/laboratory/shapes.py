@@ -59,7 +59,7 @@ def run(lab: Laboratory) -> None:
 
 def evaluations(lab: Laboratory, rows: list[Setting]) -> dict[tuple[str, int], float]:
     """(method, T) -> velocity evaluations an iteration and sample."""
-    keys = {(s.method, s.T) for s in rows}
+    keys = {("leap_align", STEPS), *((s.method, s.T) for s in rows)}
     planned = {key: {"method": key[0], "T": key[1], "max_draws": lab.scale.max_draws} for key in sorted(keys)}
     results = lab.cache.results(evaluation_count, planned, "evaluations")
     return {key: result["evaluations"] for key, result in results.items()}

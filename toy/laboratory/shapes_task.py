@@ -4,6 +4,8 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from runtime.task import EVALUATION_SEED
 from train_leap_align import task_class
@@ -55,5 +57,5 @@ def build(T: int, smoke: bool) -> Shapes:
     if smoke:
         task.images_of_a_kind = 2
     task.keep_reference()
-    task.parallelize(None)
+    task.parallelize(init_device_mesh("cpu", (1,)) if dist.is_initialized() else None)  # the second task of a process
     return task
