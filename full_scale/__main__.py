@@ -1,6 +1,6 @@
 """The tools around a run with FLUX.1-dev, SD3.5-M or FLUX.2-klein, in the order of their use.
 
-    python -m full_scale shapes shapes                               a small FLUX.1 that draws, to align on a laptop
+    python -m full_scale shapes runs/shapes-model                    a small FLUX.1 that draws, to align on a laptop
     python -m full_scale tiny tiny                                   a tiny random model, for tests
     python -m full_scale embed --model M --prompts P --out E         for cards that cannot hold the text encoders
     python train_leap_align.py --task flux --model M --prompts P     the training itself

@@ -4,6 +4,7 @@ from random import Random
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests import tiny_pipelines as tiny  # first: skips without the libraries
 
@@ -14,6 +15,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 import train_leap_align as trainer
 from full_scale.shapes import build, scenes
 from full_scale.shapes.judge import Judge
+from leap_align import rollout
 from runtime.run_dir import read_csv
 from runtime.task import EVALUATION_SEED
 from tests.tiny_pipelines import seeded, tool, train
@@ -68,13 +70,33 @@ def test_five_iterations_of_leap_align_raise_the_reward(run):
     assert after > before + 0.005
 
 
-def test_diffusers_draws_from_the_export_what_the_run_evaluated(run):
+@pytest.fixture(scope="module")
+def task():
+    if dist.is_initialized():
+        dist.destroy_process_group()
     task = tiny.TASKS["flux"](trainer.parse(list(map(str, run_flags()))).task, T=8)
+    task.parallelize(None)
+    return task
+
+
+def drawn_by_diffusers(task, **components):
+    """The prompts of an evaluation, its noise, and what diffusers' own pipeline draws from it."""
     prompts = [prompt for prompt in task.evaluation_prompts for _ in range(2)]
-    latents = task.noise(len(prompts), torch.Generator().manual_seed(EVALUATION_SEED))
-    pipeline = pipeline_of(transformer=FluxTransformer2DModel.from_pretrained(run / "transformer"))
-    arguments = {"latents": latents, "num_inference_steps": 8, "guidance_scale": 3.5, "output_type": "pt"}
-    share = Judge()(pipeline(prompts, **SIZE, **arguments).images, prompts).mean().item()
+    x_T = task.noise(len(prompts), torch.Generator().manual_seed(EVALUATION_SEED))
+    arguments = {"latents": x_T, "num_inference_steps": 8, "guidance_scale": 3.5, "output_type": "pt"}
+    return prompts, x_T, pipeline_of(**components)(prompts, **SIZE, **arguments).images
+
+
+def test_its_rollout_is_the_pipelines(task):
+    prompts, x_T, expected = drawn_by_diffusers(task)
+    images = task.decode(rollout(task.velocity(prompts), x_T, task.times)[0]).clamp(0, 1)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+
+
+def test_diffusers_draws_from_the_export_what_the_run_evaluated(run, task):
+    transformer = FluxTransformer2DModel.from_pretrained(run / "transformer")
+    prompts, _, images = drawn_by_diffusers(task, transformer=transformer)
+    share = Judge()(images, prompts).mean().item()
     assert share == pytest.approx(float(read_csv(run / "evaluations.csv")[-1]["shapes"]), abs=1e-6)
 
 

@@ -38,7 +38,7 @@ class Scale:
     training_stages: tuple[int, ...] = (0, 30, 100, 300)  # iterations after which gradients are compared
     shapes_iterations: int = 80  # of `shapes`
     shapes_seeds: tuple[int, ...] = (0, 1, 2)
-    shapes_learning_rates: tuple[float, ...] = (1e-4, 3e-4)
+    shapes_learning_rates: tuple[float, ...] = (3e-4, 1e-3)
     max_draws: int = 300  # of a method, over which its mean gradient is taken
     batch_size: int = 256  # samples of a gradient
     smoke: bool = False

@@ -50,7 +50,7 @@ def build(T: int, smoke: bool) -> Shapes:
     torch.set_num_threads(1)
     options = Flux.Options(
         model=str(FOLDER), prompts=FOLDER / "prompts.txt", reward_weights=(str(FOLDER / "reward"),), held_out="shapes",
-        evaluation_prompts=FOLDER / "held-out.txt", evaluation_images=12 if smoke else 118, height=32, width=32,
+        evaluation_prompts=FOLDER / "held-out.txt", evaluation_images=12 if smoke else 78, height=32, width=32,
         evaluation_T=2 if smoke else 16, max_sequence_length=10, precision="float32", gradient_checkpointing="off",
     )  # fmt: skip
     task = Shapes(options, T)
