@@ -1,6 +1,6 @@
 """shapes: the methods on the small FLUX.1 that draws, judged by kinds of prompts, with a hinge or on a leash."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from toy.laboratory import plots
@@ -28,8 +28,13 @@ class Setting:
         """The arguments of train_run apart from the seed."""
         name, _, value = self.option.partition(" ")
         hyper = RESTRAINTS[self.restraint] | ({name: (float if name == "alpha" else int)(value)} if name else {})
-        own = {"task": "shapes", "method": self.method, "hyper": hyper, "T": self.T}
+        own = {"task": "shapes", "method": self.method, "hyper": hyper, "T": self.T, "ema_decay": 0.9}
         return own | {"lr": lr, "evaluate_at": evaluate_at}
+
+    def tuned(self) -> "Setting":
+        """The setting whose learning rate this one has: LeapAlign's own for its restrictions and for other T."""
+        is_own = self.T == STEPS and self.option.partition(" ")[0] in ("", "alpha")
+        return self if is_own else replace(self, option="alpha 0.3", T=STEPS)
 
 
 def settings() -> list[Setting]:
@@ -68,9 +73,10 @@ def evaluations(lab: Laboratory, rows: list[Setting]) -> dict[tuple[str, int], f
 def learning_rates(lab: Laboratory, ends: dict[Setting, dict[str, int]]) -> dict[Setting, float]:
     """The rate of each setting with the highest judged share on a tuning seed, after equal iterations."""
     rates, seeds = lab.scale.shapes_learning_rates, lab.scale.tuning_seeds[:1]
-    tried = {(s, lr): s.run(lr, [ends[s]["iterations"]]) for s, lr in product(ends, rates)}
+    tuned = {s.tuned() for s in ends}
+    tried = {(s, lr): s.run(lr, [ends[s]["iterations"]]) for s, lr in product(ends, rates) if s in tuned}
     runs = lab.train_runs(tried, "learning rates", seeds)
-    return {s: max(rates, key=lambda lr: tuning_score(runs[s, lr], "judged")) for s in ends}
+    return {s: max(rates, key=lambda lr: tuning_score(runs[s.tuned(), lr], "judged")) for s in ends}
 
 
 def table_rows(
