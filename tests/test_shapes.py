@@ -24,6 +24,7 @@ from full_scale.shapes.train import save_state, spoiled
 from leap_align import BadInput
 from runtime.run_dir import read_csv
 from tests.tiny_pipelines import tool, train
+from tests.toy_runs import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_process")
 ALL = scenes.captions()
@@ -177,8 +178,11 @@ def test_a_run_is_watched_by_the_judge(models, tmp_path):
     assert {row["shapes"] for row in read_csv(tmp_path / "run" / "evaluations.csv")} == {"0.0"}
 
 
-def test_the_command_that_the_tool_prints_is_complete(tmp_path):
+def test_the_command_that_the_tool_prints_is_complete_and_that_of_the_pages(tmp_path):
     """It parses, and names files that the tool writes."""
+    for page in ("README.md", "full_scale/shapes/README.md"):
+        text = " ".join((ROOT / page).read_text().replace("\\\n", " ").split())
+        assert f"```bash {build.recommended_run('full_scale/shapes/trained')}" in text
     words = build.recommended_run(tmp_path).split()[2:]
     flags = trainer.parse(words)
     assert flags.task.held_out == "shapes" and flags.task.height == flags.task.width == scenes.SIZE

@@ -66,11 +66,11 @@ def recommended_run(folder: Path) -> str:
     words = [
         f"python train_leap_align.py --task flux --model {folder} --prompts {folder}/prompts.txt",
         f"--reward-weights {folder}/reward --held-out shapes --evaluation-prompts {folder}/held-out.txt",
-        f"--evaluation-images 78 --evaluate-every 100 --height {SIZE} --width {SIZE}",
-        f"--max-sequence-length {networks.TOKENS} --precision float32 --gradient-checkpointing off",
-        "--lam None --lr 1e-4 --beta 0.1 --T 8 --solver ab2 --batch-size 48 --iterations 300 --ema-decay 0.95",
+        f"--evaluation-images 78 --height {SIZE} --width {SIZE} --max-sequence-length {networks.TOKENS}",
+        "--precision float32 --gradient-checkpointing off --lam None --beta 0.1 --lr 3e-4 --T 8 --solver ab2",
+        "--batch-size 32 --iterations 200 --ema-decay 0.95 --out runs/shapes",
     ]
-    return " ".join([*words, "--out runs/shapes"])
+    return " ".join(words)
 
 
 def prompts() -> dict[str, list[str]]:

@@ -36,7 +36,7 @@ class Scale:
     step_counts: tuple[int, ...] = (5, 10, 25, 50, 100)  # values of T at which gradients are compared
     training_step_counts: tuple[int, ...] = (5, 6, 8, 12, 25)  # values of T at which `beyond` trains
     training_stages: tuple[int, ...] = (0, 30, 100, 300)  # iterations after which gradients are compared
-    shapes_iterations: int = 60  # of `shapes`
+    shapes_iterations: int = 50  # of `shapes`
     shapes_seeds: tuple[int, ...] = (0, 1, 2)
     shapes_learning_rates: tuple[float, ...] = (1e-4, 3e-4)
     max_draws: int = 300  # of a method, over which its mean gradient is taken

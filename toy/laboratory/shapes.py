@@ -10,7 +10,7 @@ from toy.laboratory.result_cache import Settings
 from toy.laboratory.tables import EVALUATORS, Row, summarize, tables
 
 COMMON = {"solver": "ab2", "batch_size": 32}
-RESTRAINTS = {"hinge": COMMON | {"lam": 0.9}, "leash": COMMON | {"lam": None, "beta": 0.1}}
+RESTRAINTS = {"leash": COMMON | {"lam": None, "beta": 0.1}, "hinge": COMMON | {"lam": 0.9}}
 """The hinge lies at the mean reward of right images."""
 STEPS = 8  # of a sampling run in training, but for one row
 
@@ -32,9 +32,9 @@ class Setting:
         return own | {"lr": lr, "evaluate_at": evaluate_at}
 
     def tuned(self) -> "Setting":
-        """The setting whose learning rate this one has: LeapAlign's own for its restrictions and for other T."""
+        """The setting whose learning rate this one has: on the leash; LeapAlign's for its restrictions and other T."""
         is_own = self.T == STEPS and self.option.partition(" ")[0] in ("", "alpha")
-        return self if is_own else replace(self, option="alpha 0.3", T=STEPS)
+        return replace(self, restraint="leash") if is_own else replace(self, option="alpha 0.3", T=STEPS)
 
 
 def settings() -> list[Setting]:
@@ -42,7 +42,7 @@ def settings() -> list[Setting]:
     rows = [(name,) for name in ("refl", "draft_lv", "drtune", "bridge", "stratified")]
     rows += [("leap_align", f"alpha {alpha}") for alpha in (0, 0.3, 1)]
     more = [("leap_align", f"{name} {STEPS // 2}") for name in ("high", "low")] + [("leap_align", "alpha 0.3", 25)]
-    return [Setting("hinge", *row) for row in rows] + [Setting("leash", *row) for row in rows + more]
+    return [Setting("leash", *row) for row in rows + more] + [Setting("hinge", *row) for row in rows]
 
 
 def run(lab: Laboratory) -> None:
@@ -73,8 +73,8 @@ def evaluations(lab: Laboratory, rows: list[Setting]) -> dict[tuple[str, int], f
 def learning_rates(lab: Laboratory, ends: dict[Setting, dict[str, int]]) -> dict[Setting, float]:
     """The rate of each setting with the highest judged share on a tuning seed, after equal iterations."""
     rates, seeds = lab.scale.shapes_learning_rates, lab.scale.tuning_seeds[:1]
-    tuned = {s.tuned() for s in ends}
-    tried = {(s, lr): s.run(lr, [ends[s]["iterations"]]) for s, lr in product(ends, rates) if s in tuned}
+    tuned = {s.tuned(): ends[s]["iterations"] for s in ends}
+    tried = {(s, lr): s.run(lr, [tuned[s]]) for s, lr in product(tuned, rates)}
     runs = lab.train_runs(tried, "learning rates", seeds)
     return {s: max(rates, key=lambda lr: tuning_score(runs[s.tuned(), lr], "judged")) for s in ends}
 
