@@ -14,6 +14,8 @@ from runtime.processes import one_line
 from runtime.run_dir import read_json
 
 REMEDY = "restore it, or download it again"
+MAIN_FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
+INDICES = tuple(f"{name}.index.json" for name in MAIN_FILES.values())
 LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, SafetensorError)
 """What diffusers and transformers raise for files with unexpected content."""
 
@@ -62,13 +64,34 @@ def check_files(folder: Path) -> None:
         require("model_max_length" in read_json(config), f"{config} gives no model_max_length: {REMEDY}")
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a component's weights, as diffusers or transformers choose them; none in other folders.
+
+    Others beside them, such as a variant `.fp16.` or a copy, are never read.
+    """
+    config = folder / "config.json"
+    if not config.is_file():
+        return [path for path in [folder / "pytorch_lora_weights.safetensors"] if path.is_file()]
+    is_of_diffusers = "_class_name" in read_json(config)
+    main = folder / MAIN_FILES["diffusers" if is_of_diffusers else "transformers"]
+    index = folder / f"{main.name}.index.json"
+    if not index.is_file() or (main.is_file() and not is_of_diffusers):  # with both, diffusers reads the index's files
+        return [main] if main.is_file() else []
+    names = read_json(index).get("weight_map")
+    is_map = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
+    require(is_map, f"{index} has no weight_map of names of files: {REMEDY}")
+    for name in names.values():
+        require(Path(name).name == name, f"{index} names {name!r:.80}, which is not in its folder: {REMEDY}")
+    return [folder / name for name in sorted(set(names.values()))]
+
+
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every weight in a folder's *.safetensors files; reads no weights."""
+    """The shape of every weight in a component's files; reads no weights."""
     shapes = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         try:
             with safe_open(path, "pt") as file:
                 shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
         except (OSError, SafetensorError) as error:
-            raise BadInput(f"{path} is damaged ({one_line(error)}): {REMEDY}") from error
+            raise BadInput(f"{path} is missing or damaged ({one_line(error)}): {REMEDY}") from error
     return shapes

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from full_scale.components import INDICES, weight_files
 from full_scale.rewards import REWARDS
-from runtime.run_dir import digest, digest_folder
+from runtime.run_dir import digest, digest_files
 
 
 def prompts_content(prompts: Sequence[str]) -> str:
@@ -25,7 +26,16 @@ def files_content(path: Path, *subfolders: str) -> str:
     if any(template for name in subfolders for template in path.glob(f"{name}/*.jinja")):
         suffixes.append(".jinja")  # a tokenizer's chat template; digests of folders without one stay what they were
     patterns = [f"{name}/*{suffix}" for name in subfolders for suffix in suffixes]
-    return _short(digest("".join(digest_folder(path, pattern, "*.fp16.*") for pattern in patterns).encode()))
+    digests = [digest_files(path, filter(is_read, path.glob(pattern))) for pattern in patterns]
+    return _short(digest("".join(digests).encode()))
+
+
+def is_read(file: Path) -> bool:
+    """Whether diffusers or transformers read this file: not a variant, a copy, or what an operating system left."""
+    if file.suffix == ".safetensors":
+        return file in weight_files(file.parent)
+    is_index_of_others = ".index." in file.name and file.name not in INDICES
+    return file.is_file() and not file.name.startswith(".") and not is_index_of_others
 
 
 def tensors_content(tensors: Mapping[str, Tensor]) -> str:

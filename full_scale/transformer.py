@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from full_scale.components import LOADING_ERRORS, REMEDY, weight_shapes
+from full_scale.components import LOADING_ERRORS, REMEDY, weight_files, weight_shapes
 from full_scale.pipeline import Family
 from leap_align import BadInput, require
 from runtime.processes import full_value, one_line, rank, reshard, run_on_all_ranks, run_on_rank0, world_size
@@ -195,8 +195,10 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     state = model.state_dict()
     state = {name.replace(".base_layer", ""): value for name, value in state.items() if ".lora_" not in name}
     run_on_all_ranks(lambda: check_weights(state, folder))
+    reader = HuggingFaceStorageReader(folder)
+    reader.fs.ls = lambda _: [str(file) for file in weight_files(folder)]  # it would read every file of the folder
     try:
-        dcp.load(state, storage_reader=HuggingFaceStorageReader(folder))
+        dcp.load(state, storage_reader=reader)
     except dcp.CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values()]
         raise BadInput(f"cannot load the weights in {folder} ({one_line(causes[0])}): {REMEDY}") from error

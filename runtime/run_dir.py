@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,11 +90,10 @@ def digest(content: bytes | Path) -> str:
         return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
-def digest_folder(folder: Path, pattern: str = "*", ignored: str = "*.part") -> str:
-    """One digest of the names and contents of the files in a folder that match the pattern, but not `ignored`."""
-    files = sorted(path for path in folder.glob(pattern) if path.is_file() and not path.match(ignored))
+def digest_files(folder: Path, files: Iterable[Path]) -> str:
+    """One digest of the names, from the folder on, and the contents of files."""
     total = hashlib.blake2b()
-    for path in tqdm(files, f"reading {folder}", leave=False, delay=2, mininterval=1):
+    for path in tqdm(sorted(files), f"reading {folder}", leave=False, delay=2, mininterval=1):
         total.update(f"{path.relative_to(folder)} {digest(path)}\n".encode())
     return total.hexdigest()
 

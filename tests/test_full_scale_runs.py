@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests import tiny_pipelines as tiny  # first: skips without the libraries
 
@@ -184,6 +184,33 @@ def test_a_run_may_move_from_text_to_embeddings_and_to_another_place_on_resume(m
     tiny.assert_same_metrics(train(tmp_path / "run", moved), uninterrupted)
     contents = tiny.read(tmp_path / "run" / "config.json")["contents"]
     assert contents.keys() == {"model", "text_encoders", "prompts", "evaluation_prompts", "reward_weights"}
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("twin", [".fp16", ".bf16", ".ema", ".non_ema", " (1)", "-old", ".fp16-00001-of-00002"])
+def test_a_file_beside_the_weights_is_never_trained(models, tmp_path, twin, sharded):
+    """A file whose name sorts before or after, at the transformer, the VAE or a text encoder; digests ignore it."""
+    expected = tiny.task_of(models)
+    shutil.copytree(models / "flux", tmp_path / "flux")
+    shutil.copy(models / "prompts.txt", tmp_path)
+    for part, name in (("transformer", WEIGHTS), ("vae", WEIGHTS), ("text_encoder", "model.safetensors")):
+        folder = tmp_path / "flux" / part
+        weights = load_file(folder / name)
+        for other in (name.replace(".safetensors", f"{twin}.safetensors"), f"a{name}"):
+            save_file({key: torch.zeros_like(value) for key, value in weights.items()}, folder / other)
+        if sharded:
+            parts = [f"{name.removesuffix('.safetensors')}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+            weight_map = {key: parts[i % 2] for i, key in enumerate(weights)}
+            for file in parts:
+                save_file({key: weights[key] for key in weights if weight_map[key] == file}, folder / file)
+            (folder / f"{name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+            (folder / name).unlink()
+    task = tiny.task_of(tmp_path)
+    for one, other in ((task.model, expected.model), (task.pipeline.vae, expected.pipeline.vae)):
+        assert_close(dict(one.named_parameters()), dict(other.named_parameters()), 0, 0)
+    texts = (t.encode(["a red cube"]) for t in (task, expected))
+    assert_close(*texts, 0, 0)
+    assert sharded or task.contents() == expected.contents()
 
 
 def test_the_export_is_the_average_of_the_weights(models, tmp_path):
