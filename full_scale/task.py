@@ -143,6 +143,8 @@ class DiffusersTask(Task):
     def load_reward(self) -> nn.Module:
         """The reward, with its weights."""
         options = self.options
+        is_judge = "shapes" in (name for name, _ in rewards.split_terms(options.reward))
+        require(not is_judge, f"reward={options.reward}: the judge `shapes` has no gradient; name it in --held-out")
         return rewards.load(options.reward, options.reward_weights, self.device, (options.height, options.width))
 
     def load_evaluators(self) -> nn.ModuleList:

@@ -71,6 +71,7 @@ train --prompts {odd}/none.txt          | cannot read prompts from {odd}/none.tx
 train --prompts {odd}/flux              | flux was not filled by `python -m full_scale embed`
 train --prompts {odd}/embedded          | embedded holds embeddings of another model than {models}/flux
 train --prompts {odd}/short             | short holds embeddings of 9 tokens, not 512: give --max-sequence-length 9
+train --reward shapes                   | reward=shapes: the judge `shapes` has no gradient; name it in --held-out
 train --max-sequence-length 0           | max_sequence_length=0 must lie between 1 and 512
 sample --max-sequence-length 513        | max_sequence_length=513 must lie between 1 and 512
 embed --max-sequence-length 0           | max_sequence_length=0 must lie between 1 and 512

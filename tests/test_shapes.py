@@ -82,9 +82,23 @@ def test_the_judge_against_scenes_that_were_placed_by_hand():
     image = scenes.draw([(square, circle)])
     assert Judge()(image.expand(len(cases), -1, -1, -1), list(cases)).tolist() == list(cases.values())
     assert {(p.shape, p.color) for p in read_scene(image[0])} == {("square", "red"), ("circle", "blue")}
+    column = [Placed("circle", "blue", 15, 8, 5), Placed("square", "red", 17, 24, 5)]
+    above, below = "a blue circle above a red square", "a blue circle below a red square"
+    assert Judge()(scenes.draw([column, column]), [above, below]).tolist() == [1, 0]
     empty, both = torch.full_like(image, scenes.GROUND / 255), image.clone()
     both[:, :, :, :8] = image[:, [2, 1, 0], :, :8]  # one half of the square becomes blue
     assert Judge()(torch.cat([empty, both]), ["a red square", "a red square and a blue circle"]).sum() == 0
+
+
+def test_the_judge_against_pixels_that_were_filled_by_hand():
+    images = torch.full((2, 3, 32, 32), 245 / 255)
+    x, y = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="xy")
+    square, disc = (abs(x - 9) <= 4) & (abs(y - 9) <= 4), (x - 20) ** 2 + (y - 20) ** 2 <= 25
+    images[0, :, square] = torch.tensor([220.0, 40, 40])[:, None] / 255  # red
+    images[1, :, disc] = torch.tensor([50.0, 80, 220])[:, None] / 255  # blue
+    for shape, color in (("square", "red"), ("circle", "red"), ("square", "blue"), ("circle", "blue")):
+        expected = [float((shape, color) == known) for known in (("square", "red"), ("circle", "blue"))]
+        assert Judge()(images, [f"a {color} {shape}"] * 2).tolist() == expected
 
 
 def test_what_the_judge_refuses():

@@ -24,8 +24,8 @@ HELD_OUT, TRAINED = 10, 48  # prompts of a kind, at most; of the held-out ones a
 def shapes(folder: Annotated[Path, tyro.conf.Positional], seed: int = 0, smoke: bool = False) -> None:
     """Build a small FLUX.1 that draws coloured shapes, its prompts and its reward, from nothing in half an hour.
 
-    FOLDER gets the pipeline, prompts.txt, held-out.txt, and reward/ in HPSv2.1's format.  Some of the captions that the
-    pipeline learns from are wrong, as on the web, so many of its images are, too; alignment can mend them.
+    FOLDER gets the pipeline, prompts.txt, held-out.txt, and reward/ in HPSv2.1's format.  Some of the scenes that the
+    pipeline learns from are not what their captions say, as on the web, and so are its images; alignment can mend them.
 
     Args:
         folder: Folder to fill: a new one, an empty one, or one in which this command was stopped.
@@ -36,6 +36,7 @@ def shapes(folder: Annotated[Path, tyro.conf.Positional], seed: int = 0, smoke: 
     with claimed_output_folder(folder, "shapes", {"seed": seed, "steps": steps}), write_errors_named(folder):
         if not (folder / "held-out.txt").exists():  # the last file
             build(folder, seed, steps)
+        shutil.rmtree(folder / "training", ignore_errors=True)
     print(f"{folder} holds a FLUX.1 that draws shapes, prompts.txt, held-out.txt and reward/")
     print(f"try: {recommended_run(folder)}")
 
@@ -58,7 +59,6 @@ def build(folder: Path, seed: int, steps: dict[str, int]) -> None:
     save_reward(reward, folder / "reward")
     for name, texts in prompts().items():
         write_text(folder / name, "\n".join(texts) + "\n")
-    shutil.rmtree(folder / "training")
 
 
 def recommended_run(folder: Path) -> str:

@@ -117,7 +117,7 @@ def _placed(item: Item, x: float, y: float, random: Random) -> Placed:
 
 
 def is_on_side(a: Placed, b: Placed, relation: str, margin: float = 0) -> bool:
-    """Whether a is on this side of b, by more than `margin` pixels more than it is on a side across."""
+    """Whether a lies on this side of b: farther along that axis than across it, by more than `margin` pixels."""
     dx, dy = a.x - b.x, a.y - b.y
     side_x, side_y = RELATIONS[relation]
     along, across = dx * side_x + dy * side_y, dx * side_y + dy * side_x

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 from tqdm import trange
@@ -21,7 +22,9 @@ from full_scale.rewards.images import letterbox, normalise
 from full_scale.shapes.judge import Judge, shows
 from full_scale.shapes.networks import TOKENS
 from full_scale.shapes.scenes import BY_TEXT, COLORS, SHAPES, SIZE, Caption, Scene, captions, draw, place, spoil
+from leap_align import BadInput
 from runtime.ema import EMA
+from runtime.processes import one_line
 from runtime.run_dir import atomic_file
 
 SAVE_EVERY = 250  # steps
@@ -107,9 +110,12 @@ def save_state(path: Path, model: nn.Module, optimizers: list[Any], ema: EMA, do
 @torch.no_grad()
 def load_state(path: Path, model: nn.Module, optimizers: list[Any], ema: EMA) -> int:
     """Reads what save_state wrote; returns the number of steps that were done."""
-    tensors = load_file(path)
-    for name, value in members(model).items():
-        value.copy_(tensors[f"model.{name}"])
+    try:
+        tensors = load_file(path)
+        for name, value in members(model).items():
+            value.copy_(tensors[f"model.{name}"])
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise BadInput(f"{path} is damaged, or of another version ({one_line(error)}): remove it") from error
     optimizer_of = {p: optimizer for optimizer in optimizers for p in optimizer.param_groups[0]["params"]}
     for i, (p, average) in enumerate(zip(ema.parameters, ema.average)):
         average.copy_(tensors[f"average.{i}"])

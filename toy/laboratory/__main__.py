@@ -6,9 +6,9 @@
     python -m toy.laboratory pairs        one pair of timesteps a batch, as in the paper, or one pair a sample
     python -m toy.laboratory leash        the leash to the pre-trained model, the hinge, and early stopping
     python -m toy.laboratory beyond       every method since, over T, solver and budget, and policy gradient
-    python -m toy.laboratory shapes       the paper's methods on a small FLUX.1 that draws coloured shapes
     python -m toy.laboratory memory       bytes saved for backward, and the gradient's norm, as T grows
     python -m toy.laboratory cost         evaluations, operations, bytes and time of a step beside its lower bound
+    python -m toy.laboratory shapes       the methods on a small FLUX.1 that draws shapes; needs diffusers
     python -m toy.laboratory all          all of them
 
 Each experiment writes NAME.csv, NAME.md and NAME.png into the output folder, and NAME-directions.csv where the paper
@@ -37,9 +37,9 @@ EXPERIMENTS: dict[str, Callable[[Laboratory], None]] = {
     "pairs": gradient_experiments.pairs,
     "leash": leash.run,
     "beyond": beyond.run,
-    "shapes": shapes.run,
     "memory": gradient_experiments.memory,
     "cost": cost.run,
+    "shapes": shapes.run,
 }
 ALL = tuple(EXPERIMENTS)
 
@@ -67,7 +67,7 @@ def main(
                 EXPERIMENTS[experiment](lab)
     except KeyboardInterrupt:
         sys.exit("interrupted: finished results are kept, and the same command continues from them")
-    except (BadInput, OSError) as error:
+    except (BadInput, ImportError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

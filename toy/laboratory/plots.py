@@ -214,11 +214,11 @@ def shapes(rows: list[Row], kinds: tuple[str, ...]) -> Figure:
     figure, cases = panels(12, 3.6, groups(own, "restraint").items(), 1)
     for ((restraint,), case), (axis,) in cases:
         for n, row in enumerate(case):
-            look = style(row["method"]) if n else {"color": "0.6", "marker": "_", "ms": 60}  # first, without training
             shares, errors = ([row.get(f"{kind}{suffix}", 0.0) for kind in kinds] for suffix in ("", "_error"))
-            places = np.arange(len(kinds)) + (0 if n == 0 else 0.07 * (n - len(case) / 2))
-            label = " ".join(str(row[name]) for name in ("method", "option") if row.get(name))
-            axis.errorbar(places, shares, errors, label=label, **look | {"linestyle": "none"})
+            places = np.arange(len(kinds)) + 0.07 * (n - len(case) / 2)
+            label = " ".join([row["method"], row.get("option", ""), f"T {row['T']}" if row.get("T", 8) != 8 else ""])
+            look = {"color": f"C{n % 10}" if n else "0.5", "marker": "_osD^vP*Xph<>"[n], "linestyle": "none"}
+            axis.errorbar(places, shares, errors, label=label, ms=5, **look)
         axis.set_xticks(range(len(kinds)), kinds)
         axis.set(title=restraint, ylabel="share judged right", ylim=(0, 1))
     return add_legend(figure, 4)

@@ -88,7 +88,7 @@ def train_run(
     task: str, method: str, lr: float, seed: int, hyper: dict, evaluate_at: list[int], unit: str = "iterations",
     T: int = T, ema_decay: float = 0.99, smoke: bool = False,
 ) -> dict:  # fmt: skip
-    """Trains on sampling runs of T steps, and evaluates the averaged weights (on 25 steps) at each of `evaluate_at`.
+    """Trains on sampling runs of T steps, and evaluates the averaged weights at each of `evaluate_at`.
 
     These ascend, in iterations, or in velocity `evaluations` a sample: then at the iteration next to it.  Returns
     {"metrics": evaluators, both units, and `step_means` at each of them, "error": why the run broke, or ""}.
