@@ -84,7 +84,8 @@ class WithoutWeights:
     simulation: ClassVar[Simulation]
     stored_embeddings: ClassVar[bool]
 
-    def choose_device(self) -> torch.device:
+    @classmethod
+    def choose_device(cls) -> torch.device:
         """The CPU, where fake tensors are."""
         return torch.device("cpu")
 

@@ -136,8 +136,9 @@ class DiffusersTask(Task):
     def grid(self, T: int) -> Tensor:
         """The pipeline's own noise levels, ascending (T+1,)."""
 
-    def choose_device(self) -> torch.device:
-        """Where everything computes."""
+    @classmethod
+    def choose_device(cls) -> torch.device:
+        """This process's GPU, or the CPU."""
         return pipeline.gpu_or_cpu()
 
     def load_reward(self) -> nn.Module:

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from leap_align import BadInput
+from leap_align import BadInput, require
 
 
 # ------------------------------------------------------- Ranks -------------------------------------------------------
@@ -38,10 +38,32 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""The environment variables that describe a process group; torchrun sets them."""
+COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+"""In which launchers say how many processes they start."""
+
+
+def is_in_group() -> bool:
+    """Whether the environment describes a process group."""
+    return all(name in os.environ for name in GROUP)
+
+
 def init_process_group(backend: str | None = None) -> None:
-    """Joins torchrun's process group; without torchrun there is none."""
-    if dist.is_torchelastic_launched():
+    """Joins the process group that the environment describes, if it does.
+
+    Raises BadInput if a launcher started several processes, but does not say how they find each other.
+    """
+    if is_in_group():
+        for name in (name for name in GROUP if name != "MASTER_ADDR"):
+            require(os.environ[name].isdecimal(), f"{name}={os.environ[name]!r} in the environment is no number")
         dist.init_process_group(backend)
+        return
+    missing = ", ".join(name for name in GROUP if name not in os.environ)
+    for name in COUNTS:
+        is_alone = os.environ.get(name, "1").strip() in ("", "0", "1")
+        remedy = "start one torchrun on each node (srun --ntasks-per-node=1 torchrun ...), or set them"
+        require(is_alone, f"{name}={os.environ.get(name)}, but {missing} are not set: {remedy}")
 
 
 def device_mesh(device_type: str) -> DeviceMesh | None:
@@ -205,20 +227,19 @@ def user_code(what: str) -> Iterator[None]:
 def exit_process(error: BaseException | None, continue_with: str, out_of_memory: str) -> None:
     """Ends the process: one line on stderr if there is an error, and the exit status that fits it.
 
-    continue_with, out_of_memory: what a user can do after a failure, and when memory runs out.  Under torchrun a failed
+    continue_with, out_of_memory: what a user can do after a failure, and when memory runs out.  In a group a failed
     process exits at once.  Destroying the process group would wait for ranks that wait for this one, and gloo's threads
     sometimes abort a regular interpreter exit (SIGABRT).
     """
-    under_torchrun = dist.is_torchelastic_launched()
-    if dist.is_initialized() and not (under_torchrun and error is not None):
+    if dist.is_initialized() and not (is_in_group() and error is not None):
         dist.destroy_process_group()
     message = "" if error is None else _message(error, continue_with, out_of_memory)
     # The shell's convention: 128 + n for signal n.
     status = 128 + error.signal if isinstance(error, StoppedBySignal) else int(error is not None)
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()  # otherwise the message would follow an unfinished progress bar on the same line
-    if under_torchrun:
-        _exit_under_torchrun(error, message, status)
+    if is_in_group():
+        _exit_in_group(error, message, status)
     if isinstance(error, StoppedBySignal):
         print(message, file=sys.stderr)
         sys.exit(status)
@@ -226,14 +247,14 @@ def exit_process(error: BaseException | None, continue_with: str, out_of_memory:
         sys.exit(message)
 
 
-def _exit_under_torchrun(error: BaseException | None, message: str, status: int) -> None:
+def _exit_in_group(error: BaseException | None, message: str, status: int) -> None:
     this_rank = int(os.environ["RANK"])
     message = message if this_rank == 0 else f"{message} (process {this_rank})"
     if error is not None and (this_rank == 0 or not isinstance(error, RaisedOnAllRanks | StoppedBySignal)):
         print(message, file=sys.stderr)
-        # torchrun shows this message in the table that it prints at the end.
-        content = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
-        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": content}))
+        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun shows its message in a table at the end
+            content = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+            Path(path).write_text(json.dumps({"message": content}))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

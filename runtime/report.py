@@ -4,6 +4,7 @@ import math
 import pkgutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from runtime.checkpoint import Progress
-from runtime.processes import full_value, rank
+from runtime.processes import full_value, rank, world_size
 from runtime.run_dir import atomic_file, checkpoints, read_csv, write_json
 from runtime.task import Task
 
@@ -38,7 +39,7 @@ def reward_hacking_warnings(evaluations: list[Evaluation], held_out: dict[str, f
 
 
 def announce(flags: Any, task: type[Task], method: Callable[..., Any], folder: Path) -> None:
-    """Prints in three lines what the run with these flags will do; `weight` and `leash` are columns of metrics.csv."""
+    """Prints in four lines what the run with these flags will do; `weight` and `leash` are columns of metrics.csv."""
     config, hyper = flags.run, flags.method
     loss = "-weight * reward" if hyper.lam is None else f"weight * max(0, {hyper.lam:g} - reward)"
     leash = f" + {config.beta:g} * leash" if config.beta else ""
@@ -48,7 +49,9 @@ def announce(flags: Any, task: type[Task], method: Callable[..., Any], folder: P
     print(f"{config.task} is trained to lower {loss}{leash}: {sizes}, lr {config.lr:g}{''.join(done)}.")
     print((method.__doc__ or config.method).strip().splitlines()[0])
     evaluators = ", ".join(task.evaluators(flags.task)) or "none"
-    print(f"Training never sees these evaluators: {evaluators}. The folder is {folder}.", flush=True)
+    print(f"Training never sees these evaluators: {evaluators}. The folder is {folder}.")
+    precision = asdict(flags.task).get("precision", "float32")
+    print(f"Processes: {world_size()}; device: {task.choose_device()}; precision: {precision}.", flush=True)
 
 
 def not_finite_gradients(model: nn.Module) -> str:

@@ -48,6 +48,11 @@ class Task(ABC):
     times: Tensor  # the grid (T+1,)
     reference: Any = None  # the pre-trained model, with --beta
 
+    @classmethod
+    def choose_device(cls) -> torch.device:
+        """Where this process computes."""
+        return cls.device
+
     # What every task gives; its __init__ sets model and times
 
     @abstractmethod

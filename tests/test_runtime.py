@@ -1,5 +1,7 @@
 """The parts of runtime/: each by itself."""
 
+import os
+import socket
 import subprocess
 import sys
 
@@ -7,11 +9,11 @@ import pytest
 import torch
 
 from leap_align import BadInput
-from runtime import run_dir
+from runtime import processes, run_dir
 from runtime.ema import EMA
 from runtime.processes import RaisedOnAllRanks, all_gather, one_line, run_on_all_ranks, run_on_rank0
 from runtime.report import reward_hacking_warnings
-from tests.toy_runs import ROOT
+from tests.toy_runs import ROOT, SMALL
 
 
 def enter(context):
@@ -124,6 +126,46 @@ def test_a_log_drops_the_rows_after_its_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("run", [run_on_all_ranks, run_on_rank0])
 @pytest.mark.parametrize("error", [BadInput("lr=0"), FileNotFoundError(2, "No such file", "a/b")])
+@pytest.fixture
+def no_launcher(monkeypatch):
+    for name in (*processes.GROUP, *processes.COUNTS):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("count", ["2", "16"])
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_processes_that_cannot_find_each_other_do_not_train_side_by_side(no_launcher, name, count):
+    no_launcher.setenv("RANK", "0")
+    no_launcher.setenv(name, "1")
+    processes.init_process_group()
+    no_launcher.setenv(name, count)
+    with pytest.raises(
+        BadInput, match=rf"^{name}={count}, but .*MASTER_PORT are not set: start one torchrun"
+    ):
+        processes.init_process_group()
+
+
+def test_processes_of_any_launcher_join_their_group(no_launcher, tmp_path):
+    """As Kubernetes' jobs and `accelerate launch` start them: with torchrun's variables, without torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "train_leap_align.py", *SMALL, "--out", str(tmp_path / "run")]
+    ranks = [{"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(2)]
+    both = [subprocess.Popen(command, cwd=ROOT, env=os.environ | group | own, stdout=subprocess.PIPE) for own in ranks]
+    printed = [process.communicate(timeout=300)[0].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0] and printed[1] == ""
+    assert "Processes: 2; device: cpu; precision: float32." in printed[0]
+    no_launcher.setenv("RANK", "one")
+    for name, value in group.items():
+        no_launcher.setenv(name, value)
+    no_launcher.setenv("LOCAL_RANK", "0")
+    with pytest.raises(BadInput, match=r"^RANK=.one. in the environment is no number$"):
+        processes.init_process_group()
+
+
 def test_a_refusal_becomes_one_of_all_ranks(run, error):
     def refuse():
         raise error

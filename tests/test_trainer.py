@@ -59,10 +59,11 @@ def test_a_run_says_what_it_will_do_and_what_to_look_at(tmp_path, monkeypatch, c
     monkeypatch.setattr(Modes, "draw_figures", lambda _, folder: (folder / "a.png").touch())
     run(tmp_path, "--method", "refl")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:3] == [
+    assert lines[:4] == [
         "toy is trained to lower weight * max(0, 0 - reward): 4 iterations of 16 samples, 21 steps each, lr 0.0001.",
         "ReFL: sample without gradient, stop early at t_min, leap to the image with gradient.",
         f"Training never sees these evaluators: utility, alignment, log_density, spread. The folder is {tmp_path}.",
+        "Processes: 1; device: cpu; precision: float32.",
     ]
     assert lines[-2:] == [
         f"look at {tmp_path}/a.png, {tmp_path}/curves.png",
