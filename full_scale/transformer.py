@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -185,9 +185,20 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
 # --------------------------------------------------- Load and save ---------------------------------------------------
 def load_lora(model: nn.Module, folder: Path) -> None:
     """Loads adapters that `export_lora` wrote."""
-    layers = read_lora(folder).items()
+    layers = scale_b(read_lora(folder), 1 / lora_scale(model)).items()
     state = {name.replace(".weight", ".default.weight").removeprefix("transformer."): value for name, value in layers}
     _set_lora(model, state)
+
+
+def lora_scale(model: nn.Module) -> float:
+    """alpha / rank, by which adapters are multiplied."""
+    config = model.peft_config["default"]
+    return config.lora_alpha / config.r
+
+
+def scale_b(layers: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """The adapters with every B times scale."""
+    return {name: value * scale if ".lora_B." in name else value for name, value in layers.items()}
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -246,14 +257,17 @@ def _set_lora(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def export_lora(model: nn.Module, family: Family, folder: Path) -> None:
-    """Writes adapters as the pipeline's load_lora_weights reads them; every rank calls it, rank 0 writes."""
+    """Writes adapters as the pipeline's load_lora_weights reads them; every rank calls it, rank 0 writes.
+
+    B holds alpha / rank, and alpha is the rank: a loader that ignores alpha is right, too.
+    """
     from peft import get_peft_model_state_dict
 
     state_options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     trained = get_model_state_dict(model, options=state_options)  # on the CPU of rank 0, empty on the others
     if rank() == 0:
-        layers = get_peft_model_state_dict(model, state_dict=trained)
-        metadata = model.peft_config["default"].to_dict()
+        layers = scale_b(get_peft_model_state_dict(model, state_dict=trained), lora_scale(model))
+        metadata = model.peft_config["default"].to_dict() | {"lora_alpha": model.peft_config["default"].r}
         family.pipeline_class.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
 
 

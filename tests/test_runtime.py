@@ -140,9 +140,7 @@ def test_processes_that_cannot_find_each_other_do_not_train_side_by_side(no_laun
     no_launcher.setenv(name, "1")
     processes.init_process_group()
     no_launcher.setenv(name, count)
-    with pytest.raises(
-        BadInput, match=rf"^{name}={count}, but .*MASTER_PORT are not set: start one torchrun"
-    ):
+    with pytest.raises(BadInput, match=rf"^{name}={count}, but .*MASTER_PORT are not set: start one torchrun"):
         processes.init_process_group()
 
 
