@@ -1,6 +1,7 @@
 """Prompts: read them, embed them, find their embeddings."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import chain
@@ -31,18 +32,43 @@ from runtime.run_dir import atomic_file, claimed_output_folder, read_json, write
 EMBED = "embed"  # the `tool` of settings.json, by which a folder of embeddings is recognised
 
 
+LONGEST = 10_000  # characters of a prompt; a tokenizer takes minutes for a million without spaces
+
+
 def read_prompts(path: Path | None) -> list[str]:
     """The prompts of a text file, one per line, or of a folder that `embed` filled."""
     require(path is not None, "prompts is missing: give --prompts FILE, a text file with one prompt per line")
     file = path / "prompts.txt" if path.is_dir() else path
+    is_table = file.suffix.lower() in (".json", ".jsonl", ".csv", ".tsv")
+    prompts = [] if is_table else read_lines(file)
+    is_table |= bool(prompts) and (is_json(prompts[0]) or is_json("\n".join(prompts)))
+    require(not is_table, f"{file} holds a table or JSON, not text: write its prompts into a file, one per line")
+    return prompts
+
+
+def is_json(text: str) -> bool:
+    """Whether a text is a list or an object in JSON."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()  # without the mark that some editors put first
+        return isinstance(json.loads(text), list | dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text file that are not empty; only line feed and carriage return end a line."""
+    require(not file.exists() or file.is_file(), f"{file} is a pipe or a device, read once: write it to a file first")
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # without the mark that some editors put first
     except (OSError, UnicodeDecodeError) as error:
         remedy = "give a text file with one prompt per line"
         raise BadInput(f"cannot read prompts from {file} ({one_line(error)}): {remedy}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    require(prompts, f"{file} holds no prompt: write one per line")
-    return prompts
+    require("\0" not in text, f"{file} holds zero bytes: save it as UTF-8")
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    require(lines, f"{file} holds no prompt: write one per line")
+    number = 1 + max(range(len(lines)), key=lambda i: len(lines[i]))
+    longest = len(lines[number - 1])
+    require(longest <= LONGEST, f"{file}: prompt {number} has {longest} characters: {LONGEST} are allowed")
+    return lines
 
 
 FEW_PROMPTS = 200

@@ -14,7 +14,7 @@ from full_scale import pipeline
 from full_scale.components import LOADING_ERRORS, load_component
 from full_scale.contents import files_content, prompts_content
 from full_scale.pipeline import TEXT_SUBFOLDERS, Precision, pipeline_folder
-from full_scale.prompts import read_prompts
+from full_scale.prompts import read_lines, read_prompts
 from full_scale.transformer import read_lora
 from leap_align import BadInput, require
 from runtime.processes import barrier, one_line, rank, run_on_all_ranks, run_on_rank0, world_size
@@ -133,7 +133,7 @@ def choose_layout(prompts: Path | None, geneval: Path | None, images_per_prompt:
     """00000_0.png for prompts of a text file, 00000/samples/0000.png for GenEval's metadata."""
     is_one = (prompts is None) != (geneval is None)
     require(is_one, "give either --prompts FILE or --geneval evaluation_metadata.jsonl")
-    lines = read_prompts(prompts or geneval)
+    lines = read_prompts(prompts) if geneval is None else read_lines(geneval)
     name = "{:05d}_{}.png" if geneval is None else "{:05d}/samples/{:04d}.png"
     files = [[name.format(i, number) for number in range(images_per_prompt)] for i in range(len(lines))]
     if geneval is None:

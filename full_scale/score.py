@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -54,18 +54,29 @@ def contents(images: Path, prompts: dict[str, str], reward: str, model: nn.Modul
 
 
 def check_image(path: Path) -> None:
-    """Refuses a file that is not an image, or whose checksums are wrong."""
+    """Refuses a file that is no whole image.  PIL's errors for broken ones are of many kinds."""
     try:
-        with Image.open(path) as image:
-            image.verify()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        read_image(path)
+    except BadInput:
+        raise
+    except Exception as error:
         remedy = "replace it, or delete it and let `python -m full_scale sample` draw it again"
         raise BadInput(f"{path} is not a whole image: {remedy}") from error
 
 
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")  # others, such as EPS, would start other programs
+MODES = dict.fromkeys("1 L LA P PA RGB RGBA CMYK YCbCr".split(), 1) | {"I;16": 257, "I;16B": 257}
+"""The modes of PIL that are read, and how many of their steps are one of 8 bits."""
+
+
 def read_image(path: Path) -> Tensor:
-    """An image (1, 3, H, W) in [0, 1]."""
-    with Image.open(path) as image:
+    """An image (1, 3, H, W) in [0, 1], turned as its camera says.  Raises BadInput for pixels of unknown range."""
+    with Image.open(path, formats=FORMATS) as image:
+        steps = MODES.get(image.mode)
+        require(steps, f"{path} has pixels of unknown range ({image.mode}): save it with 8 bits a channel")
+        image = ImageOps.exif_transpose(image)
+        if steps > 1:
+            image = Image.fromarray((np.array(image) / steps).round().astype(np.uint8))
         pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
 

@@ -1,0 +1,89 @@
+"""Images and prompts as other programs leave them."""
+
+import os
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from leap_align import BadInput
+from tests import tiny_pipelines  # noqa: F401  skips without the libraries
+
+# isort: split
+
+from full_scale.prompts import read_prompts
+from full_scale.score import check_image, read_image
+
+
+@pytest.mark.parametrize("steps, kind", [(257, np.uint16), (1, np.uint8)])
+def test_grey_images_of_8_and_16_bits_are_the_same_images(tmp_path, steps, kind):
+    Image.fromarray(np.array([[0, 51 * steps, 255 * steps]], kind)).save(tmp_path / "image.png")
+    assert read_image(tmp_path / "image.png")[0, :, 0].tolist() == [pytest.approx([0, 0.2, 1])] * 3
+
+
+@pytest.mark.parametrize("file", ["image.jpg", "image.png", "image.webp", "image.tiff"])
+def test_an_image_is_turned_as_its_camera_says(tmp_path, file):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.new("RGB", (32, 48), (255, 0, 0)).save(tmp_path / file, exif=exif)
+    assert read_image(tmp_path / file).shape == (1, 3, 32, 48)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_images_whose_range_is_unknown_are_refused(tmp_path, kind):
+    Image.fromarray(np.ones((2, 2), kind)).save(tmp_path / "image.tiff")
+    with pytest.raises(BadInput, match=r"image\.tiff has pixels of unknown range \(.\): save it with 8 bits a channel"):
+        check_image(tmp_path / "image.tiff")
+
+
+def write_broken_image(path, damage):
+    """A cut JPEG, pixels that are no compressed data under right checksums, or a format that starts a program."""
+    Image.effect_noise((64, 64), 50).convert("RGB").save(path, {"cut": "JPEG", "eps": "EPS", "pixels": "PNG"}[damage])
+    content = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(content[:1500])
+    if damage == "pixels":
+        start = content.index(b"IDAT")
+        size = int.from_bytes(content[start - 4 : start])
+        chunk = b"IDAT" + bytes(size)
+        path.write_bytes(content[:start] + chunk + zlib.crc32(chunk).to_bytes(4) + content[start + size + 8 :])
+
+
+@pytest.mark.parametrize("damage", ["cut", "pixels", "eps"])
+def test_a_broken_image_is_named(tmp_path, damage):
+    write_broken_image(tmp_path / "image.png", damage)
+    with pytest.raises(BadInput, match=r"image\.png is not a whole image: replace it"):
+        check_image(tmp_path / "image.png")
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"])
+def test_only_line_feeds_and_carriage_returns_end_a_prompt(tmp_path, end):
+    (tmp_path / "p.txt").write_bytes(f"a{end}b\r\n\nc\rd\n".encode())
+    assert read_prompts(tmp_path / "p.txt") == [f"a{end}b", "c", "d"]
+
+
+TABLES = {
+    "p.json": '["a", "b"]', "p.jsonl": '{"prompt": "a"}\n{"prompt": "b"}\n', "p.csv": "a,b", "p.tsv": "a\tb",
+    "p.txt": '[\n"a",\n"b"]', "q.txt": '{"prompt": "a"}\n{"prompt": "b"}', "r.txt": "[[[[1]]]]",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_no_prompts(tmp_path, name):
+    (tmp_path / name).write_text(TABLES[name])
+    with pytest.raises(BadInput, match=rf"{name} holds a table or JSON, not text"):
+        read_prompts(tmp_path / name)
+
+
+def test_files_that_are_no_text_are_no_prompts(tmp_path):
+    (tmp_path / "16.txt").write_bytes("a cat".encode("utf-16-le"))
+    (tmp_path / "long.txt").write_text("a cat\n" + "x" * 10_001)
+    os.mkfifo(tmp_path / "pipe")
+    words = {"16.txt": "holds zero bytes: save it as UTF-8", "pipe": "is a pipe or a device, read once"}
+    words["long.txt"] = "prompt 2 has 10001 characters: 10000 are allowed"
+    for name, message in words.items():
+        with pytest.raises(BadInput, match=rf"{name}:? {message}"):
+            read_prompts(tmp_path / name)
+    (tmp_path / "fine.txt").write_text("[a cat]\n{x} dogs\n")
+    assert read_prompts(tmp_path / "fine.txt") == ["[a cat]", "{x} dogs"]
