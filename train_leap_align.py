@@ -85,7 +85,7 @@ class Config:
     # Where to watch the run: every metric, evaluation and image, besides the files in the run's folder.
     tracker: Literal["tensorboard", "wandb"] | None = None
     out: Path | None = None  # The run's folder; runs/TASK-METHOD if not given.
-    resume: bool = False  # Continue the run in this folder from its newest checkpoint.
+    resume: bool = False  # Continue the run in this folder from its newest checkpoint, or start it if there is none.
 
 
 TaskOptions = TypeVar("TaskOptions")
@@ -320,7 +320,7 @@ def run(flags: Flags, stop_request: processes.StopRequest) -> None:
         run_on_rank0(lambda: report.announce(flags, kind, method, folder))
         trainer = Trainer(config, hyper, build_task(flags))  # may take minutes
         contents = run_on_all_ranks(lambda: trainer.task.contents() if rank() == 0 else {})
-        if config.resume:
+        if config.resume and run_dir.checkpoints(folder):
             run_on_rank0(lambda: run_dir.check_contents(folder, contents))
             trainer.restore(folder)
         run_on_rank0(lambda: run_dir.write_settings(folder / "config.json", settings | {"contents": contents}))

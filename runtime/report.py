@@ -46,6 +46,8 @@ def announce(flags: Any, task: type[Task], method: Callable[..., Any], folder: P
     sizes = f"{config.iterations} iterations of {config.batch_size} samples, {config.T} steps each"
     # On resume, the newest checkpoint.  If it is damaged, loading it says so.
     done = [f", from iteration {int(path.name)} of {config.iterations}" for path in checkpoints(folder)[-1:]]
+    if config.resume and not done:
+        done = [", from the start, because there is no checkpoint"]
     print(f"{config.task} is trained to lower {loss}{leash}: {sizes}, lr {config.lr:g}{''.join(done)}.")
     print((method.__doc__ or config.method).strip().splitlines()[0])
     evaluators = ", ".join(task.evaluators(flags.task)) or "none"

@@ -102,15 +102,15 @@ def digest_files(folder: Path, files: Iterable[Path]) -> str:
 def check_run_folder(folder: Path, settings: dict[str, Any], resume: bool, changeable: frozenset[str]) -> None:
     """Refuses a folder with another run.  Writes nothing.
 
-    On resume only the `changeable` settings may differ.  A run without a checkpoint may be started again.
+    On resume only the `changeable` settings may differ.  Without a checkpoint a run starts, with or without resume.
     """
-    path = folder / "config.json"
-    known = not resume or path.exists()
-    require(known, f"{path} does not exist: nothing to resume; start the run without --resume")
-    if resume and (changes := _changes(path, settings, changeable)):
+    if not checkpoints(folder):
+        is_new = not (folder / "result.json").exists()
+        require(is_new, f"{folder} holds a finished run without its checkpoints: choose another --out, or delete it")
+        return
+    require(resume, f"{folder} holds another run: choose another --out, continue with --resume, or delete it")
+    if changes := _changes(folder / "config.json", settings, changeable):
         raise BadInput(f"{folder} was run with other settings: {changes}; give those, or start a run in another --out")
-    new = resume or not (checkpoints(folder) or (folder / "result.json").exists())
-    require(new, f"{folder} holds another run: choose another --out, continue with --resume, or delete it")
 
 
 def check_contents(folder: Path, contents: dict[str, str]) -> None:

@@ -139,8 +139,27 @@ def test_a_signal_before_training_saves_nothing(reference, tmp_path, monkeypatch
         patch.setattr(trainer, "build_task", lambda flags: os.kill(os.getpid(), number))
         run(tmp_path)
     assert stop.value.code == 128 + number and "nothing new was saved" in capsys.readouterr().err
-    assert "nothing to resume" in error_line("--out", str(tmp_path), "--resume")
-    assert run(tmp_path) == metrics(reference)
+    assert run(tmp_path, "--resume") == metrics(reference)
+
+
+@pytest.mark.parametrize("state", ["new", "empty", "in the first iteration", "in the first checkpoint", "other flags"])
+def test_resume_starts_a_run_that_has_no_checkpoint(reference, tmp_path, monkeypatch, capsys, state):
+    """So that a command with --resume both starts and continues a run, whatever has stopped it before."""
+    out = tmp_path / "run"
+    if state != "new":
+        out.mkdir()
+    if "first" in state or state == "other flags":
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            kill = Mock(side_effect=KeyboardInterrupt)
+            patch.setattr(
+                *(checkpoint, "_publish") if state.endswith("checkpoint") else (trainer.Trainer, "step"), kill
+            )
+            run(out, *(["--lr", "0.1"] if state == "other flags" else []))
+    assert run(out, "--resume") == metrics(reference)
+    assert "lr 0.0001, from the start, because there is no checkpoint." in capsys.readouterr().out
+    shutil.rmtree(out / "checkpoint")
+    line = error_line("--out", str(out), "--resume")
+    assert line.endswith("holds a finished run without its checkpoints: choose another --out, or delete it")
 
 
 def test_an_ignored_hangup_stays_ignored():

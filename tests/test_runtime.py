@@ -91,6 +91,7 @@ def test_other_settings_contents_or_files_are_refused(refused, words, tmp_path):
     for _ in range(2):
         enter(run_dir.claimed_output_folder(tmp_path, "sample", {"lr": 1.0}))
     run_dir.write_settings(tmp_path / "config.json", settings | {"contents": {"prompts": "a", "model": "b"}})
+    (tmp_path / "checkpoint" / "000001").mkdir(parents=True)
     run_dir.check_run_folder(tmp_path, settings | {"iterations": 4}, True, CHANGEABLE)
     run_dir.check_contents(tmp_path, {"prompts": "a", "model": "b"})
     with pytest.raises(BadInput) as stop:
