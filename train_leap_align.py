@@ -53,8 +53,8 @@ METHODS = {**leap_align.METHODS, **beyond.METHODS}  # the methods of the paper, 
 METRICS = tuple("loss reward grad_norm weight d_j d_0 hinge_active i_k i_j leash v_norm seconds skipped".split())
 """The columns of metrics.csv, after `iteration` and before those of the task."""
 CHANGEABLE_ON_RESUME = frozenset(
-    "iterations gradient_accumulation_steps evaluate_every checkpoint_every checkpoints_total_limit max_skipped_steps "
-    "tracker out resume".split()
+    "iterations gradient_accumulation_steps evaluate_every checkpoint_every checkpoint_minutes checkpoints_total_limit "
+    "max_skipped_steps tracker out resume".split()
 )
 """Fields of Config that may change on --resume: no iteration depends on them."""
 
@@ -78,7 +78,8 @@ class Config:
     max_grad_norm: float = 1.0  # A gradient with a larger norm is scaled down to this one.
     ema_decay: float = 0.995  # Decay of the averaged weights, which are evaluated and saved.
     evaluate_every: int = 50  # Iterations between evaluations.
-    checkpoint_every: int = 100  # Iterations between checkpoints.
+    checkpoint_every: int = 100  # Iterations between checkpoints, at most.
+    checkpoint_minutes: float = 30.0  # Minutes between checkpoints, at most, and the rest of an iteration.
     checkpoints_total_limit: int = 2  # Checkpoints to keep; an older one replaces a damaged one.
     max_skipped_steps: int = 10  # Consecutive iterations with a loss or gradient that is not finite before a run stops.
     seed: int = 0  # Seed of noise, prompts and timesteps.
@@ -107,9 +108,7 @@ def parse(
     return command_line.parse(arguments, flags, Config, Hyper, TASKS, beyond.DEFAULTS, description, program)
 
 
-def task_class(name: str) -> type[Task]:
-    """The class of a task, imported now."""
-    return command_line.task_class(name, TASKS)
+task_class = partial(command_line.task_class, tasks=TASKS)
 
 
 class Trainer:
@@ -282,9 +281,9 @@ def train(trainer: Trainer, folder: Path, stop_request: processes.StopRequest, t
     columns = (*METRICS, *task.step_metric_names)
     log = run_dir.CsvLog(folder / "metrics.csv", columns, progress.iteration) if is_rank0 else None
     tracker.replay(progress.evaluations)
-    counts = {"total": config.iterations, "initial": progress.iteration}
-    # mininterval: at most one line a second where the output is a file.
-    with tqdm(desc=config.method, **counts, mininterval=1, disable=not is_rank0) as bar:
+    done, wait = progress.iteration, 60 * config.checkpoint_minutes
+    due_at = time.monotonic() + wait
+    with tqdm(None, config.method, config.iterations, initial=done, mininterval=1, disable=not is_rank0) as bar:
         while progress.iteration < config.iterations:
             row = trainer.step()
             if log:
@@ -293,13 +292,15 @@ def train(trainer: Trainer, folder: Path, stop_request: processes.StopRequest, t
             last = progress.iteration == config.iterations
             if progress.iteration % config.evaluate_every == 0 or last:
                 tracker.add("evaluation", progress.iteration, trainer.evaluate(results_folder))
-            stop, is_good = max(processes.all_gather(stop_request.signal)), progress.consecutive_skips == 0
-            if is_good and (progress.iteration % config.checkpoint_every == 0 or last or stop):
+            saves = (stop_request.signal, time.monotonic() > due_at)
+            stop, is_due = map(max, zip(*processes.all_gather(saves)))  # the same on all ranks
+            is_good = progress.consecutive_skips == 0
+            if is_good and (progress.iteration % config.checkpoint_every == 0 or is_due or last or stop):
                 trainer.save(folder)
+                due_at = time.monotonic() + wait
             if stop and not last:
                 raise processes.StoppedBySignal(stop, is_saved=is_good)
-            held_out = {name: f"{progress.evaluations[-1][name]:.3f}" for name in list(task.held_out)[:2]}
-            bar.set_postfix(reward=f"{row['reward']:.3f}", grad=f"{row['grad_norm']:.2g}", **held_out, refresh=False)
+            bar.set_postfix(report.postfix(row, progress.evaluations[-1], task), refresh=False)
             bar.update()
     with trainer.ema.swapped():
         task.save(folder)

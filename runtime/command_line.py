@@ -68,6 +68,7 @@ def check(config: Any, hyper: Any, method: Callable[..., Endpoints], world_size:
     ranges = {name: (1, 2**20) for name in (*counts, "checkpoints_total_limit", "max_skipped_steps")}
     ranges |= {"T": (2, 10_000), "iterations": (0, 2**31), "seed": (0, 2**63 - 1)}
     ranges |= {"lr": (1e-30, 1e6), "weight_decay": (0, 1e6), "max_grad_norm": (1e-30, math.inf)}
+    ranges |= {"checkpoint_minutes": (0, math.inf)}
     for name, (least, most) in ranges.items():
         value = getattr(config, name)
         require(least <= value <= most, f"{name}={value} must lie between {least} and {most}")

@@ -56,6 +56,12 @@ def announce(flags: Any, task: type[Task], method: Callable[..., Any], folder: P
     print(f"Processes: {world_size()}; device: {task.choose_device()}; precision: {precision}.", flush=True)
 
 
+def postfix(row: dict[str, float], evaluation: dict[str, float], task: Task) -> dict[str, str]:
+    """What the progress bar shows: the step's reward and gradient, and the last values of two evaluators."""
+    held_out = {name: f"{evaluation[name]:.3f}" for name in list(task.held_out)[:2]}
+    return {"reward": f"{row['reward']:.3f}", "grad": f"{row['grad_norm']:.2g}", **held_out}
+
+
 def not_finite_gradients(model: nn.Module) -> str:
     """Names the first parameters whose gradient is not finite, for a message; every rank calls it."""
     norms = {n: torch.linalg.vector_norm(p.grad) for n, p in model.named_parameters() if p.grad is not None}

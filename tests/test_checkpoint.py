@@ -37,6 +37,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(reference, tmp_path):
     assert checkpoints(tmp_path) == ["000002", "000004"]  # the newest two
 
 
+def test_a_checkpoint_is_written_after_so_many_minutes_or_iterations(tmp_path, monkeypatch):
+    """At three minutes an iteration, the default of 100 iterations alone would be five hours."""
+    minutes = iter(range(1000))
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: 60.0 * next(minutes))
+    run(tmp_path, "--iterations", "4", "--checkpoint-minutes", "1.5", "--checkpoints-total-limit", "9")
+    assert checkpoints(tmp_path) == ["000002", "000004"]
+
+
 def test_the_newest_checkpoint_is_on_the_disk_before_its_rename_and_that_before_the_oldest_goes(tmp_path, monkeypatch):
     """By inodes, which a rename keeps, and by this module's own calls: torch syncs the shards as well, today."""
     events, rmtree = [], shutil.rmtree

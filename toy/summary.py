@@ -11,7 +11,7 @@ from runtime.run_dir import read_json
 
 # Settings in which the runs of one table may differ: their seeds, and what never changes a result.
 MAY_DIFFER = set("seed out resume gradient_accumulation_steps evaluate_every checkpoint_every".split())
-MAY_DIFFER |= {"checkpoints_total_limit", "max_skipped_steps"}
+MAY_DIFFER |= {"checkpoint_minutes", "checkpoints_total_limit", "max_skipped_steps"}
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
