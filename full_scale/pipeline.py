@@ -1,17 +1,16 @@
 """Open a diffusers pipeline: its folder, its family, its components."""
 
-import importlib
 import math
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import diffusers
 import torch
 import transformers
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from full_scale.components import LOADING_ERRORS, load_component
+from full_scale.components import LOADING_ERRORS, REMEDY, load_component
 from full_scale.models import FAMILIES, Family
 from full_scale.rewards.weights import download
 from leap_align import BadInput, require
@@ -62,7 +61,10 @@ def open_pipeline(family: Family, folder: Path, dtype: torch.dtype, text: bool =
     index = read_json(folder / "model_index.json")
     if not text:
         components |= {name: None for name in index if name.startswith(("text_encoder", "tokenizer"))}
-    kinds = {name: _component_class(entry) for name, entry in index.items() if name not in components}
+    expected = get_type_hints(family.pipeline_class.__init__)
+    kinds = {
+        n: component_class(folder, n, index[n], expected[n]) for n in index if n not in components and n in expected
+    }
     components |= {name: load_component(folder / name, kind, dtype) for name, kind in kinds.items() if kind}
     try:
         return family.pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True, **components)
@@ -70,11 +72,18 @@ def open_pipeline(family: Family, folder: Path, dtype: torch.dtype, text: bool =
         raise BadInput(f"{folder} is not a complete pipeline: {one_line(error)}") from error
 
 
-def _component_class(entry: Any) -> Any:
-    """The class that model_index.json gives a component as [library, class]; None for any other entry."""
-    if not isinstance(entry, list) or len(entry) != 2 or entry[0] not in ("diffusers", "transformers"):
+def component_class(folder: Path, name: str, entry: Any, expected: type) -> type | None:
+    """The class that model_index.json gives a component as [library, class]; None for [null, null] and settings.
+
+    Refuses other classes than the pipeline's own: with AutoModel, for instance, the folder's own code would run.
+    """
+    if not isinstance(entry, list) or entry == [None, None]:
         return None
-    return getattr(importlib.import_module(entry[0]), str(entry[1]), None)
+    library, kind = entry if len(entry) == 2 else (None, None)
+    found = getattr({"diffusers": diffusers, "transformers": transformers}.get(str(library)), str(kind), None)
+    is_own = isinstance(found, type) and issubclass(found, expected)
+    require(is_own, f"{folder}/model_index.json gives {name} as {entry}, not as {expected.__name__}: {REMEDY}")
+    return found
 
 
 def log_shift(scheduler: Any, latent_size: tuple[int, int, int], default_max: float) -> float:

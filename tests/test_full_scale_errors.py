@@ -157,6 +157,33 @@ def test_what_cannot_work_is_refused(models, odd, tmp_path, monkeypatch, row):
     assert not (is_tool and out.exists())
 
 
+CLASSES = {
+    "text_encoder": (
+        ["transformers", "AutoModel"],
+        ["transformers", "T5EncoderModel"],
+        ["my_code", "CLIPTextModel"],
+        [],
+    ),
+    "tokenizer_2": (["transformers", "AutoTokenizer"], ["transformers", "pipeline"]),
+    "scheduler": (["diffusers", "EulerDiscreteScheduler"], ["diffusers", "FlowMatchEulerDiscreteScheduler", "x"]),
+    "vae": (["diffusers", "AutoModel"], ["os", "system"], [None, "AutoencoderKL"]),
+}
+
+
+@pytest.mark.parametrize(("part", "entry"), [(part, entry) for part, found in CLASSES.items() for entry in found])
+def test_a_pipeline_has_its_own_classes_and_runs_no_code_of_its_folder(models, tmp_path, part, entry):
+    shutil.copytree(models / "flux", tmp_path / "flux")
+    index = tiny.read(tmp_path / "flux" / "model_index.json") | {part: entry}
+    (tmp_path / "flux" / "model_index.json").write_text(json.dumps(index))
+    for file in tmp_path.glob(f"flux/{part}/*config.json"):
+        own = {"auto_map": {name: "evil.Evil" for name in ("AutoModel", "AutoTokenizer", "AutoConfig")}}
+        file.write_text(json.dumps(tiny.read(file) | own))
+    (tmp_path / "flux" / part / "evil.py").write_text("raise SystemExit('code of the folder was run')")
+    shutil.copy(models / "prompts.txt", tmp_path)
+    line = refusal(["sample", *tiny.files(tmp_path), "--out", tmp_path / "images"])
+    assert f"model_index.json gives {part} as {entry}, not as " in line
+
+
 @pytest.mark.parametrize("name", ["flux", "klein"])
 def test_a_distilled_model_is_only_sampled_and_without_guidance(models, odd, tmp_path, monkeypatch, name):
     tool(*sampling(models, tmp_path / "i", "--model", odd / name))
