@@ -54,7 +54,7 @@ def load_component(folder: Path, kind: Any, dtype: torch.dtype) -> Any:
 def check_files(folder: Path) -> None:
     """Refuses a component's folder with a damaged file, or a tokenizer's that is not complete."""
     require(folder.is_dir(), f"{folder} does not exist: {REMEDY}")
-    for file in sorted(folder.glob("*.json")):
+    for file in sorted(folder.glob("[!.]*.json")):  # macOS leaves "._config.json" and the like
         read_json(file)
     weight_shapes(folder)
     if folder.name.startswith("tokenizer"):  # transformers silently takes an empty vocabulary and an unlimited length

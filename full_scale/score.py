@@ -114,7 +114,7 @@ def read_image_prompts(images: Path) -> dict[str, str]:
 def read_rows(rows_folder: Path) -> dict[str, dict[str, Any]]:
     """The rows that all ranks have written, by image; a row that was cut off does not count."""
     rows = {}
-    for line in (line for file in rows_folder.glob("*.jsonl") for line in file.read_text().splitlines()):
+    for line in (line for file in rows_folder.glob("[0-9]*.jsonl") for line in file.read_text().splitlines()):
         try:
             row = json.loads(line)
             rows[row["image"]] = {name: row[name] for name in ROW}

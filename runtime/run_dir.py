@@ -177,8 +177,8 @@ def locked_folder(folder: Path, settings_file: str, tool: str) -> Iterator[None]
 def _lock_own(lock: FileLock, folder: Path, settings_file: Path, tool: str) -> None:
     require(folder.is_dir() or not folder.exists(), f"{folder} is a file: choose another folder")
     own = settings_file.is_file() and read_json(settings_file).get("tool") == tool
-    # What a process that died before it wrote its settings may have left.
-    left = re.compile(r"\.lock|(config|settings)\.json\.\d+\.part")
+    # What a process that died before it wrote its settings may have left, and what operating systems leave.
+    left = re.compile(r"\.lock|(config|settings)\.json\.\d+\.part|\._.*|\.DS_Store|Thumbs\.db|desktop\.ini|@eaDir")
     own = own or not folder.exists() or all(left.fullmatch(file.name) for file in folder.iterdir())
     require(own, f"{folder} is not empty, and {tool} did not fill it: choose another folder")
     try:

@@ -1,17 +1,20 @@
 """Images and prompts as other programs leave them."""
 
 import os
+import shutil
 import zlib
+from itertools import product
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from leap_align import BadInput
-from tests import tiny_pipelines  # noqa: F401  skips without the libraries
+from tests import tiny_pipelines as tiny  # skips without the libraries
 
 # isort: split
 
+from full_scale.contents import files_content
 from full_scale.prompts import read_prompts
 from full_scale.score import check_image, read_image
 
@@ -87,3 +90,28 @@ def test_files_that_are_no_text_are_no_prompts(tmp_path):
             read_prompts(tmp_path / name)
     (tmp_path / "fine.txt").write_text("[a cat]\n{x} dogs\n")
     assert read_prompts(tmp_path / "fine.txt") == ["[a cat]", "{x} dogs"]
+
+
+LEFT = ("._config.json", "._diffusion_pytorch_model.safetensors", ".DS_Store", "Thumbs.db", "desktop.ini", "@eaDir")
+
+
+def test_what_operating_systems_leave_in_a_folder_changes_nothing(models, tmp_path):
+    """In the pipeline's folders, in a checkpoint, among scores, and in a folder to fill."""
+    expected = tiny.train(tmp_path / "once", tiny.flags(models, "flux"))
+    whole = shutil.copytree(models / "flux", tmp_path / "flux")
+    shutil.copy(models / "prompts.txt", tmp_path)
+    content = files_content(whole, "*")
+
+    def leave(*folders):
+        for folder, name in product(folders, LEFT):
+            folder.mkdir(exist_ok=True)
+            (folder / name).mkdir(exist_ok=True) if name == "@eaDir" else (folder / name).write_bytes(b"\0\xff")
+
+    leave(whole, *(path for path in whole.iterdir() if path.is_dir()), tmp_path / "run", tmp_path / "images")
+    assert files_content(whole, "*") == content
+    tiny.train(tmp_path / "run", tiny.flags(tmp_path, "flux", "--iterations", "1"))
+    leave(tmp_path / "run" / "checkpoint" / "000001")
+    tiny.assert_same_metrics(tiny.train(tmp_path / "run", tiny.flags(tmp_path, "flux", "--resume")), expected)
+    tiny.tool(*tiny.sampling(tmp_path, tmp_path / "images"))
+    leave(tmp_path / "images")
+    tiny.tool(*tiny.scoring(tmp_path, tmp_path / "images", tmp_path / "scores"))
