@@ -44,7 +44,7 @@ WORDS = {
     "60": {"budget": "small", "when": "60 iterations"}, "150": {"when": "150 iterations"}, "300": {"budget": "large"},
     "1,740": {"budget": "small"}, "8,700": {"budget": "large"}, "AB2": {"solver": "ab2"}, "Euler": {"solver": "euler"},
     **{f"α {alpha}": {"option": f"alpha {alpha}"} for alpha in (0, 0.3, 1)},
-    "k and j in the noisy half": {"option": "low 4"}, "k and j in the late half": {"option": "high 4"},
+    "timesteps 4 to 8": {"option": "low 4"}, "timesteps 1 to 4": {"option": "high 4"},
     "leash": {"option": "leash"}, **{f"K {K}": {"option": f"K {K}"} for K in (2, 3, 4)},
     "T = 8": {"T": "8"}, "T = 25": {"T": "25"}, "norm": {"figure": "grad_norm"}, "utility": {"figure": "utility"},
     "no restraint": {"kind": "none"}, "early stop at 90, its best": {"kind": "stop", "iterations": "90"},
