@@ -12,6 +12,7 @@ from runtime.run_dir import read_csv
 ROOT = Path(__file__).resolve().parent.parent
 LABORATORY = ROOT / "toy" / "laboratory"
 FINDINGS, RESULTS = LABORATORY / "README.md", LABORATORY / "results" / "README.md"
+SHAPES = ROOT / "full_scale" / "shapes" / "README.md"
 
 
 def read(name):
@@ -42,7 +43,9 @@ WORDS = {
     "toy": {"task": "toy"}, "digits": {"task": "digits"},
     "60": {"budget": "small", "when": "60 iterations"}, "150": {"when": "150 iterations"}, "300": {"budget": "large"},
     "1,740": {"budget": "small"}, "8,700": {"budget": "large"}, "AB2": {"solver": "ab2"}, "Euler": {"solver": "euler"},
-    "α 1": {"option": "alpha 1"}, "leash": {"option": "leash"}, **{f"K {K}": {"option": f"K {K}"} for K in (2, 3, 4)},
+    **{f"α {alpha}": {"option": f"alpha {alpha}"} for alpha in (0, 0.3, 1)},
+    "timesteps 4 to 8": {"option": "low 4"}, "timesteps 1 to 4": {"option": "high 4"},
+    "leash": {"option": "leash"}, **{f"K {K}": {"option": f"K {K}"} for K in (2, 3, 4)},
     "T = 8": {"T": "8"}, "T = 25": {"T": "25"}, "norm": {"figure": "grad_norm"}, "utility": {"figure": "utility"},
     "no restraint": {"kind": "none"}, "early stop at 90, its best": {"kind": "stop", "iterations": "90"},
     "hinge λ = 0": {"kind": "hinge", "lambda": "0.0"}, "leash β = 3": {"kind": "leash", "beta": "3.0"},
@@ -64,6 +67,8 @@ TABLES = [
     (RESULTS, "| `digits`, 8,700 |", "beyond", "method", LARGE | {"option": ""}, {}),
     (RESULTS, "| method | evaluations |", "beyond-fidelity", "method", {}, COSINES),
     (RESULTS, "| claim |", "ablations-directions", "claim", {"figure": "reward"}, {"": verdict}),
+    (SHAPES, "| on the leash |", "shapes", "method", {"restraint": "leash", "equal": "iterations"}, {}),
+    (SHAPES, "| with the hinge |", "shapes", "method", {"restraint": "hinge", "equal": "iterations"}, {}),
     (RESULTS, "| method | `toy`, c", "fidelity", "method", {"T": "25", "iterations": "0"}, {"length": number("ratio")}),
 ]
 """Page, beginning of the table, CSV file, key column, values that all cells share, and cells by the end of a head; a
@@ -131,7 +136,7 @@ def test_the_papers_scores_are_those_of_the_claims():
 def test_every_number_with_an_error_is_in_a_csv_file():
     rows = [row for path in (LABORATORY / "results").glob("*.csv") for row in read_csv(path)]
     known = {number(n, digits)(row) for row in rows for n in row if row.get(f"{n}_error") for digits in (2, 3)}
-    shown = set(re.findall(r"-?\d+\.\d+ ± \d+\.\d+", FINDINGS.read_text() + RESULTS.read_text()))
+    shown = set(re.findall(r"-?\d+\.\d+ ± \d+\.\d+", FINDINGS.read_text() + RESULTS.read_text() + SHAPES.read_text()))
     assert len(shown) > 150 and not shown - known
 
 

@@ -213,12 +213,13 @@ def shapes(rows: list[Row], kinds: tuple[str, ...]) -> Figure:
     own = [row for row in rows if row["equal"] == "iterations"]
     figure, cases = panels(12, 3.6, groups(own, "restraint").items(), 1)
     for ((restraint,), case), (axis,) in cases:
-        for n, row in enumerate(case):
-            shares, errors = ([row.get(f"{kind}{suffix}", 0.0) for kind in kinds] for suffix in ("", "_error"))
-            places = np.arange(len(kinds)) + 0.07 * (n - len(case) / 2)
-            label = " ".join([row["method"], row.get("option", ""), f"T {row['T']}" if row.get("T", 8) != 8 else ""])
-            look = {"color": f"C{n % 10}" if n else "0.5", "marker": "_osD^vP*Xph<>"[n], "linestyle": "none"}
-            axis.errorbar(places, shares, errors, label=label, ms=5, **look)
-        axis.set_xticks(range(len(kinds)), kinds)
+        places = np.arange(len(kinds))
+        axis.hlines([case[0][kind] for kind in kinds], places - 0.4, places + 0.4, "0.6", label="pretrained")
+        for n, row in enumerate(case[1:]):
+            shares, errors = ([row[f"{kind}{suffix}"] for kind in kinds] for suffix in ("", "_error"))
+            label = f"{row['method']} {row['option']}" + (f", T = {row['T']}" if row["T"] > 8 else "")
+            look = {"color": f"C{n % 10}", "marker": "osD^vP*Xp<>h"[n], "linestyle": "none", "ms": 5}
+            axis.errorbar(places + 0.07 * (n - len(case) / 2), shares, errors, label=label, **look)
+        axis.set_xticks(places, kinds)
         axis.set(title=restraint, ylabel="share judged right", ylim=(0, 1))
     return add_legend(figure, 4)
