@@ -93,5 +93,6 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             with safe_open(path, "pt") as file:
                 shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
         except (OSError, SafetensorError) as error:
-            raise BadInput(f"{path} is missing or damaged ({one_line(error)}): {REMEDY}") from error
+            fault = "damaged" if path.exists() else "missing"
+            raise BadInput(f"{path} is {fault} ({one_line(error)}): {REMEDY}") from error
     return shapes

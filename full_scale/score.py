@@ -54,8 +54,10 @@ def contents(images: Path, prompts: dict[str, str], reward: str, model: nn.Modul
 
 
 def check_image(path: Path) -> None:
-    """Refuses a file that is no whole image.  PIL's errors for broken ones are of many kinds."""
+    """Refuses a file that is no whole image, or has wrong checksums.  PIL's errors for these are of many kinds."""
     try:
+        with Image.open(path, formats=FORMATS) as image:
+            image.verify()
         read_image(path)
     except BadInput:
         raise
