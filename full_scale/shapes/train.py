@@ -244,7 +244,7 @@ def drawn_choices(pipeline: Any, n: int) -> list[tuple[Caption, Tensor, Tensor]]
 
 
 def choice_batch(
-    choices: list[tuple[Caption, Tensor, Tensor]], generator: Generator, random: Random, n: int = 48
+    choices: list[tuple[Caption, Tensor, Tensor]], generator: Generator, random: Random, n: int
 ) -> tuple[list[Caption], Tensor, Tensor]:
     """n captions; 2n images, of which the first n are to be chosen; which of these show their captions, (n,).
 
@@ -277,7 +277,7 @@ def fit_reward(
 
     def loss(step: int) -> Tensor:
         random, generator = Random(step), Generator().manual_seed(step)
-        captions, images, is_right = choice_batch(choices, generator, random)
+        captions, images, is_right = choice_batch(choices, generator, random, 48)
         noise = torch.randn(images.shape, generator=generator) * torch.rand(len(images), 1, 1, 1, generator=generator)
         pixels = normalise(letterbox((images + 0.03 * noise).clamp(0, 1), model.visual.image_size))
         features = model.encode_image(pixels, normalize=True)
