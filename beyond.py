@@ -111,7 +111,7 @@ class Piece(NamedTuple):
 
     i_a: int
     i_b: int
-    weights: dict[int, float]  # w_i of each node i.
+    weights: dict[int, float]  # w_i of each node i, here and below of other pieces, too.
     gains: dict[int, float]  # g_i of each active node i: the factor of its velocity's gradient.
 
 
@@ -143,19 +143,20 @@ def compensation(weights: dict[int, float], active: list[int], rho: float) -> fl
     return 1 + rho * (sum(map(abs, weights.values())) / sum(abs(weights[i]) for i in active) - 1)
 
 
-def sum_piece(times: Tensor, i_a: int, i_b: int, active: list[int], rho: float) -> Piece:
-    """Every timestep of the piece is a node with w_i = h_i; active nodes have g_i = gamma."""
-    t = times.tolist()
-    weights = {i: t[i] - t[i - 1] for i in range(i_a, i_b, -1)}
-    return Piece(i_a, i_b, weights, dict.fromkeys(active, compensation(weights, active, rho)))
+def sum_run(times: Tensor, active: list[int], rho: float) -> tuple[dict[int, float], dict[int, float]]:
+    """Every timestep of the run is a node, w_i = h_i; active ones have g_i = gamma.  Returns all w_i, and all g_i."""
+    weights = dict(enumerate(times.diff().tolist(), 1))
+    return weights, dict.fromkeys(active, compensation(weights, active, rho))
 
 
 def lagrange_piece(times: Tensor, i_a: int, i_b: int, rho: float, node_discount: float) -> Piece:
     """Three nodes from i_a to i_b + 1, as evenly as indices allow (all, if there are fewer), with Lagrange's weights.
 
-    g is gamma at the first node and delta gamma at the second; the third is a constant, and x_b itself is no node.
+    Between two indices the second node is that with even T - i, as in FlowBP, which counts from the noise.  g is gamma
+    at the first node and delta gamma at the second; the third is a constant, and x_b itself is no node.
     """
-    t, nodes = times.tolist(), sorted({i_a, (i_a + i_b + 1) // 2, i_b + 1}, reverse=True)
+    t, T = times.tolist(), steps_of(times)
+    nodes = sorted({i_a, T - round(T - (i_a + i_b + 1) / 2), i_b + 1}, reverse=True)
     weights = dict(zip(nodes, lagrange_weights([t[i] for i in nodes], t[i_a], t[i_b])))
     gamma = compensation(weights, nodes[:2], rho)
     return Piece(i_a, i_b, weights, dict(zip(nodes, (gamma, node_discount * gamma))))
@@ -212,7 +213,7 @@ def sparse(velocity, x_T, times, hyper, generator, step=leap) -> Endpoints:
     """
     T = _check_K(times, hyper)
     active = late_draw(T, 0, hyper.K, hyper.late_bias, generator)
-    piece = sum_piece(times, T, 0, active, hyper.rho)
+    piece = Piece(T, 0, *sum_run(times, active, hyper.rho))
     _, x_0 = surrogate(velocity, stop_gradient(x_T), times, piece, 0, step)
     yield x_0, x_0.new_ones(len(x_0)), {"timesteps": tuple(active)}
 
@@ -220,19 +221,19 @@ def sparse(velocity, x_T, times, hyper, generator, step=leap) -> Endpoints:
 def bridge(velocity, x_T, times, hyper, generator, step=leap) -> Endpoints:
     """FlowBP's Bridge: K timesteps around a state x_j that passes gradient on; T evaluations, weight 1.
 
-    dx_0/dtheta = -gamma_j S_j - gamma_0 S_0 + alpha gamma_j gamma_0 h_j dv_j/dx_j S_j, where S = sum h_i dv_i/dtheta
-    over the active timesteps before j (S_j) and from j on (S_0).  j, the lower index of a pair, is always active; the
-    pieces T -> j and j -> 0 share K by their lengths, with at least one timestep each.
+    dx_0/dtheta = -gamma S + alpha gamma^2 h_j dv_j/dx_j S_j, where S = sum h_i dv_i/dtheta over the active timesteps,
+    and S_j is its part before j.  j, the lower index of a pair, is one of the K; the others are shared by the pieces
+    T -> j and j -> 0, by their lengths, the first of which has at least one if K > 1.
     """
     T, K, b = _check_K(times, hyper), hyper.K, hyper.late_bias
     _, i_j = sample_pair(T, generator)
-    n = min(max(round(K * (T - i_j) / T), 1), T - i_j)
-    before = late_draw(T, i_j, n, b, generator)
-    after = [i_j, *late_draw(i_j - 1, 0, min(max(K - n - 1, 0), i_j - 1), b, generator)]
-    x = stop_gradient(x_T)
-    for i_a, i_b, active in ((T, i_j, before), (i_j, 0, after)):
-        _, x = surrogate(velocity, x, times, sum_piece(times, i_a, i_b, active, hyper.rho), hyper.alpha, step)
-    yield x, x.new_ones(len(x)), {"i_j": i_j, "timesteps": (*before, *after)}
+    n = min(max(round(K * (T - i_j) / T), 1), T - i_j, K - 1)
+    active = [*late_draw(T, i_j, n, b, generator), i_j]
+    active += late_draw(i_j - 1, 0, min(K - n, i_j) - 1, b, generator)
+    x, nodes = stop_gradient(x_T), sum_run(times, active, hyper.rho)
+    for i_a, i_b in ((T, i_j), (i_j, 0)):
+        _, x = surrogate(velocity, x, times, Piece(i_a, i_b, *nodes), hyper.alpha, step)
+    yield x, x.new_ones(len(x)), {"i_j": i_j, "timesteps": tuple(active)}
 
 
 def lagrange(velocity, x_T, times, hyper, generator, step=leap) -> Endpoints:

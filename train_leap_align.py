@@ -76,7 +76,7 @@ class Config:
     lr: float = 1e-4  # AdamW's learning rate (eta).
     weight_decay: float = 1e-4  # AdamW's weight decay.
     max_grad_norm: float = 1.0  # A gradient with a larger norm is scaled down to this one.
-    ema_decay: float = 0.995  # Decay of the averaged weights, which are evaluated and saved.
+    ema_decay: float = 0.995  # Decay of the averaged weights, which are evaluated and saved; lower at first.
     evaluate_every: int = 50  # Iterations between evaluations.
     checkpoint_every: int = 100  # Iterations between checkpoints, at most.
     checkpoint_minutes: float = 30.0  # Minutes between checkpoints, at most, and the rest of an iteration.
@@ -121,8 +121,7 @@ class Trainer:
         self.method = method or METHODS[config.method]
         self.parameters = trained_parameters(config.task, task.model)
         # Fused: one pass over the weights instead of a dozen.
-        decay = config.weight_decay
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=decay, fused=True)
+        self.optimizer = torch.optim.AdamW(self.parameters, config.lr, weight_decay=config.weight_decay, fused=True)
         self.ema = EMA(self.parameters, config.ema_decay)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.state = TrainingState(task.model, self.optimizer, self.ema, self.generator)
@@ -215,7 +214,8 @@ class Trainer:
                     nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, total)
                 self.optimizer.step()
             with record_function("EMA"):
-                self.ema.update()
+                self.ema.update(self.progress.updates)
+            self.progress.updates += 1
             self.progress.consecutive_skips = 0
         else:
             self.skip_step(loss, norm)

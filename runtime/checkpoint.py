@@ -40,6 +40,7 @@ class Progress:
     """How far a run has come."""
 
     iteration: int = 0
+    updates: int = 0  # of the weights: iterations that were not skipped
     seconds: float = 0.0  # of training, without evaluations
     evaluations: list[dict[str, float]] = field(default_factory=list)
     warnings: dict[str, str] = field(default_factory=dict)  # those of reward hacking that hold now, by evaluator

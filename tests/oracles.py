@@ -7,8 +7,19 @@ import pytest
 import torch
 from torch.func import grad, jacrev
 
-NODES = {1: (0,), 2: (0, 1), 3: (0, 1, 2), 4: (0, 2, 3), 5: (0, 2, 4), 6: (0, 3, 5), 7: (0, 3, 6)}
-"""Lagrange's nodes of a leap over n steps, counted from its start; the first two have gradient."""
+NODES = {1: (0,), 2: (0, 1), 3: (0, 1, 2), 5: (0, 2, 4), 7: (0, 3, 6)}
+NODES |= {4: ((0, 2, 3), (0, 1, 3)), 6: ((0, 2, 5), (0, 3, 5))}
+"""FlowBP's nodes of a leap over n steps, counted from its start; the first two have gradient.
+
+With two middles it takes that with an even number of steps from the noise: here for a start after an even number, and
+after an odd one.
+"""
+
+
+def flowbp_nodes(steps, i_a, i_b):
+    """The timesteps of the nodes of the leap from i_a to i_b, of a run of `steps`."""
+    offsets = NODES[i_a - i_b]
+    return [i_a - n for n in (offsets[(steps - i_a) % 2] if isinstance(offsets[0], tuple) else offsets)]
 
 
 def euler(velocity, x_T, times):

@@ -14,7 +14,7 @@ import torch
 import beyond
 from beyond import Hyper, late_draw, sample_strata, sample_thirds
 from leap_align import rollout
-from tests.oracles import NODES, assert_frequencies, eq_s18, interpolation_weights, mean_reward, reward_gradient
+from tests.oracles import assert_frequencies, eq_s18, flowbp_nodes, interpolation_weights, mean_reward, reward_gradient
 from tests.problems import HYPERS, B, Net, close, gradient, grid, problem, randn, run, seeded
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -42,16 +42,14 @@ def test_the_gradient_of_sparse_is_flowbps_formula(seed, shift, K, rho):
     check_gradient("sparse", Hyper(K=K, rho=rho), shift, seed, dx_0)
 
 
-@pytest.mark.parametrize("K, rho", [(2, 0), (5, 1), (5, 0.4)])
+@pytest.mark.parametrize("K, rho", [(2, 0), (2, 1), (5, 1), (5, 0.4)])
 def test_the_gradient_of_bridge_is_flowbps_formula(seed, shift, alpha, K, rho):
     def dx_0(log, times, dv, dv_dx):
         h, j, active = times.diff(), log["i_j"], log["timesteps"]
-        before, after = [i for i in active if i > j], [i for i in active if i <= j]
-        assert j in after and before
-        gamma_j = 1 + rho * ((1 - times[j]) / sum(h[i - 1] for i in before) - 1)
-        gamma_0 = 1 + rho * (times[j] / sum(h[i - 1] for i in after) - 1)
-        s_j, s_0 = (sum(h[i - 1] * dv(i) for i in part) for part in (before, after))
-        return -gamma_j * s_j - gamma_0 * s_0 + alpha * gamma_j * gamma_0 * h[j - 1] * dv_dx(j) @ s_j
+        assert j in active and len(active) <= K
+        gamma = 1 + rho * (1 / sum(h[i - 1] for i in active) - 1)  # all steps together have length 1
+        term = {i: gamma * h[i - 1] * dv(i) for i in active}
+        return alpha * gamma * h[j - 1] * dv_dx(j) @ sum(v for i, v in term.items() if i > j) - sum(term.values())
 
     check_gradient("bridge", Hyper(K=K, rho=rho, alpha=alpha), shift, seed, dx_0)
 
@@ -59,7 +57,7 @@ def test_the_gradient_of_bridge_is_flowbps_formula(seed, shift, alpha, K, rho):
 def lagrange_leaps(log, times):
     """The ends of the two leaps, and the weights of each one's nodes."""
     leaps = ((log["i_k"], log["i_j"]), (log["i_j"], 0))
-    return [(a, b, interpolation_weights(times, [a - n for n in NODES[a - b]], a, b)) for a, b in leaps]
+    return [(a, b, interpolation_weights(times, flowbp_nodes(T, a, b), a, b)) for a, b in leaps]
 
 
 @pytest.mark.parametrize("rho, delta", [(0, 0.25), (0.5, 0.25), (1, 0), (0.5, 1)])
@@ -135,6 +133,14 @@ def test_bridge_draws_the_lower_index_of_a_uniform_pair_and_splits_K_by_length()
     counts = {(log["i_j"], len(log["timesteps"]), sum(i > log["i_j"] for i in log["timesteps"])) for log in logs}
     # round(4 (6 - i_j) / 6) before i_j, but between 1 and 6 - i_j; 4 in all
     assert counts == {(1, 4, 3), (2, 4, 3), (3, 4, 2), (4, 4, 1), (5, 4, 1)}
+
+
+@pytest.mark.parametrize("steps, K", [(25, 5), (25, 2), (5, 5), (4, 1)])
+def test_bridge_never_trains_more_than_K_timesteps(steps, K):
+    net, x_T, times = Net(hidden=1), randn(1, 3), grid(steps)
+    logs = [run("bridge", net.velocity(net.theta), x_T, times, Hyper(K=K), seeded(seed))[1] for seed in range(150)]
+    assert {len(set(log["timesteps"])) for log in logs} == {K} and 1 in {log["i_j"] for log in logs}
+    assert all(log["i_j"] in log["timesteps"] for log in logs)
 
 
 def test_lagrange_splits_the_run_by_a_dirichlet_draw():

@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from beyond import SOLVERS, Hyper
 from leap_align import objective
 from runtime.backward import BatchGenerator, SplitVelocity
-from tests.oracles import NODES, bumpy, mean_reward
+from tests.oracles import bumpy, flowbp_nodes, mean_reward
 from tests.problems import HYPERS, METHODS, B, Net, Recorder, T, close, gradient, grid, problem, randn, run, seeded
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -144,8 +144,8 @@ def evaluations(name, log, hyper, steps):
         return every + again, strata + again, strata[1:] + again[:-1]
     active = {"full_backprop": every}.get(name, strata or [k, j])
     if name == "lagrange":
-        active = [i_a - n for i_a, i_b in ((k, j), (j, 0)) for n in NODES[i_a - i_b][:2]]
-    return every, active, {"full_backprop": every[1:], "sparse": []}.get(name, [j])
+        active = [i for ends in ((k, j), (j, 0)) for i in flowbp_nodes(steps, *ends)[:2]]
+    return every, active, {"full_backprop": every[1:], "sparse": []}.get(name, [j] if len(active) > 1 else [])
 
 
 # Bugs: gradient enabled in the rollout; v_k with its graph in the Euler step; ReFL at the time of the last step.

@@ -125,8 +125,6 @@ def test_a_log_drops_the_rows_after_its_checkpoint(tmp_path):
     assert path.read_text().split() == ["a,b", "1,", "3,2.5"]  # a column for every key
 
 
-@pytest.mark.parametrize("run", [run_on_all_ranks, run_on_rank0])
-@pytest.mark.parametrize("error", [BadInput("lr=0"), FileNotFoundError(2, "No such file", "a/b")])
 @pytest.fixture
 def no_launcher(monkeypatch):
     for name in (*processes.GROUP, *processes.COUNTS):
@@ -165,6 +163,8 @@ def test_processes_of_any_launcher_join_their_group(no_launcher, tmp_path):
         processes.init_process_group()
 
 
+@pytest.mark.parametrize("run", [run_on_all_ranks, run_on_rank0])
+@pytest.mark.parametrize("error", [BadInput("lr=0"), FileNotFoundError(2, "No such file", "a/b")])
 def test_a_refusal_becomes_one_of_all_ranks(run, error):
     def refuse():
         raise error
@@ -182,17 +182,40 @@ def test_an_error_fits_on_one_line():
 
 def test_ema_against_a_hand_calculation_and_swapped_back():
     p = torch.nn.Parameter(torch.tensor([1.0]))
-    ema = EMA([p], decay=0.9)
-    for value in (2.0, 3.0):
+    ema = EMA([p], decay=0.15)
+    for n, value in enumerate((2.0, 3.0)):
         with torch.no_grad():
             p.fill_(value)
-        ema.update()
-    with ema.swapped():
-        assert p.item() == pytest.approx(0.9 * (0.9 * 1.0 + 0.1 * 2.0) + 0.1 * 3.0)
+        ema.update(n)
+    with ema.swapped():  # the decay is 1/10 first, and 2/11 would be more than 0.15
+        assert p.item() == pytest.approx(0.15 * (0.1 * 1.0 + 0.9 * 2.0) + 0.85 * 3.0)
     assert p.item() == 3.0
     with pytest.raises(RuntimeError), ema.swapped():
         raise RuntimeError("in the middle of an evaluation")
     assert p.item() == 3.0
+
+
+@pytest.mark.parametrize("updates, most", [(1, 0.1), (10, 2e-5), (50, 1e-9)])
+def test_a_short_runs_average_forgets_the_start(updates, most):
+    """What is left of the start: 1/10 2/11 ... n/(9 + n).  A constant decay of 0.995 leaves 0.995, 0.95 and 0.78."""
+    p = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    ema = EMA([p], decay=0.995)
+    torch.nn.init.zeros_(p)
+    for n in range(updates):
+        ema.update(n)
+    assert 0 < ema.average[0].item() <= most
+
+
+def test_the_average_reaches_its_decay():
+    """(1 + n) / (10 + n) = 0.995 at n = 1790."""
+    p = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    factors = []
+    for n in (1789, 1791, 5000):
+        ema = EMA([torch.nn.Parameter(p.detach().clone())], decay=0.995)
+        torch.nn.init.zeros_(ema.parameters[0])
+        ema.update(n)
+        factors.append(ema.average[0].item())
+    assert factors[0] < 0.995 and factors[1:] == pytest.approx([0.995, 0.995], abs=1e-15)
 
 
 def test_warnings_of_reward_hacking_against_a_hand_calculation():

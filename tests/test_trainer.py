@@ -216,7 +216,7 @@ def test_evaluation_and_model_are_of_the_averaged_weights(tmp_path, monkeypatch)
     monkeypatch.setattr(Modes, "evaluate", recorded_evaluate)
     run(tmp_path, "--iterations", "2", "--ema-decay", "0.5", "--lr", "0.01")
     start, (one, two) = Modes(ToyOptions(pretrain_steps=300, reward_steps=300), T=21).model.state_dict(), live
-    expected = {name: 0.5 * (0.5 * start[name] + 0.5 * one[name]) + 0.5 * two[name] for name in start}
+    expected = {name: 2 / 11 * (0.1 * start[name] + 0.9 * one[name]) + 9 / 11 * two[name] for name in start}
     for averaged in (evaluated, load_file(tmp_path / WEIGHTS)):
         torch.testing.assert_close(averaged, expected)
     assert all(not torch.equal(two[name], expected[name]) for name in start)

@@ -83,7 +83,7 @@ def fit(model: nn.Module, loss: Callable[[int], Tensor], steps: int, lr: float, 
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        ema.update()
+        ema.update(step)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save_state(state, model, optimizers, ema, step + 1)
     with torch.no_grad():
