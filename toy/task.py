@@ -128,7 +128,7 @@ class ToyTask(Task):
     @classmethod
     def defaults(cls, reward: str | None) -> dict[str, Any]:
         """Those of the toy tasks, which have one reward each."""
-        return {"lam": 0.0, "ema_decay": 0.99}
+        return {"lam": 0.0}
 
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
         """x_T (n, *S), standard normal."""

@@ -68,7 +68,7 @@ def recommended_run(folder: Path) -> str:
         f"--reward-weights {folder}/reward --held-out shapes --evaluation-prompts {folder}/held-out.txt",
         f"--evaluation-images 78 --height {SIZE} --width {SIZE} --max-sequence-length {networks.TOKENS}",
         "--precision float32 --gradient-checkpointing off --lam None --beta 0.1 --lr 3e-4 --T 8 --solver ab2",
-        "--batch-size 32 --iterations 200 --ema-decay 0.95 --out runs/shapes",
+        "--batch-size 32 --iterations 200 --out runs/shapes",
     ]
     return " ".join(words)
 

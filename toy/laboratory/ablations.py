@@ -7,6 +7,7 @@ from toy.laboratory import plots
 from toy.laboratory.gradients import ALPHAS
 from toy.laboratory.laboratory import Laboratory, RunMetrics, Scale
 from toy.laboratory.tables import Row, direction, summarize, tables
+from train_leap_align import Config
 
 
 class Ablation(NamedTuple):
@@ -15,7 +16,7 @@ class Ablation(NamedTuple):
     options: dict[str, tuple[str, dict[str, Any]]]  # name -> method or variant, and changed hyperparameters
     expected: tuple[tuple[str, str, str], ...] = ()  # (metric, greater option, lesser option), the paper's choice first
     source: str = ""
-    ema_decay: float = 0.99
+    ema_decay: float = Config.ema_decay
 
     @property
     def reference(self) -> str:

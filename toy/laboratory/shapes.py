@@ -28,7 +28,7 @@ class Setting:
         """The arguments of train_run apart from the seed."""
         name, _, value = self.option.partition(" ")
         hyper = RESTRAINTS[self.restraint] | ({name: (float if name == "alpha" else int)(value)} if name else {})
-        own = {"task": "shapes", "method": self.method, "hyper": hyper, "T": self.T, "ema_decay": 0.9}
+        own = {"task": "shapes", "method": self.method, "hyper": hyper, "T": self.T}
         return own | {"lr": lr, "evaluate_at": evaluate_at}
 
     def tuned(self) -> "Setting":

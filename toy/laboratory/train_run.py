@@ -54,7 +54,7 @@ def make_trainer(task: Task, method: str, lr: float, hyper: dict[str, Any], **ru
     run |= {name: value for name, value in hyper.items() if name in Config.__dataclass_fields__}
     if run.get("beta"):
         task.keep_reference()
-    config = Config(**{"task": task.name, "batch_size": 64, "lr": lr, "ema_decay": 0.99} | run)
+    config = Config(**{"task": task.name, "batch_size": 64, "lr": lr} | run)
     own = {"lam": 0.0} | {name: value for name, value in hyper.items() if name not in run}
     values = replace(hyper_for(len(task.times) - 1, method), **own)
     if method in TRAINERS:
@@ -86,7 +86,7 @@ def count_evaluations(trainer: Trainer, used: dict[str, float]) -> Iterator[None
 
 def train_run(
     task: str, method: str, lr: float, seed: int, hyper: dict, evaluate_at: list[int], unit: str = "iterations",
-    T: int = T, ema_decay: float = 0.99, smoke: bool = False,
+    T: int = T, ema_decay: float = Config.ema_decay, smoke: bool = False,
 ) -> dict:  # fmt: skip
     """Trains on sampling runs of T steps, and evaluates the averaged weights at each of `evaluate_at`.
 
