@@ -1,7 +1,6 @@
-"""The laboratory's `beyond`: counted evaluations, policy gradient and replay, the choice of settings, the headline."""
+"""The laboratory's `beyond`: counted evaluations, policy gradient, the choice of settings, the headline."""
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
@@ -41,15 +40,6 @@ def evaluations_of_a_step(trainer):
 )
 def test_evaluations_of_an_iteration_against_a_hand_calculation(method, hyper, expected):
     assert evaluations_of_a_step(trainer_of(method, **hyper)) == expected
-
-
-def test_a_sampling_run_is_replayed_for_four_updates():
-    trainer, counts, weights = trainer_of("replay"), [], []
-    for _ in range(8):
-        counts.append(evaluations_of_a_step(trainer))
-        weights.append(trainer.task.model.body[0].weight.clone())
-    assert counts == [16, 6, 6, 6] * 2
-    assert all((a != b).any() for a, b in pairwise(weights))
 
 
 def test_a_run_is_evaluated_at_the_iteration_next_to_each_budget():
@@ -235,13 +225,13 @@ def test_a_curve_that_starts_at_the_utility_or_stands_still_reaches_it_where_it_
 
 
 def test_every_setting_is_trained_once_and_the_published_one_is_among_them():
-    settings = list(beyond.settings_of("digits", (5, 6, 8, 12, 25)))
-    assert len(settings) == len(set(settings)) == 12 * 5 * 2 + 4 * 2
+    settings = list(beyond.settings_of("digits", (5, 8, 25)))
+    assert len(settings) == len(set(settings)) == 10 * 3 * 2 + 3 * 2
     assert {*TRAINERS, "sparse", "bridge", "lagrange", "stratified"} <= {setting.method for setting in settings}
     (published,) = [setting for setting in settings if setting.is_published]
     assert published == Setting("digits", "leap_align", "", 25) and not published.hyper
-    expected = {"task": "toy", "method": "stratified", "T": 8, "hyper": {"K": 4, "solver": "ab2"}}
-    run = Setting("toy", "stratified", "K 4", 8, "ab2").run(1e-3, [29])
+    expected = {"task": "toy", "method": "stratified", "T": 8, "hyper": {"K": 3, "solver": "ab2"}}
+    run = Setting("toy", "stratified", "K 3", 8, "ab2").run(1e-3, [29])
     assert run == expected | {"lr": 1e-3, "evaluate_at": [29], "unit": "evaluations"}
     assert Setting("toy", "leap_align", "alpha 1", 8).hyper == {"alpha": 1.0}
     leash = Setting("digits", "stratified", "leash", 8)
@@ -272,7 +262,7 @@ def test_policy_gradient_has_lower_rates_and_the_small_budget_more_seeds():
     rates = {method: beyond.candidate_rates(lab, Setting("digits", method, "", 25)) for method in METHODS | TRAINERS}
     assert all(rates[name] == rates["leap_align"] for name in METHODS)
     assert all(min(rates[name]) < min(rates["leap_align"]) for name in TRAINERS)
-    assert (Scale().more_tuning_seeds, Scale().tuning_seeds) == ((100, 101, 102, 103, 104, 105), (100, 101))
+    assert (Scale().more_tuning_seeds, Scale().tuning_seeds) == ((100, 101, 102, 103), (100, 101))
 
 
 def test_the_setting_of_a_method_is_chosen_on_the_tuning_seeds(monkeypatch):

@@ -1,6 +1,6 @@
-"""Trainers that differ from the project's in more than the method: policy gradient, and replay of a sampling run.
+"""Trainers that differ from the project's in more than the method: policy gradient.
 
-Policy gradient needs no gradient of the reward.  A sampling run becomes a random walk (SDE), whose marginals are those
+It needs no gradient of the reward.  A sampling run becomes a random walk (SDE), whose marginals are those
 of the flow whatever eta is:
 
     x_s = mu + eta sqrt(t - s) noise,   mu = x_t - (t - s) (v + eta^2/2 (x_t + (1 - t) v) / t)
@@ -21,13 +21,11 @@ Ours, for small toys: groups of 8 images for 12, log probabilities summed over t
 import math
 import time
 from abc import abstractmethod
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from beyond import SOLVERS
-from leap_align import Endpoints, leap, leap_trajectory, rollout, sample_pair, similarity_weight
+from leap_align import leap, rollout
 from train_leap_align import Trainer
 
 GROUP = 8  # images of a prompt
@@ -126,30 +124,4 @@ class MixGRPO(PolicyGradient):
         return (window := list(range(first, first - size, -1))), window
 
 
-class Replay(Trainer):
-    """LeapAlign with four updates from a sampling run, each with its own pair of timesteps."""
-
-    updates = 4
-
-    def step(self) -> dict[str, float]:
-        """One update; every fourth time it samples first."""
-        start, task = time.perf_counter(), self.task
-        if self.progress.iteration % self.updates == 0:
-            self.prompts = task.sample_conditions(self.config.batch_size, self.generator)
-            x_T = task.noise(self.config.batch_size, self.generator)
-            states = rollout(task.velocity(self.prompts), x_T, task.times, 0, SOLVERS[self.config.solver]())
-            self.method = partial(leap_align_on_states, states)
-        row = self.backward(self.prompts, None, self.generator)
-        row["grad_norm"] = self.optimizer_step(row["loss"])
-        self.progress.iteration += 1
-        return row | {"seconds": time.perf_counter() - start}
-
-
-def leap_align_on_states(states, velocity, x_T, times, hyper, generator, step) -> Endpoints:
-    """LeapAlign on recorded states, from a model that may have been trained since."""
-    i_k, i_j = sample_pair(len(times) - 1, generator, hyper.low, hyper.high)
-    trajectory = leap_trajectory(velocity, states, times, i_k, i_j, hyper.alpha)
-    yield trajectory.x_0, similarity_weight(trajectory, hyper.tau), {"i_k": i_k, "i_j": i_j}
-
-
-TRAINERS: dict[str, type[Trainer]] = {"dancegrpo": DanceGRPO, "mixgrpo": MixGRPO, "replay": Replay}
+TRAINERS: dict[str, type[Trainer]] = {"dancegrpo": DanceGRPO, "mixgrpo": MixGRPO}

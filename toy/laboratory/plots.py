@@ -157,34 +157,39 @@ def leash(rows: list[Row], shown: Shown) -> Figure:
 
 
 def beyond(rows: list[Row], shown: Shown, small: int) -> Figure:
-    """A row for each task: held-out evaluators against evaluations, a line for each method at its chosen setting.
+    """Held-out evaluators against evaluations, a line for each method at its chosen setting; standard errors.
 
-    Left of `small` are the runs with the small budget's learning rate, right of it those with the large one's; both of
-    the published setting, which is thick, start at the left.  Bands are standard errors.
+    Each task has a row for the paper's methods and one for the others, both with the published setting, thick.  Left of
+    `small` are the runs with the small budget's learning rate, right of it those with the large one's.
     """
-    figure, tasks = panels(15, 4.6, groups([row for row in rows if row["evaluations"] > 0], "task").items(), 3)
-    for ((task,), task_rows), axes in tasks:
+    cases, by_task = [], groups([row for row in rows if row["evaluations"] > 0], "task")
+    for (task,), own in by_task.items():
+        settings = list(groups(own, "line", "option", "T", "solver").items())
+        for kind, is_paper in (("the paper's methods", True), ("later methods", False)):
+            others = [setting for setting in settings[1:] if (setting[0][0] in METHODS) == is_paper]
+            cases.append((task, f"{task}, {kind}", [settings[0], *others]))
+    figure, grid = panels(15, 3.9, cases, 3)
+    for (task, title, settings), axes in grid:
         for axis, name in zip(axes, shown[task]):
-            for number, (setting, lines) in enumerate(groups(task_rows, "line", "option", "T", "solver").items()):
+            for number, (setting, lines) in enumerate(settings):
                 setting_lines(axis, number, setting, lines, name)
             axis.axvline(small, color="0.5", lw=0.8, ls=":")
-            axis.set(xlabel="velocity evaluations a sample", ylabel=name, title=task, xscale="log")
+            axis.set(xlabel="velocity evaluations a sample", ylabel=name, title=title, xscale="log")
             # The worst tenth is left out: runs that diverge would flatten all others.
-            low, high = np.quantile(columns_of(task_rows, name), (0, 0.9) if name == "nearest_real" else (0.1, 1))
+            low, high = np.quantile(columns_of(by_task[task,], name), (0, 0.9) if name == "nearest_real" else (0.1, 1))
             axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
         axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=9, frameon=False)
     return figure
 
 
 def setting_lines(axis: Axes, number: int, setting: tuple, rows: list[Row], name: str) -> None:
-    """Draws one setting: a line for each budget.  The first setting of a task is the published one."""
+    """Draws one setting: a line for each budget.  Number 0 is the published one."""
     line, option, T, solver = setting
     label = ", ".join(text for text in (line, option if option not in line else "", f"T = {T}", solver) if text)
     colors = [color for color in COLORS if color != "#000000"]  # black is the published setting
-    dashed, color = divmod(number - 1, len(colors))
-    look = {"color": colors[color], "marker": MARKERS[color], "linestyle": ("-", "--")[dashed % 2], "lw": 1.2, "ms": 4}
+    look = {"color": colors[number - 1], "marker": MARKERS[number - 1], "lw": 1.2, "ms": 4}
     if number == 0:
-        look |= {"color": "#000000", "linestyle": "-", "lw": 3.5, "ms": 7}
+        look |= {"color": "#000000", "lw": 3.5, "ms": 7}
         label = "published: " + label
     for points in groups(rows, "budget").values():
         x, y, error = columns_of(points, "evaluations", name, f"{name}_error")
