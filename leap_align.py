@@ -101,12 +101,6 @@ class Path(NamedTuple):
 
 
 RECTIFIED = Path(a_t=lambda t: 1 - t, b_t=lambda t: t, da_t=lambda t: -torch.ones_like(t), db_t=torch.ones_like)
-COSINE = Path(
-    a_t=lambda t: torch.cos(t * math.pi / 2),
-    b_t=lambda t: torch.sin(t * math.pi / 2),
-    da_t=lambda t: -math.pi / 2 * torch.sin(t * math.pi / 2),
-    db_t=lambda t: math.pi / 2 * torch.cos(t * math.pi / 2),
-)
 
 
 def interpolate(x_0: Tensor, x_1: Tensor, t: Tensor | float, path: Path = RECTIFIED) -> Tensor:
@@ -119,7 +113,8 @@ def interpolate(x_0: Tensor, x_1: Tensor, t: Tensor | float, path: Path = RECTIF
 def leap_general(x: Tensor, v: Tensor, t: Tensor | float, s: Tensor | float, path: Path) -> Tensor:
     """One-step leap along any path (Eq. S7):  x̂_{s|t} = a_s x̂_{0|t} + b_s x̂_{1|t}.
 
-    S5 is multiplied by a, S6 by b, which are 0 at one end.  Arguments and gradient as in `leap`, equal on RECTIFIED.
+    S5 is multiplied by a, S6 by b, which are 0 at one end.  Arguments and gradient as in `leap`, equal on RECTIFIED, on
+    which all methods leap: a model of another path would need this in place of `leap`.
     """
     require(v.shape == x.shape, f"the velocity's shape {tuple(v.shape)} must be the state's, {tuple(x.shape)}")
     t, s = (_over_batch(t if torch.is_tensor(t) else x.new_tensor(t), x) for t in (t, s))

@@ -8,7 +8,7 @@ import torch
 
 import leap_align as la
 from beyond import SOLVERS, Hyper
-from leap_align import COSINE, BadInput
+from leap_align import RECTIFIED, BadInput
 from runtime.command_line import check
 from tests.problems import METHODS, B, T, grid, randn, run, seeded
 from train_leap_align import Config
@@ -101,7 +101,7 @@ REFUSALS = [
     *(
         (f"the velocity's shape {shape} must be the state's, (3, 2)", function, X, randn(*shape), *ends)
         for shape in ((3, 1), (2,), (2, 3), (3, 2, 1))
-        for function, *ends in [(la.leap, 1, 0), (la.leap_general, 1, 0, COSINE)]
+        for function, *ends in [(la.leap, 1, 0), (la.leap_general, 1, 0, RECTIFIED)]
     ),
     *(
         ("the velocity's shape (3, 1) must be the state's", partial(method, name, v=lambda x, t: X_1, solver=solver))

@@ -9,7 +9,7 @@ import torch
 from torch.func import grad, vmap
 
 import leap_align as la
-from leap_align import COSINE, RECTIFIED
+from leap_align import RECTIFIED
 from tests.oracles import assert_frequencies, bumpy
 from tests.problems import B, T, problem, randn, seeded, trajectory
 
@@ -17,8 +17,14 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 all_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 all_pairs = pytest.mark.parametrize("pair", [(6, 5), (6, 1), (4, 2), (2, 1)], ids=str)
+COSINE = la.Path(
+    a_t=lambda t: torch.cos(t * math.pi / 2),
+    b_t=lambda t: torch.sin(t * math.pi / 2),
+    da_t=lambda t: -math.pi / 2 * torch.sin(t * math.pi / 2),
+    db_t=lambda t: math.pi / 2 * torch.cos(t * math.pi / 2),
+)
 SQUARE = la.Path(a_t=lambda t: 1 - t**2, b_t=lambda t: t, da_t=lambda t: -2 * t, db_t=lambda t: torch.ones_like(t))
-"""A path that leap_align does not define."""
+"""Paths that leap_align does not define."""
 
 
 def near(found, expected, atol=1e-14):
