@@ -63,12 +63,11 @@ def table_rows(runs: Runs, rates: dict, ends: dict, evaluations: dict, seconds: 
 
 
 def curve_rows(runs: Runs) -> list[Row]:
-    """The metrics along the large budget: a row for each training curve and evaluated iteration."""
+    """The metrics along the budgets: a row for each training curve and evaluated iteration of it."""
     return [
-        {"task": task, "hinge": hinge, "method": method, "iteration": n}
+        {"task": task, "hinge": hinge, "budget": budget, "method": method, "iteration": n}
         | summarize([run[n] for run in seed_runs], task, "grad_norm")
         for (task, hinge, method, budget), seed_runs in runs.items()
-        if budget == "large"
         for n in sorted(seed_runs[0])
     ]
 

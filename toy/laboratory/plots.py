@@ -53,15 +53,19 @@ def columns_of(rows: list[Row], *names: str) -> list[np.ndarray]:
 
 
 def compare(rows: list[Row], shown: Shown) -> Figure:
-    """A row for each task and hinge: the reward over training, and held-out evaluators against it; standard errors."""
+    """A row for each task and hinge: the reward over training, and held-out evaluators against it; standard errors.
+
+    The reward of the small budget's runs, which have a learning rate of their own, is dashed.
+    """
     figure, cases = panels(12, 3.1, groups(rows, "task", "hinge").items(), 3)
     for ((task, hinge), case), axes in cases:
         axes[0].set(xlabel="iteration", ylabel="reward (trained on)", title=f"{task}, {hinge}")
-        for (method,), line in groups(case, "method").items():
+        for (method, budget), line in groups(case, "method", "budget").items():
             look, (iterations, reward, error) = style(method), columns_of(line, "iteration", "reward", "reward_error")
-            axes[0].plot(iterations, reward, label=method, **look)
+            own = {"label": method} if budget == "large" else {"linestyle": "--", "marker": ""}
+            axes[0].plot(iterations, reward, **look | own)
             axes[0].fill_between(iterations, reward - error, reward + error, color=look["color"], alpha=0.25, lw=0)
-            for axis, name in zip(axes[1:], shown[task]):
+            for axis, name in zip(axes[1:] if budget == "large" else (), shown[task]):
                 axis.errorbar(reward, *columns_of(line, name, f"{name}_error"), error, lw=1, **look)
                 axis.set(xlabel="reward (trained on)", ylabel=f"{name} (held out)")
     return add_legend(figure, 6)
