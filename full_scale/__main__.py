@@ -4,6 +4,7 @@
     python -m full_scale tiny tiny                                   a tiny random model, for tests
     python -m full_scale embed --model M --prompts P --out E         for cards that cannot hold the text encoders
     python train_leap_align.py --task flux --model M --prompts P     the training itself
+    python -m full_scale export --run RUN --out WEIGHTS --raw        weights of a checkpoint, averaged or not
     python -m full_scale sample --model M --transformer RUN/transformer --prompts P --out IMAGES
     python -m full_scale score --images IMAGES --out SCORES
     python -m full_scale check-reward my_rewards:factory             your own reward, before a run depends on it
@@ -29,6 +30,7 @@ TOOLS = {
     "shapes": "full_scale.shapes.build:shapes",
     "tiny": "full_scale.tiny:tiny",
     "embed": "full_scale.prompts:embed",
+    "export": "full_scale.export:export",
     "sample": "full_scale.sample:sample",
     "score": "full_scale.score:score",
     "shapes-sheet": "full_scale.shapes.sheet:shapes_sheet",

@@ -4,7 +4,6 @@ States x are the pipeline's latents, float32 whatever the networks compute in.
 """
 
 from abc import abstractmethod
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,7 @@ from full_scale.prompts import embedding_folders, few_prompts, find_embedding, r
 from full_scale.sheet import draw_sheet
 from leap_align import require, rollout, shifted_times
 from runtime.processes import all_gather, rank, reshard, run_on_all_ranks, world_size
-from runtime.run_dir import atomic_file, atomic_folder, read_json
+from runtime.run_dir import atomic_file, read_json
 from runtime.task import EVALUATION_SEED, Task
 
 IMAGES_PER_PROMPT = 2  # in an evaluation; the difference between them is the diversity
@@ -196,8 +195,7 @@ class DiffusersTask(Task):
         options, model = self.options, self.empty_transformer()
         transformer.set_checkpointing(model, options.gradient_checkpointing)
         if options.lora_rank:
-            alpha = options.lora_rank if options.lora_alpha is None else options.lora_alpha
-            transformer.add_lora(model, options.lora_rank, alpha, options.lora_targets, self.dtype)
+            transformer.add_lora(model, options.lora_rank, options.lora_alpha, options.lora_targets, self.dtype)
         return model
 
     def keep_reference(self) -> None:
@@ -250,13 +248,7 @@ class DiffusersTask(Task):
 
     def save(self, folder: Path) -> None:
         """Writes `transformer/` or `lora/` into the folder, as diffusers reads them."""
-        has_lora = transformer.has_lora(self.model)
-        path = folder / ("lora" if has_lora else "transformer")
-        with atomic_folder(path) if rank() == 0 else nullcontext(path) as temporary:
-            if has_lora:
-                transformer.export_lora(self.model, self.family, temporary)
-            else:
-                transformer.export_transformer(self.model, self.empty_transformer(), self.dtype, temporary)
+        transformer.export(self.model, self.family, self.empty_transformer(), self.dtype, folder)
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote."""

@@ -4,6 +4,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +27,7 @@ from full_scale.components import LOADING_ERRORS, REMEDY, weight_files, weight_s
 from full_scale.pipeline import Family
 from leap_align import BadInput, require
 from runtime.processes import full_value, one_line, rank, reshard, run_on_all_ranks, run_on_rank0, world_size
-from runtime.run_dir import read_json, write_errors_named, write_json
+from runtime.run_dir import atomic_folder, read_json, write_errors_named, write_json
 
 EXPORT_FILE_BYTES = 2 * 10**9  # the most in a file of an export, unless a weight is larger; rank 0 holds one file
 NF4_BLOCKS = 64, 16  # weights that share a scale, scales that share one: their product divides the size of every layer
@@ -52,10 +53,12 @@ def check_lora(lora_rank: int, lora_alpha: float | None) -> None:
         require(0 < lora_alpha < math.inf, f"lora_alpha={lora_alpha} must be positive and finite")
 
 
-def add_lora(model: nn.Module, lora_rank: int, lora_alpha: float, targets: Sequence[str], dtype: torch.dtype) -> None:
+def add_lora(
+    model: nn.Module, lora_rank: int, lora_alpha: float | None, targets: Sequence[str], dtype: torch.dtype
+) -> None:
     """Freezes the model in dtype and adds float32 adapters, W x + alpha / rank B A x, to some of its linear layers.
 
-    targets: the ends of these layers' names.
+    lora_alpha: None for the rank.  targets: the ends of these layers' names.
     """
     from peft import LoraConfig
 
@@ -68,7 +71,7 @@ def add_lora(model: nn.Module, lora_rank: int, lora_alpha: float, targets: Seque
     too_large = f"lora_rank={lora_rank} must be at most {width}, the width of the narrowest target layer"
     require(lora_rank <= width, too_large)
     nn.Module.to(model.requires_grad_(False), dtype)  # diffusers' own `to` prints a warning that concerns other models
-    model.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=list(targets)))
+    model.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_alpha or lora_rank, target_modules=list(targets)))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -254,6 +257,16 @@ def _set_lora(model: nn.Module, state: dict[str, Tensor]) -> None:
     require(state.keys() == names, f"adapters for {len(state)} layers do not fit the model's {len(names)}")
     reshard(model)
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
+
+
+def export(model: nn.Module, family: Family, empty: nn.Module, dtype: torch.dtype, folder: Path) -> None:
+    """Writes `transformer/` or `lora/` into the folder, as diffusers reads them; every rank calls it."""
+    path = folder / ("lora" if has_lora(model) else "transformer")
+    with atomic_folder(path) if rank() == 0 else nullcontext(path) as temporary:
+        if has_lora(model):
+            export_lora(model, family, temporary)
+        else:
+            export_transformer(model, empty, dtype, temporary)
 
 
 def export_lora(model: nn.Module, family: Family, folder: Path) -> None:

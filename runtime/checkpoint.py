@@ -145,17 +145,27 @@ def load_checkpoint(folder: Path, state: TrainingState, iterations: int) -> Prog
     path, content = _newest_undamaged(folder)
     if (done := content["iteration"]) > iterations:
         raise RaisedOnAllRanks(f"iterations={iterations}, but the run has already done {done}: give more")
-    try:
-        tensors = training_tensors(state.model, state.optimizer, state.ema)
-        reader = HuggingFaceStorageReader(str(path))
-        reader.fs.ls = lambda _: [str(path / name) for name in content["digests"]]  # not what else lies there
-        dcp.load(tensors, storage_reader=reader)
-    except dcp.CheckpointException as error:
-        raise RaisedOnAllRanks(f"{path} does not fit this model: {_reason(error)}") from error
+    _read(path, content, training_tensors(state.model, state.optimizer, state.ema))
     state.generator.set_state(torch.tensor(content["generator"], dtype=torch.uint8))
     for name in LOGS:
         run_on_rank0(lambda name=name: write_text(folder / name, content[name]))
     return Progress(**{name: content[name] for name in Progress.__dataclass_fields__})
+
+
+def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Loads some of the `training_tensors` in one checkpoint by their names; refuses a damaged one."""
+    content, damages = _verify(path)
+    require(not damages, f"{path} is damaged ({', '.join(damages)}): choose another checkpoint")
+    _read(path, content, tensors)
+
+
+def _read(path: Path, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    reader = HuggingFaceStorageReader(str(path))
+    reader.fs.ls = lambda _: [str(path / name) for name in content["digests"]]  # not what else lies there
+    try:
+        dcp.load(tensors, storage_reader=reader)
+    except dcp.CheckpointException as error:
+        raise RaisedOnAllRanks(f"{path} does not fit this model: {_reason(error)}") from error
 
 
 def _newest_undamaged(folder: Path) -> tuple[Path, dict[str, Any]]:

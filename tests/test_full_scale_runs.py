@@ -224,6 +224,43 @@ def test_the_export_is_the_average_of_the_weights(models, tmp_path):
     assert max((two[name] - expected[name]).abs().max() for name in start) > 1e-4
 
 
+@pytest.mark.parametrize(("name", "more"), [("flux", ""), ("sd3", ""), ("klein", "--lora-rank 2 --lora-alpha 6")])
+def test_export_gives_the_raw_and_the_averaged_weights_of_any_checkpoint(models, tmp_path, name, more):
+    """What the checkpoint's files hold; the last average is, with every other file, what the run's end wrote."""
+    run, kind = tmp_path / "run", "lora" if more else "transformer"
+    train(run, flags(models, name, *"--iterations 2 --checkpoint-every 1 --ema-decay 0.5".split(), *more.split()))
+    for choice in ([], ["--raw"], ["--iteration", 1, "--raw"]):
+        out, checkpoint = tmp_path / f"{choice}", run / "checkpoint" / f"00000{2 - (1 in choice)}"
+        tool("export", "--run", run, "--out", out, *choice)
+        stored = {k: v for file in checkpoint.glob("*.safetensors") for k, v in load_file(file).items()}
+        prefix, found = "model." if "--raw" in choice else "average.", tiny.exported(out)
+        expected = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+        if more:
+            expected = {f"transformer.{k.replace('.default', '')}": v for k, v in expected.items()}
+            expected = {k: 3 * v if ".lora_B." in k else v for k, v in expected.items()}  # alpha over rank
+        assert_close({k: v for k, v in found.items() if k != "pos_embed.pos_embed"}, expected, 0, 0)
+        assert (tiny.content_of(out / kind) == tiny.content_of(run / kind)) == (not choice)
+
+
+@pytest.mark.parametrize(
+    ("more", "settings", "message"),
+    [
+        ("--iteration 7", {}, "iteration=7: {run} has checkpoints of 1"),
+        ("", {"task": "toy"}, "run={run} is no run with an image model (flux, sd3, klein)"),
+        ("", {"task": "flux"}, "{run}/checkpoint/000001 is damaged (No such file or directory)"),
+        ("--iteration 2", None, "{run}/config.json is missing"),
+    ],
+)
+def test_export_refuses_what_is_no_checkpoint_of_an_image_model(models, tmp_path, more, settings, message):
+    run = tmp_path / "run"
+    (run / "checkpoint" / "000001").mkdir(parents=True)
+    if settings is not None:
+        known = {"task": "flux", "model": str(models / "flux"), "precision": "float32", "lora_rank": 0}
+        (run / "config.json").write_text(json.dumps(known | settings))
+    line = tiny.refusal(["export", "--run", run, "--out", tmp_path / "out", *more.split()])
+    assert message.format(run=run) in line
+
+
 FOUR_BITS = pytest.param({"lora_rank": 2, "load_in_4bit": True}, marks=tiny.needs_torchao)
 
 
