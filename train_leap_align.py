@@ -101,11 +101,9 @@ class Flags(Generic[TaskOptions]):
     task: TaskOptions
 
 
-def parse(
-    arguments: list[str] | None, flags: type = Flags, description: str | None = __doc__, program: str | None = None
-) -> Flags:
+def parse(arguments: list[str] | None) -> Flags:
     """The command line."""
-    return command_line.parse(arguments, flags, Config, Hyper, TASKS, beyond.DEFAULTS, description, program)
+    return command_line.parse(arguments, Flags, Config, Hyper, TASKS, beyond.DEFAULTS, __doc__, None)
 
 
 task_class = partial(command_line.task_class, tasks=TASKS)

@@ -12,7 +12,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
-import diffusers
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -73,6 +72,8 @@ def benchmark(task: str = "flux", out: Path = Path("runs/full-size-benchmark")) 
 
 def write_pipeline(folder: Path, task: str, transformer_config: dict[str, Any]) -> None:
     """A task's tiny pipeline, its reward and prompts; only its transformer has another config, and no weights."""
+    import diffusers
+
     diffusers.utils.logging.disable_progress_bar()
     FAMILIES[task].tiny().save_pretrained(folder)
     rewards.tiny("hpsv2.1", folder / "reward")

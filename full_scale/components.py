@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -22,6 +20,9 @@ LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, Inde
 
 def network_from_config(config: dict[str, Any]) -> nn.Module:
     """The network of a config.json of diffusers or transformers, on the meta device."""
+    import diffusers
+    import transformers
+
     with torch.device("meta"):
         if "_class_name" in config:
             return getattr(diffusers, config["_class_name"]).from_config(config)

@@ -11,7 +11,7 @@ from full_scale.pipeline import pipeline_folder
 from leap_align import require
 from runtime.checkpoint import load_tensors
 from runtime.processes import world_size
-from runtime.run_dir import checkpoints, claimed_output_folder, read_json
+from runtime.run_dir import checkpoints, claimed_output_folder, digest, read_json
 
 
 def export(run: Path, out: Path, iteration: int | None = None, raw: bool = False) -> None:
@@ -30,16 +30,16 @@ def export(run: Path, out: Path, iteration: int | None = None, raw: bool = False
     require(settings.get("task") in FAMILIES, f"run={run} is no run with an image model ({', '.join(FAMILIES)})")
     path, family = choose_checkpoint(run, iteration), FAMILIES[settings["task"]]
     pipeline, dtype = pipeline_folder(settings["model"], ("transformer",)), getattr(torch, settings["precision"])
-    with claimed_output_folder(out, "export", {"checkpoint": str(path), "raw": raw}):
-        model, empty = (transformer.empty_transformer(family, pipeline) for _ in range(2))
-        if settings["lora_rank"]:
-            transformer.add_lora(model, *(settings[f"lora_{name}"] for name in ("rank", "alpha", "targets")), dtype)
-            model.to_empty(device="cpu")  # the frozen weights take no memory, because nothing is written there
-        else:
-            nn.Module.to(model, dtype).to_empty(device="cpu")
-            transformer.load_weights(model, pipeline / "transformer")  # for buffers, which are not trained
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        load_tensors(path, {f"{'model' if raw else 'average'}.{name}": p.data for name, p in trained.items()})
+    model, empty = (transformer.empty_transformer(family, pipeline) for _ in range(2))
+    if settings["lora_rank"]:
+        transformer.add_lora(model, *(settings[f"lora_{name}"] for name in ("rank", "alpha", "targets")), dtype)
+        model.to_empty(device="cpu")  # the frozen weights take no memory, because nothing is written there
+    else:
+        nn.Module.to(model, dtype).to_empty(device="cpu")
+        transformer.load_weights(model, pipeline / "transformer")  # for buffers, which are not trained
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    load_tensors(path, {f"{'model' if raw else 'average'}.{name}": p.data for name, p in trained.items()})
+    with claimed_output_folder(out, "export", {"checkpoint": digest(path / "state.json"), "raw": raw}):
         transformer.export(model, family, empty, dtype, out)
     print(f"{out} holds the {'raw' if raw else 'averaged'} weights of {path}")
 

@@ -5,10 +5,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-import diffusers
 import torch
-import transformers
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from full_scale.components import LOADING_ERRORS, REMEDY, load_component
 from full_scale.models import FAMILIES, Family
@@ -20,7 +17,7 @@ from runtime.run_dir import read_json
 Precision = Literal["bfloat16", "float32"]
 TEXT_SUBFOLDERS = ("text_encoder", "text_encoder_[23]", "tokenizer", "tokenizer_[23]")
 """A pipeline's subfolders that turn prompts into embeddings, as patterns of names."""
-PIPELINES = {family.pipeline_class.__name__: (task, family) for task, family in FAMILIES.items()}
+PIPELINES = {family.pipeline_name: (task, family) for task, family in FAMILIES.items()}
 """The task and the family of each pipeline's class."""
 
 
@@ -79,6 +76,9 @@ def component_class(folder: Path, name: str, entry: Any, expected: type) -> type
     """
     if not isinstance(entry, list) or entry == [None, None]:
         return None
+    import diffusers
+    import transformers
+
     library, kind = entry if len(entry) == 2 else (None, None)
     found = getattr({"diffusers": diffusers, "transformers": transformers}.get(str(library)), str(kind), None)
     is_own = isinstance(found, type) and issubclass(found, expected)
@@ -91,6 +91,8 @@ def log_shift(scheduler: Any, latent_size: tuple[int, int, int], default_max: fl
 
     latent_size: channels, height and width.  A token is a 2x2 patch of the latents.
     """
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
     _, height, width = latent_size
     defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": default_max}
     settings = [scheduler.config.get(name, value) for name, value in defaults.items()]
@@ -119,7 +121,7 @@ def has_guidance(folder: Path) -> bool:
 
 def check_trainable(family: Family, folder: Path) -> None:
     """Refuses a pipeline of another family, and a model that was distilled to few steps, which has no guidance."""
-    name, expected = pipeline_class_name(folder), family.pipeline_class.__name__
+    name, expected = pipeline_class_name(folder), family.pipeline_name
     tasks = ", ".join(f"{known} is --task {task}" for known, (task, _) in PIPELINES.items())
     require(name == expected, f"{folder} holds a {name}, not a {expected}: {tasks}")
     remedy = f"train its base model, such as {family.model}"
@@ -156,6 +158,9 @@ def gpu_or_cpu() -> torch.device:
 def silence_other_ranks() -> None:
     """Leaves the libraries' warnings and progress bars to rank 0."""
     if rank() > 0:
+        import diffusers
+        import transformers
+
         for library in (diffusers, transformers):
             library.utils.logging.set_verbosity_error()
             library.utils.logging.disable_progress_bar()

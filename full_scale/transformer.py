@@ -10,11 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 import torch.distributed.checkpoint as dcp
-from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
-from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from full_scale.components import LOADING_ERRORS, REMEDY, weight_files, weight_shapes
+from full_scale.components import LOADING_ERRORS, MAIN_FILES, REMEDY, weight_files, weight_shapes
 from full_scale.pipeline import Family
 from leap_align import BadInput, require
 from runtime.processes import full_value, one_line, rank, reshard, run_on_all_ranks, run_on_rank0, world_size
@@ -168,6 +165,8 @@ def _free_memory(device: torch.device) -> float:
     """Bytes that this process can still allocate; the processes of a node share its main memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
     return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
@@ -301,7 +300,7 @@ def export_transformer(model: nn.Module, empty: nn.Module, dtype: torch.dtype, f
         run_on_rank0(partial(_write_weights, weights, folder / file))
     if files.is_sharded:
         index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
-        run_on_rank0(lambda: write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index))
+        run_on_rank0(lambda: write_json(folder / f"{MAIN_FILES['diffusers']}.index.json", index))
 
 
 def _write_weights(weights: dict[str, Tensor], path: Path) -> None:
@@ -313,11 +312,13 @@ def _write_weights(weights: dict[str, Tensor], path: Path) -> None:
         raise BadInput(f"cannot write {path} ({one_line(error)}): {remedy}") from error
 
 
-def export_files(empty: nn.Module, dtype: torch.dtype) -> StateDictSplit:
-    """Which weights an export of this transformer writes into which file; metadata["total_size"]: their bytes.
+def export_files(empty: nn.Module, dtype: torch.dtype) -> Any:
+    """Which weights an export of this transformer writes into which file, a StateDictSplit of huggingface_hub.
 
-    empty: on the meta device.
+    metadata["total_size"]: their bytes.  empty: on the meta device.
     """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
     weights = {name: value.to(dtype) for name, value in empty.state_dict().items()}
-    pattern = SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors")
+    pattern = MAIN_FILES["diffusers"].replace(".safetensors", "{suffix}.safetensors")
     return split_torch_state_dict_into_shards(weights, max_shard_size=EXPORT_FILE_BYTES, filename_pattern=pattern)

@@ -107,7 +107,7 @@ train --load-in-4bit --lora-rank 2 --compile | torch cannot compile these weight
 plan --load-in-4bit --lora-rank 64 --gpus 2  | load_in_4bit does not shard the weights: start one process
 plan --task klein --model {odd}/klein   | {odd}/klein {DISTILLED}2-klein-base-4B
 plan --prompts /nowhere                 | cannot read prompts from /nowhere
-plan --task toy                         | plan knows flux, sd3, klein
+plan --task digits                      | unknown task 'digits': choose from flux, sd3, klein
 plan --reward pickscore                 | reward=pickscore
 plan --model /nowhere                   | model=/nowhere: give a pipeline's folder
 plan --json /nowhere/plan.json          | json: /nowhere does not exist

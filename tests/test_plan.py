@@ -234,6 +234,17 @@ def test_the_configs_have_the_numbers_of_weights_of_the_published_models(task, n
         assert sum(p.numel() for p in each.parameters()) == parameters
 
 
+def test_a_plan_offers_no_flag_that_does_not_matter_to_it_but_takes_a_command_of_the_training(capsys):
+    with pytest.raises(SystemExit):
+        plan.read_flags(["--help"])
+    shown = capsys.readouterr().out
+    assert "--task STR" in shown and "--lora-rank" in shown and "--gpus" in shown
+    assert not re.search(r"--out|--resume|--tracker|toy|digits", shown)
+    training = "--task sd3 --out runs/x --resume --lora-rank 8 --tracker wandb --seed 3".split()
+    run = plan.read_flags(training).run
+    assert (run.task, run.seed, run.out, run.resume) == ("sd3", 3, None, False)
+
+
 def small_step(folder, task="flux", checkpointing="on"):
     """Flags of a step of a transformer with four blocks, two of each kind."""
     if not (folder / "transformer").exists():
