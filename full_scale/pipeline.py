@@ -121,7 +121,7 @@ def has_guidance(folder: Path) -> bool:
 
 def check_trainable(family: Family, folder: Path) -> None:
     """Refuses a pipeline of another family, and a model that was distilled to few steps, which has no guidance."""
-    name, expected = pipeline_class_name(folder), family.pipeline_name
+    name, expected = pipeline_class_name(folder), family.pipeline_class.__name__  # a missing diffusers is named early
     tasks = ", ".join(f"{known} is --task {task}" for known, (task, _) in PIPELINES.items())
     require(name == expected, f"{folder} holds a {name}, not a {expected}: {tasks}")
     remedy = f"train its base model, such as {family.model}"

@@ -142,21 +142,24 @@ def test_an_exception_of_user_code_becomes_a_user_code_error_unless_it_has_a_lin
     assert found is error if error in OWN_LINE else wrapped
 
 
+MODEL = "--model full_scale/shapes/trained --prompts full_scale/shapes/trained/prompts.txt --out {out}"
+
+
 @pytest.mark.parametrize(
     ("module", "package", "program", "arguments"),
     [
-        ("diffusers", "diffusers", "train_leap_align", "--task flux --help"),
-        ("accelerate", "accelerate", "train_leap_align", "--task flux --help"),  # diffusers has an error of its own
+        ("diffusers", "diffusers", "train_leap_align", f"--task flux {MODEL}"),
+        ("accelerate", "accelerate", "full_scale.__main__", f"sample {MODEL}"),  # diffusers has an error of its own
         ("sklearn", "scikit-learn", "train_leap_align", "--task digits"),
-        ("transformers", "transformers", "full_scale.__main__", "--help"),
+        ("transformers", "transformers", "full_scale.__main__", "plan"),
         ("transformers", "transformers", "full_scale.__main__", "check-reward imagereward --reward-weights tests"),
         ("open_clip", "open_clip_torch", "full_scale.__main__", "check-reward hpsv2.1 --reward-weights tests"),
     ],
 )
-def test_a_missing_package_is_named_with_the_command_that_installs_it(module, package, program, arguments):
-    if arguments.endswith("--help"):  # imports diffusers
-        pytest.importorskip("diffusers")
-    script = f"import sys; sys.modules[{module!r}] = None\nimport {program} as t; t.main({arguments.split()})"
+def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, module, package, program, arguments):
+    pytest.importorskip("diffusers")
+    words = arguments.format(out=tmp_path / "out").split()
+    script = f"import sys; sys.modules[{module!r}] = None\nimport {program} as t; t.main({words})"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last_line = done.stderr.splitlines()[-1]  # libraries may warn before it
