@@ -47,6 +47,8 @@ def test_digests_are_those_of_contents_and_names(tmp_path):
 def test_only_the_names_of_checkpoints_count(tmp_path):
     for name in ("000100", "000099", "1000000", "000100-mine", "9notes", "part", "99"):
         (tmp_path / "checkpoint" / name).mkdir(parents=True)
+        (tmp_path / "checkpoint" / name / "state.json").touch()
+    (tmp_path / "checkpoint" / "000200").mkdir()  # not finished
     assert [path.name for path in run_dir.checkpoints(tmp_path)] == ["000099", "000100", "1000000"]
 
 
@@ -92,6 +94,7 @@ def test_other_settings_contents_or_files_are_refused(refused, words, tmp_path):
         enter(run_dir.claimed_output_folder(tmp_path, "sample", {"lr": 1.0}))
     run_dir.write_settings(tmp_path / "config.json", settings | {"contents": {"prompts": "a", "model": "b"}})
     (tmp_path / "checkpoint" / "000001").mkdir(parents=True)
+    (tmp_path / "checkpoint" / "000001" / "state.json").touch()
     run_dir.check_run_folder(tmp_path, settings | {"iterations": 4}, True, CHANGEABLE)
     run_dir.check_contents(tmp_path, {"prompts": "a", "model": "b"})
     with pytest.raises(BadInput) as stop:
