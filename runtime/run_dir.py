@@ -89,7 +89,7 @@ def fsync(*paths: Path) -> None:
             os.fsync(descriptor)
         except OSError as error:
             if error.errno not in (*UNSUPPORTED, errno.EBADF):
-                raise
+                raise OSError(error.errno, error.strerror, str(path)) from error
         finally:
             os.close(descriptor)
 
@@ -226,7 +226,8 @@ def _lock_own(locks: ExitStack, folder: Path, settings_file: Path, tool: str) ->
     except Timeout as error:
         raise BadInput(f"{folder} is in use by another process: wait until it ends, or choose another --out") from error
     except OSError as error:
-        raise BadInput(f"cannot write to {folder} ({error.strerror}): choose another --out") from error
+        path = error.filename or folder
+        raise BadInput(f"cannot write to {path} ({error.strerror}): choose another --out") from error
 
 
 def _write_marker(marker: Path) -> None:

@@ -103,8 +103,12 @@ def test_other_settings_contents_or_files_are_refused(refused, words, tmp_path):
     assert run_dir.read_json(tmp_path / "settings.json")["lr"] == 1.0
 
 
-DAMAGED = [("config.json", content) for content in (b"{", b"[]", b"\xff\xfe", b"3")]
-DAMAGED += [("metrics.csv", content) for content in (b"a,b\n1,2\n", b"\xff\xfe\x00", b"", b"iteration,reward\nxx,1\n")]
+DAMAGED = [("config.json", content) for content in (b"{", b"[]", b"\xff\xfe", b"3", b'{"a":"\\udc80"}')]
+DAMAGED += [("config.json", opening * 10_000) for opening in (b"[", b'{"a":')]
+DAMAGED += [
+    ("metrics.csv", content)
+    for content in (b"a,b\n1,2\n", b"\xff\xfe\x00", b"", b"iteration,reward\nxx,1\n", b"x" * 200_000)
+]
 
 
 @pytest.mark.parametrize(("name", "content"), DAMAGED)
