@@ -1,12 +1,10 @@
 """Disks that cannot do what a local one does, nodes that do not share one, links, and files that no run has written."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import stat
 import subprocess
 from unittest.mock import Mock
 
@@ -15,39 +13,16 @@ import pytest
 import train_leap_align as trainer
 from leap_align import BadInput
 from runtime import checkpoint, processes, run_dir
-from tests.toy_runs import checkpoints, error_line, metrics, result, run
+from tests.toy_runs import checkpoints, error_line, failing, is_folder, limit_disks, metrics, result, run
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 EACH = ["--checkpoint-every", "1"]
 
 
-def failing(function, number, fails):
-    """An operating system's function that answers with this error where fails(argument)."""
-
-    def call(first, *others, **named):
-        if fails(first):
-            raise OSError(number, os.strerror(number))
-        return function(first, *others, **named)
-
-    return call
-
-
-def is_folder(path_or_descriptor):
-    return stat.S_ISDIR(os.stat(path_or_descriptor).st_mode)
-
-
-def limit_disk(monkeypatch, number, fails, *names):
-    for name in names:
-        monkeypatch.setattr(os, name, failing(getattr(os, name), number, fails))
-
-
 # Disks
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EINVAL, errno.ENOTSUP])
 def test_a_disk_without_locks_fsync_and_renames_of_folders_serves_a_run(reference, tmp_path, monkeypatch, number):
-    """As gcsfuse, CIFS and others; dcp's own fsync is left out."""
-    monkeypatch.setattr(fcntl, "flock", failing(fcntl.flock, number, lambda _: True))
-    limit_disk(monkeypatch, number, is_folder, "rename", "replace")
-    limit_disk(monkeypatch, number, lambda _: True, "fsync")
+    limit_disks(monkeypatch, number)
     run(tmp_path, *EACH, "--iterations", "3")
     shutil.rmtree(tmp_path / "checkpoint" / "000003")
     assert run(tmp_path, "--resume") == metrics(reference)
@@ -61,7 +36,7 @@ def test_a_disk_without_locks_fsync_and_renames_of_folders_serves_a_run(referenc
 def test_a_disk_that_a_run_cannot_use_is_refused_before_training(tmp_path, monkeypatch, number, name):
     """As mountpoint-s3, which renames nothing and reads no file that is being written."""
     is_probe = lambda path: ".part" in str(path) and not is_folder(path)  # noqa: E731
-    limit_disk(monkeypatch, number, is_probe, name)
+    monkeypatch.setattr(os, name, failing(getattr(os, name), number, is_probe))
     monkeypatch.setattr(trainer, "build_task", Mock(side_effect=AssertionError))
     line = error_line("--out", str(tmp_path))
     assert line.startswith(f"error: the disk of {tmp_path} cannot write, read back and rename a file (")
@@ -90,7 +65,7 @@ def test_only_a_full_disk_asks_for_space(reference, tmp_path, monkeypatch, numbe
 
 
 def test_a_folder_on_a_disk_that_renames_files_only_is_still_replaced(tmp_path, monkeypatch):
-    limit_disk(monkeypatch, errno.EMFILE, is_folder, "replace", "rename")
+    limit_disks(monkeypatch, errno.EMFILE)
     for name in ("old", "new"):
         with run_dir.atomic_folder(tmp_path / "lora") as temporary:
             (temporary / name).write_text(name)
@@ -243,7 +218,7 @@ def test_links_to_the_folder_and_of_wandb_serve_and_a_hard_link_keeps_its_conten
 # Locks of disks without locks
 @pytest.fixture
 def no_locks(monkeypatch):
-    monkeypatch.setattr(fcntl, "flock", failing(fcntl.flock, errno.ENOLCK, lambda _: True))
+    limit_disks(monkeypatch, errno.ENOSYS)
 
 
 @pytest.fixture
