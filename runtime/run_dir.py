@@ -12,7 +12,7 @@ import socket
 import stat
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -202,50 +202,52 @@ def locked_folder(folder: Path, settings_file: str, tool: str) -> Iterator[None]
         yield
 
 
+# What a process that died before it wrote its settings may have left, and what operating systems leave.
+LEFT = re.compile(r"\.lock.*|(config|settings)\.json\.\d+\.part|\._.*|\.DS_Store|Thumbs\.db|desktop\.ini|@eaDir")
+
+
 def _lock_own(locks: ExitStack, folder: Path, settings_file: Path, tool: str) -> None:
     require(str(folder).isprintable(), f"{str(folder)!a} has characters that cannot be printed: choose another folder")
     require(folder.is_dir() or not folder.exists(), f"{folder} is a file: choose another folder")
     own = settings_file.is_file() and read_json(settings_file).get("tool") == tool
-    # What a process that died before it wrote its settings may have left, and what operating systems leave.
-    left = re.compile(
-        r"\.lock(\..*)?|(config|settings)\.json\.\d+\.part|\._.*|\.DS_Store|Thumbs\.db|desktop\.ini|@eaDir"
-    )
-    own = own or not folder.exists() or all(left.fullmatch(file.name) for file in folder.iterdir())
+    own = own or not folder.exists() or all(LEFT.fullmatch(file.name) for file in folder.iterdir())
     require(own, f"{folder} is not empty, and {tool} did not fill it: choose another folder")
-    lock = FileLock(folder / LOCK, blocking=False, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-            locks.callback(lock.release)
-        except OSError as error:
-            if isinstance(error, Timeout) or error.errno not in (*UNSUPPORTED, errno.ENOLCK):
-                raise
-            _write_marker(folder / f"{LOCK}.json")
-            locks.callback((folder / f"{LOCK}.json").unlink, missing_ok=True)
-    except Timeout as error:
-        raise BadInput(f"{folder} is in use by another process: wait until it ends, or choose another --out") from error
+        _lock(locks, folder)
     except OSError as error:
         path = error.filename or folder
         raise BadInput(f"cannot write to {path} ({error.strerror}): choose another --out") from error
 
 
+def _lock(locks: ExitStack, folder: Path) -> None:
+    lock, marker = FileLock(folder / LOCK, blocking=False, fallback_to_soft=False), folder / f"{LOCK}.json"
+    try:
+        lock.acquire()
+        locks.callback(lock.release)
+    except Timeout as error:
+        raise BadInput(f"{folder} is in use by another process: wait until it ends, or choose another --out") from error
+    except OSError as error:
+        if error.errno not in (*UNSUPPORTED, errno.ENOLCK):
+            raise
+        _write_marker(marker)
+        locks.callback(marker.unlink, missing_ok=True)
+
+
 def _write_marker(marker: Path) -> None:
-    """Locks a folder on a disk without locks: by a file that names this process, and that nobody else may write."""
+    """Locks a folder on a disk without locks, by a file that names this process; replaces that of an ended one."""
     own = {"host": _host(), "pid": os.getpid(), "started": _started(os.getpid())}
-    if was_left := marker.exists():
-        try:
+    if marker.exists():
+        holder = {}
+        with suppress(BadInput):
             holder = read_json(marker)
-        except BadInput:
-            holder = {}
-        who = f"process {holder.get('pid')} on {holder.get('host')}"
+        who = f"process {holder.get('pid')!a:.20} on {holder.get('host')!a:.80}"
         remedy = f"wait until it ends; if it has ended, delete {marker}"
         require(_has_ended(holder), f"{marker.parent} is in use by {who}: {remedy}")
         marker.unlink(missing_ok=True)
     with marker.open("x") as file:
         json.dump(own, file)
-    if was_left:  # another process may have found the same, and removed this marker
-        time.sleep(0.2)
+    time.sleep(0.2)  # another process may have found the same ended one, and replaced this marker as well
     require(read_json(marker) == own, f"{marker.parent} is in use by another process: wait until it ends")
 
 
