@@ -72,7 +72,7 @@ runtime/checkpoint.py: digest-not-checked ~ if digest(path / name) != ~ if "" ==
 shards-not-synced ~ : fsync(*files)) ~ : None) ~ checkpoint on_the_disk
 state-not-synced ~ fsync(path / "state.json", path, path.parent) ~ fsync(path, path.parent) ~ checkpoint on_the_disk
 name-not-synced ~ state.json", path, path.parent) ~ state.json") ~ checkpoint on_the_disk
-shards-not-counted ~ values == tensor.numel() ~ True ~ disks digests or shard
+shards-not-counted ~ values == tensor.numel() ~ True ~ disks damaged or shard
 generator-not-restored ~ generator.set_state( ~ torch.tensor( ~ checkpoint uninterrupted
 runtime/run_dir.py: names-not-in-digest ~ f"{path.relative_to(folder)} {digest(path)}\n" ~ f"{digest(path)}\n" ~ runtime
 log-keeps-all-rows ~ (row["iteration"]) <= iteration] ~ (row["iteration"]) >= 0] ~ runtime

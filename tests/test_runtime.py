@@ -111,7 +111,7 @@ DAMAGED += [
 ]
 
 
-@pytest.mark.parametrize(("name", "content"), DAMAGED)
+@pytest.mark.parametrize(("name", "content"), DAMAGED, ids=lambda value: str(value)[:30])
 def test_a_damaged_or_foreign_file_is_refused_by_name(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     words = "is damaged|must hold a JSON object|has other columns|is not a CSV file|has a damaged row"
