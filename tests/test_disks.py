@@ -147,7 +147,7 @@ DIGESTS = {
     "outside": lambda digests: {f"../000002/{name}": value for name, value in digests.items()},
 }
 CHANGES = {
-    **{f"{name} {value}": {name: lambda _, value=value: value} for name, value in WRONG},
+    **{f"{name} {value!s:.30}": {name: lambda _, value=value: value} for name, value in WRONG},
     **{f"digests {kind}": {"digests": change} for kind, change in DIGESTS.items()},
 }
 
