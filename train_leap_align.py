@@ -315,7 +315,6 @@ def run(flags: Flags, stop_request: processes.StopRequest) -> None:
     changeable = CHANGEABLE_ON_RESUME | kind.changeable_on_resume
     with run_dir.locked_folder(folder, "config.json", TOOL):
         run_on_rank0(lambda: run_dir.check_run_folder(folder, settings, config.resume, changeable))
-        run_on_all_ranks(lambda: run_dir.check_shared_folder(folder))
         run_on_rank0(lambda: report.announce(flags, kind, method, folder))
         trainer = Trainer(config, hyper, build_task(flags))  # may take minutes
         contents = run_on_all_ranks(lambda: trainer.task.contents() if rank() == 0 else {})

@@ -24,7 +24,7 @@ from full_scale.components import LOADING_ERRORS, MAIN_FILES, REMEDY, weight_fil
 from full_scale.pipeline import Family
 from leap_align import BadInput, require
 from runtime.processes import full_value, one_line, rank, reshard, run_on_all_ranks, run_on_rank0, world_size
-from runtime.run_dir import atomic_folder, read_json, write_errors_named, write_json
+from runtime.run_dir import atomic_folder, disk_remedy, read_json, write_errors_named, write_json
 
 EXPORT_FILE_BYTES = 2 * 10**9  # the most in a file of an export, unless a weight is larger; rank 0 holds one file
 NF4_BLOCKS = 64, 16  # weights that share a scale, scales that share one: their product divides the size of every layer
@@ -308,7 +308,7 @@ def _write_weights(weights: dict[str, Tensor], path: Path) -> None:
         with write_errors_named(path):
             save_file(weights, path, metadata={"format": "pt"})
     except OSError as error:
-        remedy = "free some space, then continue with --resume"
+        remedy = f"{disk_remedy(one_line(error))}, then continue with --resume"
         raise BadInput(f"cannot write {path} ({one_line(error)}): {remedy}") from error
 
 

@@ -85,7 +85,7 @@ class WandB(Tracker):
         import wandb
 
         id_file, self.folder, self.Image = folder / "wandb_id.txt", folder, wandb.Image
-        known_id = id_file.read_text() if settings["resume"] and id_file.exists() else None
+        known_id = id_file.read_text(errors="replace") if settings["resume"] and id_file.exists() else None
         names = {"project": os.environ.get("WANDB_PROJECT", settings["tool"]), "name": folder.name, "id": known_id}
         config = json.loads(json.dumps(settings, default=str))
         try:

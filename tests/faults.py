@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,8 +27,8 @@ from tqdm import tqdm
 
 import train_leap_align as trainer
 from runtime import checkpoint
-from runtime.run_dir import checkpoints
-from tests.toy_runs import ROOT, TORCHRUN, before_every_step, flip_a_bit, metrics, result, without_figures
+from runtime.run_dir import checkpoint_folders, checkpoints
+from tests.toy_runs import ROOT, TORCHRUN, before_every_step, flip_a_bit, limit_disks, metrics, result, without_figures
 from toy.modes import Modes
 
 FLAGS = "--pretrain-steps 300 --reward-steps 300 --evaluation-samples 160 --T 12 --batch-size 64".split()
@@ -100,19 +101,19 @@ def stop_after(out: Path, iterations: int) -> Path:
 
 def killed(out: Path, expected: tuple, during_checkpoint: bool = False, kills: int = 1) -> bool:
     """SIGKILL, at any moment or while a checkpoint is written."""
-    part, fsync = out / "checkpoint" / "part", checkpoint.fsync
+    fsync, has_half = checkpoint.fsync, lambda: len(checkpoint_folders(out)) > len(checkpoints(out))
     # A slow fsync keeps a checkpoint half written for longer, so that a kill can hit it.
     slow = partial(setattr, checkpoint, "fsync", lambda *paths: (time.sleep(0.01), fsync(*paths)))
     for _ in range(kills):
         process = start(out, slow if during_checkpoint else lambda: None)
         time.sleep(DRAW.uniform(0, 1))
-        while during_checkpoint and not part.exists() and process.is_alive():
+        while during_checkpoint and not has_half() and process.is_alive():
             time.sleep(0.0005)
         time.sleep(DRAW.uniform(0, 0.02) if during_checkpoint else 0)
         process.kill()
         if exit_status(process) == 0:
             break  # the run finished first
-        if during_checkpoint and part.exists():
+        if during_checkpoint and has_half():
             INTERRUPTED.append(out)
     return ((out / "result.json").exists() and outcome(out) == expected) or recovers(out, expected)
 
@@ -210,6 +211,45 @@ def lost_rank(out: Path, expected: tuple) -> bool:
     return outcome(out) == expected
 
 
+def limited_disk(out: Path, expected: tuple) -> bool:
+    """SIGKILL on a disk without locks, fsync and renames of folders: the run's lock stays, and is broken."""
+    limit = partial(limit_disks, PATCH)
+    process = start_and_wait(out, DRAW.randrange(45), limit)
+    process.kill()
+    has_left_lock = exit_status(process) == -signal.SIGKILL and (out / ".lock.json").exists()
+    return has_left_lock and exit_status(start(out, limit)) == 0 and outcome(out) == expected
+
+
+def copied_to_nodes(out: Path, expected: tuple) -> bool:
+    """A stopped run, copied to the own disk of a second node and resumed on both: refused, and nothing is lost."""
+    stop_after(out, DRAW.randrange(12, 55))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        group["MASTER_PORT"] = str(free.getsockname()[1])
+    nodes = [out, shutil.copytree(out, out.with_name("copy"))]
+    ranks = [start(node, partial(os.environ.update, group, RANK=str(i))) for i, node in enumerate(nodes)]
+    refused = [exit_status(process) for process in ranks] == [1, 1] and "is not the same on every node" in last_line(
+        out
+    )
+    return refused and recovers(out, expected)
+
+
+def linked(out: Path, expected: tuple) -> bool:
+    """A part of a stopped run's folder is a link: refused, and nothing changes where it points."""
+    stop_after(out, DRAW.randrange(12, 55))
+    path, elsewhere = out / DRAW.choice(["checkpoint", "metrics.csv", "config.json"]), out.with_name("elsewhere")
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    changed = lambda: {file: file.stat().st_mtime_ns for file in (elsewhere, *elsewhere.rglob("*"))}  # noqa: E731
+    before = changed()
+    refused = exit_status(start(out)) == 1 and f"{path} is a link" in last_line(out)
+    refused = refused and before == changed()
+    path.unlink()
+    elsewhere.rename(path)
+    return refused and recovers(out, expected)
+
+
 SIGNALS = ("SIGTERM", "SIGINT (Ctrl-C)", "SIGHUP (closed terminal)", "SIGUSR1 (Slurm)")
 FAULTS = {  # each fault, and how often it is injected
     "SIGKILL at any moment": (killed, 15),
@@ -226,6 +266,9 @@ FAULTS = {  # each fault, and how often it is injected
     "disk full during a checkpoint": (filled, 5),
     "NaN from the reward": (poisoned, 5),
     "one of two processes killed": (lost_rank, 3),
+    "SIGKILL, disk without locks": (limited_disk, 5),
+    "two nodes, each with a copy": (copied_to_nodes, 3),
+    "link in the folder": (linked, 5),
 }
 SHORT = ("SIGKILL at any moment", "SIGKILL during a checkpoint", "disk full during a checkpoint", "NaN from the reward")
 

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 import train_leap_align as trainer
-from runtime import checkpoint
+from runtime import checkpoint, run_dir
 from runtime.processes import stop_on_signals
 from tests.toy_runs import ROOT, TORCHRUN, before_every_step, checkpoints, error_line, flip_a_bit, metrics, result, run
 from toy.modes import Modes
@@ -45,20 +45,19 @@ def test_a_checkpoint_is_written_after_so_many_minutes_or_iterations(tmp_path, m
     assert checkpoints(tmp_path) == ["000002", "000004"]
 
 
-def test_the_newest_checkpoint_is_on_the_disk_before_its_rename_and_that_before_the_oldest_goes(tmp_path, monkeypatch):
-    """By inodes, which a rename keeps, and by this module's own calls: torch syncs the shards as well, today."""
-    events, rmtree = [], shutil.rmtree
-    own = {"fsync": lambda descriptor: events.append(os.fstat(descriptor).st_ino)}
-    own["replace"] = lambda source, target: events.append(f"rename to {target}") or os.replace(source, target)
-    monkeypatch.setattr(checkpoint, "os", SimpleNamespace(**vars(os) | own))
+def test_a_checkpoint_is_on_the_disk_before_its_state_and_that_before_the_oldest_goes(tmp_path, monkeypatch):
+    """By inodes, and by this project's own calls; each with whether state.json was there."""
+    events, rmtree, newest = [], shutil.rmtree, tmp_path / "checkpoint" / "000002"
+    state = newest / "state.json"
+    own = {"fsync": lambda descriptor: events.append((os.fstat(descriptor).st_ino, state.exists()))}
+    monkeypatch.setattr(run_dir, "os", SimpleNamespace(**vars(os) | own))
     monkeypatch.setattr(shutil, "rmtree", lambda path, **how: events.append(f"remove {path}") or rmtree(path, **how))
     run(tmp_path, "--iterations", "2", *EACH, "--checkpoints-total-limit", "1")
     assert checkpoints(tmp_path) == ["000002"]
-    newest = tmp_path / "checkpoint" / "000002"
-    renamed = events.index(f"rename to {newest}")
-    removed = events.index(f"remove {newest.with_name('000001')}", renamed)
-    assert {path.stat().st_ino for path in (newest, *newest.iterdir())} <= set(events[:renamed])
-    assert newest.parent.stat().st_ino in events[renamed:removed]
+    before_removal = set(events[: events.index(f"remove {newest.with_name('000001')}")])
+    first = {(path.stat().st_ino, False) for path in (newest, *newest.glob("*.safetensors"))}
+    last = {(path.stat().st_ino, True) for path in (state, newest, newest.parent)}
+    assert len(first) == 2 and first | last <= before_removal
 
 
 @pytest.mark.parametrize("pattern", ["*.safetensors", "state.json"])

@@ -47,6 +47,8 @@ def test_digests_are_those_of_contents_and_names(tmp_path):
 def test_only_the_names_of_checkpoints_count(tmp_path):
     for name in ("000100", "000099", "1000000", "000100-mine", "9notes", "part", "99"):
         (tmp_path / "checkpoint" / name).mkdir(parents=True)
+        (tmp_path / "checkpoint" / name / "state.json").touch()
+    (tmp_path / "checkpoint" / "000200").mkdir()  # not finished
     assert [path.name for path in run_dir.checkpoints(tmp_path)] == ["000099", "000100", "1000000"]
 
 
@@ -92,6 +94,7 @@ def test_other_settings_contents_or_files_are_refused(refused, words, tmp_path):
         enter(run_dir.claimed_output_folder(tmp_path, "sample", {"lr": 1.0}))
     run_dir.write_settings(tmp_path / "config.json", settings | {"contents": {"prompts": "a", "model": "b"}})
     (tmp_path / "checkpoint" / "000001").mkdir(parents=True)
+    (tmp_path / "checkpoint" / "000001" / "state.json").touch()
     run_dir.check_run_folder(tmp_path, settings | {"iterations": 4}, True, CHANGEABLE)
     run_dir.check_contents(tmp_path, {"prompts": "a", "model": "b"})
     with pytest.raises(BadInput) as stop:
@@ -100,11 +103,15 @@ def test_other_settings_contents_or_files_are_refused(refused, words, tmp_path):
     assert run_dir.read_json(tmp_path / "settings.json")["lr"] == 1.0
 
 
-DAMAGED = [("config.json", content) for content in (b"{", b"[]", b"\xff\xfe", b"3")]
-DAMAGED += [("metrics.csv", content) for content in (b"a,b\n1,2\n", b"\xff\xfe\x00", b"", b"iteration,reward\nxx,1\n")]
+DAMAGED = [("config.json", content) for content in (b"{", b"[]", b"\xff\xfe", b"3", b'{"a":"\\udc80"}')]
+DAMAGED += [("config.json", opening * 10_000) for opening in (b"[", b'{"a":')]
+DAMAGED += [
+    ("metrics.csv", content)
+    for content in (b"a,b\n1,2\n", b"\xff\xfe\x00", b"", b"iteration,reward\nxx,1\n", b"x" * 200_000)
+]
 
 
-@pytest.mark.parametrize(("name", "content"), DAMAGED)
+@pytest.mark.parametrize(("name", "content"), DAMAGED, ids=lambda value: str(value)[:30])
 def test_a_damaged_or_foreign_file_is_refused_by_name(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     words = "is damaged|must hold a JSON object|has other columns|is not a CSV file|has a damaged row"
@@ -125,8 +132,6 @@ def test_a_log_drops_the_rows_after_its_checkpoint(tmp_path):
     assert path.read_text().split() == ["a,b", "1,", "3,2.5"]  # a column for every key
 
 
-@pytest.mark.parametrize("run", [run_on_all_ranks, run_on_rank0])
-@pytest.mark.parametrize("error", [BadInput("lr=0"), FileNotFoundError(2, "No such file", "a/b")])
 @pytest.fixture
 def no_launcher(monkeypatch):
     for name in (*processes.GROUP, *processes.COUNTS):
@@ -165,6 +170,8 @@ def test_processes_of_any_launcher_join_their_group(no_launcher, tmp_path):
         processes.init_process_group()
 
 
+@pytest.mark.parametrize("run", [run_on_all_ranks, run_on_rank0])
+@pytest.mark.parametrize("error", [BadInput("lr=0"), FileNotFoundError(2, "No such file", "a/b")])
 def test_a_refusal_becomes_one_of_all_ranks(run, error):
     def refuse():
         raise error
