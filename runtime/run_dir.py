@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from leap_align import BadInput, require
-from runtime.processes import one_line, run_on_rank0
+from runtime.processes import one_line, printable, run_on_rank0
 
 
 # --------------------------------------------------- Atomic writes ---------------------------------------------------
@@ -93,7 +93,7 @@ def digest(content: bytes | Path) -> str:
 def digest_files(folder: Path, files: Iterable[Path]) -> str:
     """One digest of the names, from the folder on, and the contents of files."""
     total = hashlib.blake2b()
-    for path in tqdm(sorted(files), f"reading {folder}", leave=False, delay=2, mininterval=1):
+    for path in tqdm(sorted(files), f"reading {printable(folder)}", leave=False, delay=2, mininterval=1):
         total.update(f"{path.relative_to(folder)} {digest(path)}\n".encode())
     return total.hexdigest()
 
@@ -203,14 +203,32 @@ def numbered(folder: Path, suffix: str = "") -> dict[int, Path]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
+    check_no_pipe(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         fault = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({one_line(error)})"
         raise BadInput(f"{path} {fault}: restore it, or choose another folder") from error
     kind = type(value).__name__
     require(isinstance(value, dict), f"{path} must hold a JSON object, not a {kind}: restore it")
     return value
+
+
+def parse_json(text: str) -> Any:
+    """The value of a text in JSON.  Raises ValueError, also for one that is nested too deeply or not Unicode."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # an escape such as \\ud800 is half a character
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    return value
+
+
+def check_no_pipe(path: Path) -> Path:
+    """The path, if it is no pipe or device: those are read once, and may wait for a writer."""
+    is_usual = path.is_file() or path.is_dir() or not path.exists()
+    require(is_usual, f"{path} is a pipe or a device, read once: write it to a file first")
+    return path
 
 
 def _changes(path: Path, settings: dict[str, Any], ignored: frozenset[str] = frozenset()) -> str:
