@@ -32,7 +32,7 @@ from tqdm import tqdm
 import beyond
 import leap_align
 from beyond import SOLVERS, Hyper
-from leap_align import BadInput, Endpoints, differentiable, objective
+from leap_align import Endpoints, differentiable, objective
 from runtime import command_line, processes, report, run_dir
 from runtime.backward import BatchGenerator, Leash, SplitVelocity, leaf, rows_of_rank
 from runtime.checkpoint import Progress, TrainingState, load_checkpoint, save_checkpoint
@@ -337,7 +337,7 @@ def main(arguments: list[str] | None = None) -> None:
             flags = parse(arguments)
             processes.init_process_group()
             run(flags, stop_request)
-    except (BadInput, processes.UserCodeError, processes.StoppedBySignal, ImportError, OSError, RuntimeError) as caught:
+    except processes.REPORTED as caught:
         error = caught
     memory = "raise --gradient-accumulation-steps; full_scale/README.md says what else helps"
     processes.exit_process(error, "continue with --resume", memory)

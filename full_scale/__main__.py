@@ -23,8 +23,7 @@ import sys
 
 import tyro
 
-from leap_align import BadInput
-from runtime.processes import StoppedBySignal, UserCodeError, exit_process, init_process_group, stop_on_signals
+from runtime.processes import REPORTED, StoppedBySignal, exit_process, init_process_group, stop_on_signals
 
 TOOLS = {
     "shapes": "full_scale.shapes.build:shapes",
@@ -58,10 +57,10 @@ def main(arguments: list[str] | None = None) -> None:
     error = None
     try:
         run(sys.argv[1:] if arguments is None else arguments)
-    except (BadInput, UserCodeError, ImportError, OSError, RuntimeError) as caught:
-        error = caught
     except StoppedBySignal as caught:
         error = StoppedBySignal(caught.signal, is_saved=True)  # every file that a tool has written is whole
+    except REPORTED as caught:
+        error = caught
     memory = "free some, or lower the --batch-size of sample"
     exit_process(error, "the same command continues from here", memory)
 

@@ -1,11 +1,14 @@
 """Open a diffusers pipeline: its folder, its family, its components."""
 
+import logging
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import torch
+from tqdm import tqdm
 
 from full_scale.components import LOADING_ERRORS, REMEDY, load_component
 from full_scale.models import FAMILIES, Family
@@ -46,7 +49,9 @@ def pipeline_folder(model: str, subfolders: tuple[str, ...] = (*TEXT_SUBFOLDERS,
         require(is_pipeline, f"model={model} is neither a hub id OWNER/NAME nor a folder with a model_index.json")
         return folder
     configs = "model_index.json", "scheduler/*", "transformer/config.json"
-    return download(model, *configs, *(f"{name}/*" for name in subfolders), flag="--model")
+    everything = [*configs, *(f"{name}/*" for name in (*TEXT_SUBFOLDERS, "transformer", "vae"))]
+    files = [*configs, *(f"{name}/*" for name in subfolders)]
+    return download(model, *files, flag="--model", by_hand=everything)
 
 
 def open_pipeline(family: Family, folder: Path, dtype: torch.dtype, text: bool = True, **components: Any) -> Any:
@@ -55,6 +60,8 @@ def open_pipeline(family: Family, folder: Path, dtype: torch.dtype, text: bool =
     text=False leaves the text encoders and tokenizers out.  components: replace those on disk; None leaves one out.
     """
     silence_other_ranks()
+    for name in (family.pipeline_class.__module__, "transformers.tokenization_utils_base"):
+        logging.getLogger(name).addFilter(_is_no_cut_prompt)
     index = read_json(folder / "model_index.json")
     if not text:
         components |= {name: None for name in index if name.startswith(("text_encoder", "tokenizer"))}
@@ -67,6 +74,31 @@ def open_pipeline(family: Family, folder: Path, dtype: torch.dtype, text: bool =
         return family.pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True, **components)
     except LOADING_ERRORS as error:
         raise BadInput(f"{folder} is not a complete pipeline: {one_line(error)}") from error
+
+
+def count_cut_prompts(pipeline: Any, prompts: Sequence[str], tokens: int | None = None) -> None:
+    """Rank 0 says how many prompts are longer than a pipeline's tokenizers read; else nothing.
+
+    tokens: of the largest text encoder, whose tokenizer is the last; the pipeline's own if not given.
+    """
+    tokens = tokens or PIPELINES[type(pipeline).__name__][1].max_sequence_length
+    names = sorted(name for name, part in pipeline.components.items() if name.startswith("tokenizer") and part)
+    for name in names if rank() == 0 else ():
+        tokenizer, texts = getattr(pipeline, name), list(prompts)
+        most = tokens if name == names[-1] else tokenizer.model_max_length
+        if tokenizer.chat_template and len(names) == 1:
+            chats = [[{"role": "user", "content": text}] for text in texts]
+            texts = tokenizer.apply_chat_template(
+                chats, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        cut = sum(len(ids) > most for ids in tokenizer(texts, truncation=False, verbose=False).input_ids)
+        if cut:
+            tqdm.write(f"{cut} of {len(texts)} prompts are cut: {name} reads {most} tokens")
+
+
+def _is_no_cut_prompt(record: logging.LogRecord) -> bool:
+    """False for what libraries log of each prompt that is cut, in full and at every step."""
+    return "truncated because" not in record.msg and "Token indices sequence length" not in record.msg
 
 
 def component_class(folder: Path, name: str, entry: Any, expected: type) -> type | None:
@@ -104,6 +136,13 @@ def check_image_size(height: int, width: int) -> None:
     for name, pixels in {"height": height, "width": width}.items():
         is_valid = pixels >= 16 and pixels % 16 == 0
         require(is_valid, f"{name}={pixels} must be a multiple of 16 pixels: 512, 720, 1024, ...")
+
+
+def check_positions(transformer: Any, height: int, width: int) -> None:
+    """Refuses an image with more rows or columns of patches than a transformer knows: SD3 has a table of them."""
+    most = 16 * (transformer.config.get("pos_embed_max_size") or math.inf)
+    for name, pixels in {"height": height, "width": width}.items():
+        require(pixels <= most, f"{name}={pixels} must be at most {most}, the largest size that this model knows")
 
 
 def check_sequence_length(tokens: int) -> None:

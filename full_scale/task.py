@@ -124,6 +124,7 @@ class DiffusersTask(Task):
         for module in self.frozen_modules():
             module.requires_grad_(False)
         self.model = self.build_transformer()
+        pipeline.check_positions(self.model, options.height, options.width)
         self.times, self.evaluation_times = self.times_of(T), self.times_of(T_in_evaluation)
 
     def times_of(self, T: int) -> Tensor:
@@ -155,7 +156,10 @@ class DiffusersTask(Task):
 
     def open_pipeline(self, text: bool) -> Any:
         """The pipeline without its transformer; without its text encoders unless text."""
-        return pipeline.open_pipeline(self.family, self.folder, self.dtype, text=text, transformer=None)
+        opened = pipeline.open_pipeline(self.family, self.folder, self.dtype, text=text, transformer=None)
+        prompts = list(dict.fromkeys([*self.prompts, *self.evaluation_prompts]))
+        pipeline.count_cut_prompts(opened, prompts if text else (), self.options.max_sequence_length)
+        return opened
 
     def frozen_modules(self) -> list[nn.Module]:
         """What training keeps besides the transformer: reward, VAE, and text encoders if they are needed all along."""
@@ -280,7 +284,11 @@ class DiffusersTask(Task):
         paths = [find_embedding(prompt, self.embedding_folders) for prompt in prompts]
         if all(paths):
             rows = [read_embedding(path) for path in paths]
-            return {name: torch.stack([row[name] for row in rows]).to(self.device, self.dtype) for name in rows[0]}
+            shapes = self.family.text_shapes(self.model.config, self.options.max_sequence_length)
+            for path, row in zip(paths, rows):
+                found = {name: tuple(value.shape) for name, value in row.items()}
+                require(found == shapes, f"{path} holds {found}, not {shapes}: delete it, and embed again")
+            return {name: torch.stack([row[name] for row in rows]).to(self.device, self.dtype) for name in shapes}
         if self.encoded_once:
             rows = [self.encoded_once[prompt] for prompt in prompts]
             return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}

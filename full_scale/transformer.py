@@ -20,11 +20,19 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from full_scale.components import LOADING_ERRORS, MAIN_FILES, REMEDY, weight_files, weight_shapes
+from full_scale.components import (
+    LOADING_ERRORS,
+    MAIN_FILES,
+    REMEDY,
+    check_finite,
+    read_config,
+    weight_files,
+    weight_shapes,
+)
 from full_scale.pipeline import Family
 from leap_align import BadInput, require
 from runtime.processes import full_value, one_line, rank, reshard, run_on_all_ranks, run_on_rank0, world_size
-from runtime.run_dir import atomic_folder, disk_remedy, read_json, write_errors_named, write_json
+from runtime.run_dir import atomic_folder, check_no_pipe, disk_remedy, write_errors_named, write_json
 
 EXPORT_FILE_BYTES = 2 * 10**9  # the most in a file of an export, unless a weight is larger; rank 0 holds one file
 NF4_BLOCKS = 64, 16  # weights that share a scale, scales that share one: their product divides the size of every layer
@@ -34,7 +42,7 @@ NF4_BLOCKS = 64, 16  # weights that share a scale, scales that share one: their 
 def empty_transformer(family: Family, folder: Path) -> nn.Module:
     """The transformer of the pipeline in a folder, on the meta device: architecture without memory."""
     kind, path = family.transformer_class, folder / "transformer" / "config.json"
-    config = read_json(path)
+    config = read_config(path.parent)
     try:
         with torch.device("meta"):
             return kind.from_config(config).eval()
@@ -214,7 +222,8 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         dcp.load(state, storage_reader=reader)
     except dcp.CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values()]
-        raise BadInput(f"cannot load the weights in {folder} ({one_line(causes[0])}): {REMEDY}") from error
+        raise BadInput(f"cannot load the weights in {folder} ({one_line(causes[0])}): {REMEDY}") from causes[0]
+    run_on_all_ranks(lambda: check_finite(state, folder))
 
 
 def check_weights(state: dict[str, Tensor], folder: Path) -> None:
@@ -245,9 +254,11 @@ def read_lora(path: Path) -> dict[str, Tensor]:
     """The adapters in a `lora/` folder, or in one file."""
     file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
     try:
-        return load_file(file)
+        adapters = load_file(check_no_pipe(file))
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{file} is missing or damaged ({one_line(error)}): restore it") from error
+    check_finite(adapters, file)
+    return adapters
 
 
 def _set_lora(model: nn.Module, state: dict[str, Tensor]) -> None:

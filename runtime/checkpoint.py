@@ -27,7 +27,16 @@ from tqdm import tqdm
 
 from leap_align import BadInput, require
 from runtime.ema import EMA
-from runtime.processes import RaisedOnAllRanks, all_gather, one_line, rank, run_on_all_ranks, run_on_rank0, world_size
+from runtime.processes import (
+    RaisedOnAllRanks,
+    all_gather,
+    one_line,
+    printable,
+    rank,
+    run_on_all_ranks,
+    run_on_rank0,
+    world_size,
+)
 from runtime.run_dir import (
     check_not_removed,
     checkpoint_folders,
@@ -186,7 +195,7 @@ def _newest_undamaged(folder: Path, tensors: dict[str, Tensor]) -> tuple[Path, d
             return path, _verified_state(path, tensors)
         except RaisedOnAllRanks as error:
             if rank() == 0:
-                tqdm.write(f"{path} is damaged ({error}): loading the checkpoint before it")
+                tqdm.write(f"{printable(path)} is damaged ({error}): loading the checkpoint before it")
     remedy = f"delete {folder} and start the run without --resume, or choose another --out"
     raise RaisedOnAllRanks(f"{folder} has no undamaged checkpoint among {len(paths)}: {remedy}")
 

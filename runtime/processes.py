@@ -5,6 +5,7 @@ Every function also works in a single process without a process group: that is r
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -140,10 +141,10 @@ def run_on_all_ranks(action: Callable[[], Any]) -> Any:
     result, message = None, None
     try:
         result = action()
-    except BadInput as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename or 'a file'}: {one_line(error)}"
+    except (BadInput, OSError) as error:
+        if _out_of_memory(error):
+            raise
+        message = str(error) if isinstance(error, BadInput) else f"{error.filename or 'a file'}: {one_line(error)}"
     if messages := [text for text in all_gather(message) if text is not None]:
         raise RaisedOnAllRanks(messages[0])
     return result
@@ -157,7 +158,12 @@ def run_on_rank0(action: Callable[[], Any]) -> None:
 def one_line(error: BaseException) -> str:
     """An error's message on one line of at most 200 characters."""
     text = getattr(error, "strerror", None) or str(error)
-    return f"{' '.join(text.split()):.200}"
+    return printable(f"{' '.join(text.split()):.200}")
+
+
+def printable(text: object) -> str:
+    """A text, such as a file's name, on one line: control characters, which steer a terminal, are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 # ------------------------------------------------------ Signals ------------------------------------------------------
@@ -207,6 +213,8 @@ PACKAGES = {name: name for name in "diffusers transformers peft accelerate sente
 PACKAGES |= {name: name for name in "torchvision tokenizers huggingface_hub matplotlib hpsv2 psutil".split()}
 PACKAGES |= {"sklearn": "scikit-learn", "open_clip": "open_clip_torch"}
 """Packages that requirements.txt installs, by the name under which Python imports them."""
+OUT_OF_MEMORY = "DefaultCPUAllocator|could not create a (memory object|primitive)|Cannot allocate memory|failed to map"
+"""How libraries say that memory ran out: torch, oneDNN, the operating system, the loader of shared libraries."""
 
 
 class UserCodeError(Exception):
@@ -222,6 +230,10 @@ def user_code(what: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         raise UserCodeError(what) from error.with_traceback(error.__traceback__.tb_next)  # without this frame
+
+
+REPORTED = (BadInput, UserCodeError, StoppedBySignal, ImportError, OSError, RuntimeError, MemoryError)
+"""Errors that a program gives to exit_process."""
 
 
 def exit_process(error: BaseException | None, continue_with: str, out_of_memory: str) -> None:
@@ -265,20 +277,31 @@ def _message(error: BaseException, continue_with: str, out_of_memory: str) -> st
     if isinstance(error, StoppedBySignal):
         outcome = f"progress is saved: {continue_with}" if error.is_saved else "nothing new was saved"
         return f"stopped by {signal.Signals(error.signal).name}, {outcome}"
+    if reason := _out_of_memory(error):  # also where it was taken for a damaged file
+        return f"error: out of memory ({reason:.120}): {out_of_memory}"
     if isinstance(error, BadInput):
-        return f"error: {error}"
+        return f"error: {printable(error)}"
     if isinstance(error, UserCodeError):
-        cause, lines = error.__cause__, "".join(traceback.format_exception(error.__cause__)).rstrip()
-        return f"error: {error} raised {type(cause).__name__}: {one_line(cause)}; its traceback:\n{lines}"
+        cause, lines = error.__cause__, "".join(traceback.format_exception(error.__cause__)).rstrip().split("\n")
+        first = f"error: {printable(error)} raised {type(cause).__name__}: {one_line(cause)}; its traceback:"
+        return "\n".join([first, *map(printable, lines)])
     if package := _missing_package(error):
         return f"error: {package} is not installed: pip install -r requirements.txt"
-    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-        return f"error: out of memory ({one_line(error):.120}): {out_of_memory}"
     if isinstance(error, OSError):
-        return f"error: {error.filename or 'writing a file'}: {one_line(error)}; then {continue_with}"
+        return f"error: {printable(error.filename or 'writing a file')}: {one_line(error)}; then {continue_with}"
     if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
         return f"error: lost another process ({one_line(error):.80}): {continue_with}"
     raise error
+
+
+def _out_of_memory(error: BaseException | None) -> str | None:
+    """What says that memory ran out: the error or, unless it is None, one that it was raised from."""
+    while error is not None:
+        is_of_library = not isinstance(error, BadInput | UserCodeError) and re.search(OUT_OF_MEMORY, str(error))
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or is_of_library:
+            return one_line(error) or "host memory"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _missing_package(error: BaseException | None) -> str | None:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from runtime.checkpoint import Progress
-from runtime.processes import full_value, rank, world_size
+from runtime.processes import full_value, printable, rank, world_size
 from runtime.run_dir import atomic_file, checkpoints, read_csv, write_json
 from runtime.task import Task
 
@@ -51,7 +51,7 @@ def announce(flags: Any, task: type[Task], method: Callable[..., Any], folder: P
     print(f"{config.task} is trained to lower {loss}{leash}: {sizes}, lr {config.lr:g}{''.join(done)}.")
     print((method.__doc__ or config.method).strip().splitlines()[0])
     evaluators = ", ".join(task.evaluators(flags.task)) or "none"
-    print(f"Training never sees these evaluators: {evaluators}. The folder is {folder}.")
+    print(f"Training never sees these evaluators: {evaluators}. The folder is {printable(folder)}.")
     precision = asdict(flags.task).get("precision", "float32")
     print(f"Processes: {world_size()}; device: {task.choose_device()}; precision: {precision}.", flush=True)
 
@@ -84,7 +84,7 @@ def write_report(folder: Path, task: Task, progress: Progress, tracker: Any, fla
     print_summary(folder, evaluations, seconds, warnings)
     tracker.add_figures(progress.iteration)
     pictures = [*sorted(folder.glob("*.png")), *sorted(folder.glob("samples/*.png"))[-1:]]
-    print(f"look at {', '.join(map(str, pictures))}")
+    print(f"look at {', '.join(map(printable, pictures))}")
     print(f"next: {next_command(task, flags.method.lam, flags.run.beta)}")
 
 
@@ -114,7 +114,7 @@ def print_summary(folder: Path, evaluations: list[Evaluation], seconds: float, w
         print(f"{name:14}{before[name]:10.3f}{after[name]:10.3f}")
     for warning in warnings.values():
         print(warning)
-    print(f"{seconds:.1f} s of training; figures, metrics and weights are in {folder}")
+    print(f"{seconds:.1f} s of training; figures, metrics and weights are in {printable(folder)}")
 
 
 def _evaluators(row: Evaluation) -> dict[str, float]:

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from leap_align import BadInput, require
-from runtime.processes import all_gather, one_line, run_on_all_ranks, run_on_rank0
+from runtime.processes import all_gather, one_line, printable, run_on_all_ranks, run_on_rank0
 
 
 # --------------------------------------------------- Atomic writes ---------------------------------------------------
@@ -125,7 +125,7 @@ def digest(content: bytes | Path) -> str:
 def digest_files(folder: Path, files: Iterable[Path]) -> str:
     """One digest of the names, from the folder on, and the contents of files."""
     total = hashlib.blake2b()
-    for path in tqdm(sorted(files), f"reading {folder}", leave=False, delay=2, mininterval=1):
+    for path in tqdm(sorted(files), f"reading {printable(folder)}", leave=False, delay=2, mininterval=1):
         total.update(f"{path.relative_to(folder)} {digest(path)}\n".encode())
     return total.hexdigest()
 
@@ -336,18 +336,9 @@ def numbered(folder: Path, suffix: str = "") -> dict[int, Path]:
     return {int(path.stem): path for path in sorted(paths, key=lambda path: int(path.stem))}
 
 
-def parse_json(text: str) -> Any:
-    """The value in JSON text; raises ValueError also for nesting without end and for characters that no file holds."""
-    try:
-        value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode()  # fails for halves of surrogate pairs
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    return value
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
+    check_no_pipe(path)
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -356,6 +347,23 @@ def read_json(path: Path) -> dict[str, Any]:
     kind = type(value).__name__
     require(isinstance(value, dict), f"{path} must hold a JSON object, not a {kind}: restore it")
     return value
+
+
+def parse_json(text: str) -> Any:
+    """The value of a text in JSON.  Raises ValueError, also for one that is nested too deeply or not Unicode."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # an escape such as \\ud800 is half a character
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    return value
+
+
+def check_no_pipe(path: Path) -> Path:
+    """The path, if it is no pipe or device: those are read once, and may wait for a writer."""
+    is_usual = path.is_file() or path.is_dir() or not path.exists()
+    require(is_usual, f"{path} is a pipe or a device, read once: write it to a file first")
+    return path
 
 
 def _changes(path: Path, settings: dict[str, Any], ignored: frozenset[str] = frozenset()) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 import train_leap_align as trainer
 from full_scale import __main__ as tools
 from leap_align import BadInput, uniform_times
-from runtime.processes import StoppedBySignal, UserCodeError, user_code
+from runtime.processes import StoppedBySignal, UserCodeError, exit_process, user_code
 from runtime.task import Task
 from tests.tiny_rewards import refusal
 from tests.toy_runs import ROOT
@@ -82,6 +82,7 @@ NO_NUMBERS = "evaluate must return a dict of numbers, reward, spread among them"
         ("__init__", lambda self, *_: setattr(self, "times", uniform_times(4)), "task mine lacks model: see the class"),
         ("__init__", lambda self, *_: setattr(self, "model", nn.Linear(2, 2)), "task mine lacks times: see the class"),
         ("velocity_of", lambda self, model, inputs: lambda x, t: model(x).detach(), f"velocity {NO_GRADIENT}"),
+        ("velocity_of", lambda self, model, inputs: lambda x, t: (model(x),), "the velocity gave a tuple: return its"),
         ("decode", lambda self, x_0: 2 * x_0.detach(), f"task mine: decode {NO_GRADIENT}"),
         ("reward", lambda self, sample, _: sample.sum(1).tolist(), "a reward of type list must be a tensor (B,)"),
         ("evaluate", lambda *_: None, NO_NUMBERS),
@@ -128,6 +129,21 @@ def test_an_exception_in_a_reward_is_shown_below_a_line_that_names_it(models, tm
         first, *traceback = stop.value.code.split("\n")
         assert first == f"error: your reward {reward} raised KeyError: 'x'; its traceback:"
         assert traceback[0].startswith("Traceback") and 'returns(lambda images: {}["x"])' in "\n".join(traceback)
+
+
+FORGED = "x\x1b[2K\rerror: fine\nerror: \u202e\x9b\udcff"
+"""A text that clears its line on a terminal and writes others."""
+
+
+@pytest.mark.parametrize("error", [BadInput(FORGED), OSError(5, "x", FORGED), UserCodeError(FORGED)])
+def test_no_message_steers_the_terminal_or_forges_a_line(error):
+    if isinstance(error, UserCodeError):
+        error.__cause__ = ValueError(FORGED)
+    with pytest.raises(SystemExit) as stop:
+        exit_process(error, "", "")
+    first, *traceback = stop.value.code.split("\n")
+    assert r"x\x1b[2K\rerror: fine\n" in first and all(line.isprintable() for line in (first, *traceback))
+    assert bool(traceback) == isinstance(error, UserCodeError)
 
 
 OWN_LINE = [BadInput("x"), torch.OutOfMemoryError("x"), StoppedBySignal(15, False)]
