@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,11 @@ COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZ
 def is_in_group() -> bool:
     """Whether the environment describes a process group."""
     return all(name in os.environ for name in GROUP)
+
+
+def is_under_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def init_process_group(backend: str | None = None) -> None:
@@ -178,17 +183,34 @@ class StopRequest:
     """Which signal asks this process to stop, and what it does then."""
 
     signal: int = 0  # 0 for none
-    is_deferred: bool = False  # the caller looks at `signal` when it can save; else StoppedBySignal is raised at once
+    is_deferred: bool = False  # the caller calls `check` when it can save; else StoppedBySignal is raised at once
+    launcher: int = field(default_factory=os.getppid)  # under torchrun
+
+    def check(self, *_: Any) -> None:
+        """Raises StoppedBySignal on every rank if one of them is to stop; all ranks call it equally often.
+
+        Without its torchrun a process stops as by SIGHUP.  Takes and ignores the arguments of a module's hook.
+        """
+        if not self.signal and is_under_torchrun() and os.getppid() != self.launcher:
+            self.signal = signal.SIGHUP
+        number = torch.tensor(self.signal)
+        if world_size() > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        if number:
+            raise StoppedBySignal(int(number), is_saved=False)
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Yields a StopRequest that a stop signal fills.  The same signal a second time ends the process at once."""
+    """Yields a StopRequest that a stop signal fills.  The same signal a second time ends the process at once.
+
+    Not so under torchrun: it passes on a signal that a scheduler may have sent to every process, too.
+    """
     request = StopRequest()
 
     def handle(number: int, frame: Any) -> None:
         request.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_IGN if is_under_torchrun() else signal.SIG_DFL)
         if not request.is_deferred:
             raise StoppedBySignal(number, is_saved=False)
 

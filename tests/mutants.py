@@ -68,9 +68,13 @@ state-not-advanced ~ self.generator.set_state(generator.get_state()) ~ pass ~ tr
 gradient-not-cleared ~ self.optimizer.zero_grad() ~ pass ~ trainer not_finite
 leash-without-weight ~ (x_0, gradient, weight, before ~ (x_0, gradient, torch.ones_like(weight), before ~ trainer leash
 runtime/command_line.py: batch-of-ranks ~ % (world_size * config ~ % (1 * config ~ trainer all_ranks
+train_leap_align.py: unfinished-draws ~ self.generator.clone_state() ~ self.generator ~ checkpoint next_call
+unfinished-gradients ~ trainer.optimizer.zero_grad() ~ pass ~ checkpoint next_call
+signal-waits-for-the-iteration ~ pre_hook(stop_request.check, ~ pre_hook(lambda *_: None, ~ checkpoint next_call
 runtime/checkpoint.py: digest-not-checked ~ digest(path / name) == ~ "" != ~ checkpoint reported
 state-not-synced ~ fsync(part / "state.json", part) ~ fsync(part) ~ checkpoint newest
 rename-not-synced ~ fsync(part.parent) ~ pass ~ checkpoint newest
+new-optimizer-counts-a-step ~ values["step"].zero_() ~ pass ~ checkpoint next_call
 generator-not-restored ~ generator.set_state( ~ torch.tensor( ~ checkpoint uninterrupted
 checkpoint-copied ~ os.replace(part, path) ~ shutil.copytree(part, path) ~ checkpoint newest
 runtime/run_dir.py: names-not-in-digest ~ f"{path.relative_to(folder)} {digest(path)}\n" ~ f"{digest(path)}\n" ~ runtime
