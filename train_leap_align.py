@@ -54,7 +54,7 @@ METRICS = tuple("loss reward grad_norm weight d_j d_0 hinge_active i_k i_j leash
 """The columns of metrics.csv, after `iteration` and before those of the task."""
 CHANGEABLE_ON_RESUME = frozenset(
     "iterations gradient_accumulation_steps evaluate_every checkpoint_every checkpoint_minutes checkpoints_total_limit "
-    "max_skipped_steps tracker out resume".split()
+    "max_skipped_steps process_group_timeout tracker out resume".split()
 )
 """Fields of Config that may change on --resume: no iteration depends on them."""
 
@@ -82,6 +82,7 @@ class Config:
     checkpoint_minutes: float = 30.0  # Minutes between checkpoints, at most, and the rest of an iteration.
     checkpoints_total_limit: int = 2  # Checkpoints to keep; an older one replaces a damaged one.
     max_skipped_steps: int = 10  # Consecutive iterations with a loss or gradient that is not finite before a run stops.
+    process_group_timeout: float = processes.GROUP_MINUTES  # Minutes that a process waits for another one.
     seed: int = 0  # Seed of noise, prompts and timesteps.
     # Where to watch the run: every metric, evaluation and image, besides the files in the run's folder.
     tracker: Literal["tensorboard", "wandb"] | None = None
@@ -261,7 +262,7 @@ def build_task(flags: Flags) -> Task:
     check_task(config.task, task)
     if config.beta:
         task.keep_reference()
-    task.parallelize(processes.device_mesh(task.device.type))
+    task.parallelize(processes.device_mesh(task.device.type, config.process_group_timeout))
     return task
 
 
@@ -337,7 +338,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with processes.stop_on_signals() as stop_request:
             flags = parse(arguments)
-            processes.init_process_group()
+            processes.init_process_group(minutes=flags.run.process_group_timeout)
             run(flags, stop_request)
     except (BadInput, processes.UserCodeError, processes.StoppedBySignal, ImportError, OSError, RuntimeError) as caught:
         error = caught

@@ -3,15 +3,20 @@
 Every function also works in a single process without a process group: that is rank 0 of 1.
 """
 
+import itertools
 import json
 import os
+import re
 import signal
+import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,6 +45,7 @@ def world_size() -> int:
 
 GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """The environment variables that describe a process group; torchrun sets them."""
+GROUP_MINUTES = 30.0  # longer than a slow first iteration, or a checkpoint on a slow disk
 COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 """In which launchers say how many processes they start."""
 
@@ -54,15 +60,25 @@ def is_under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def init_process_group(backend: str | None = None) -> None:
+def init_process_group(backend: str | None = None, minutes: float = GROUP_MINUTES) -> None:
     """Joins the process group that the environment describes, if it does.
 
+    minutes: how long a process waits for another one before it ends.
     Raises BadInput if a launcher started several processes, but does not say how they find each other.
     """
     if is_in_group():
         for name in (name for name in GROUP if name != "MASTER_ADDR"):
             require(os.environ[name].isdecimal(), f"{name}={os.environ[name]!r} in the environment is no number")
-        dist.init_process_group(backend)
+        require(0 < minutes < 1e6, f"process_group_timeout={minutes} must be positive and finite")
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=BEAT_SECONDS))
+        store.set(_beat_of(rank()), "0")
+        following = (rank() + 1) % world_size()
+        host = all_gather(socket.gethostname())[following]
+        names = f"rank {following} on {host}", "{} (port {}), where the processes meet,".format(*address)
+        arguments = (store, rank(), following, *names)
+        threading.Thread(target=report_silence, args=arguments, daemon=True).start()
         return
     missing = ", ".join(name for name in GROUP if name not in os.environ)
     for name in COUNTS:
@@ -71,8 +87,35 @@ def init_process_group(backend: str | None = None) -> None:
         require(is_alone, f"{name}={os.environ.get(name)}, but {missing} are not set: {remedy}")
 
 
-def device_mesh(device_type: str) -> DeviceMesh | None:
-    """A mesh of all ranks, or None without a process group."""
+BEAT_SECONDS, SILENT_SECONDS = 5, 60
+
+
+def _beat_of(rank: int) -> str:
+    return f"leap_align/beat/{rank}"
+
+
+def report_silence(store: dist.Store, own: int, other: int, name: str, store_name: str) -> None:
+    """Shows in the store that rank `own` lives, and prints once when rank `other` no longer does the same.
+
+    So a node that is frozen is named, minutes before a collective call times out, which knows no names.
+    """
+    last, since = None, time.monotonic()
+    for number in itertools.count(1):
+        try:
+            store.set(_beat_of(own), str(number))
+            beat, silent = store.get(_beat_of(other)), name
+        except RuntimeError:  # of torch.distributed
+            beat, silent = last, store_name
+        if beat != last:
+            last, since = beat, time.monotonic()
+        elif time.monotonic() - since > SILENT_SECONDS:
+            print(f"warning: {silent} has not answered for {SILENT_SECONDS} s", file=sys.stderr, flush=True)
+            return
+        time.sleep(BEAT_SECONDS)
+
+
+def device_mesh(device_type: str, minutes: float = GROUP_MINUTES) -> DeviceMesh | None:
+    """A mesh of all ranks, or None without a process group; `minutes` as in init_process_group."""
     if not dist.is_initialized():
         return None
     ranks_per_node = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -80,7 +123,10 @@ def device_mesh(device_type: str) -> DeviceMesh | None:
         return init_device_mesh(device_type, (ranks_per_node,))
     # HSDP: sharded within a node, replicated across the slow links between nodes.
     shape = (world_size() // ranks_per_node, ranks_per_node)
-    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+    for group in mesh.get_all_groups():
+        dist.set_timeout(timedelta(minutes=minutes), group)
+    return mesh
 
 
 def barrier() -> None:
@@ -160,8 +206,9 @@ def run_on_rank0(action: Callable[[], Any]) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message on one line of at most 200 characters."""
-    text = getattr(error, "strerror", None) or str(error)
+    """An error's message on one line of at most 200 characters, without C++'s places and stack."""
+    text = (getattr(error, "strerror", None) or str(error)).split("Exception raised from")[0]
+    text = re.sub(r"^\[[^]]*\.cc:\d+\] ", "", text.rpartition("Last error:")[2].strip() or text)  # gloo's, NCCL's
     return f"{' '.join(text.split()):.200}"
 
 
@@ -270,9 +317,9 @@ def exit_process(error: BaseException | None, continue_with: str, out_of_memory:
 
 
 def _exit_in_group(error: BaseException | None, message: str, status: int) -> None:
-    this_rank = int(os.environ["RANK"])
-    message = message if this_rank == 0 else f"{message} (process {this_rank})"
-    if error is not None and (this_rank == 0 or not isinstance(error, RaisedOnAllRanks | StoppedBySignal)):
+    is_common = isinstance(error, RaisedOnAllRanks | StoppedBySignal)
+    message = message if is_common else f"{message} (rank {os.environ['RANK']} on {socket.gethostname()})"
+    if error is not None and (int(os.environ["RANK"]) == 0 or not is_common):
         print(message, file=sys.stderr)
         if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun shows its message in a table at the end
             content = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
@@ -294,13 +341,32 @@ def _message(error: BaseException, continue_with: str, out_of_memory: str) -> st
         return f"error: {error} raised {type(cause).__name__}: {one_line(cause)}; its traceback:\n{lines}"
     if package := _missing_package(error):
         return f"error: {package} is not installed: pip install -r requirements.txt"
-    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-        return f"error: out of memory ({one_line(error):.120}): {out_of_memory}"
+    if isinstance(error, torch.OutOfMemoryError) or MEMORY.search(str(error)):
+        return f"error: out of memory ({one_line(error)}): {out_of_memory}"
     if isinstance(error, OSError):
         return f"error: {error.filename or 'writing a file'}: {one_line(error)}; then {continue_with}"
-    if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-        return f"error: lost another process ({one_line(error):.80}): {continue_with}"
+    if isinstance(error, dist.DistError) or (dist.is_initialized() and "gloo" in str(error)):
+        return f"error: {_group_failure(error, continue_with)}"
     raise error
+
+
+MEMORY = re.compile("out of memory|ALLOC_FAILED|ALLOCATION_FAILED|DefaultCPUAllocator", re.IGNORECASE)
+"""In the messages of CUDA, cuBLAS, cuDNN, cuSPARSE, NCCL and the CPU's allocator, which have no class of their own."""
+
+
+def _group_failure(error: BaseException, continue_with: str) -> str:
+    """What an error of torch.distributed means, its message, and what helps."""
+    cause, address, port = one_line(error), os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if "EADDRINUSE" in str(error):
+        return f"port {port} is in use ({cause}): set another MASTER_PORT, with torchrun --master_port"
+    if "/dev/shm" in str(error):
+        return f"/dev/shm is too small for NCCL ({cause}): docker run --shm-size=8g, or set NCCL_SHM_DISABLE=1"
+    if not dist.is_initialized():
+        return f"no contact at {address}, port {port} ({cause}): start all processes, and open this port on that node"
+    if re.search("timed? ?out", str(error), re.IGNORECASE):
+        slow = "if it was only slow, raise --process-group-timeout"
+        return f"waited too long for another process ({cause}): {continue_with}; {slow}"
+    return f"lost another process ({cause}): {continue_with}"
 
 
 def _missing_package(error: BaseException | None) -> str | None:

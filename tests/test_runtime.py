@@ -125,8 +125,6 @@ def test_a_log_drops_the_rows_after_its_checkpoint(tmp_path):
     assert path.read_text().split() == ["a,b", "1,", "3,2.5"]  # a column for every key
 
 
-@pytest.mark.parametrize("run", [run_on_all_ranks, run_on_rank0])
-@pytest.mark.parametrize("error", [BadInput("lr=0"), FileNotFoundError(2, "No such file", "a/b")])
 @pytest.fixture
 def no_launcher(monkeypatch):
     for name in (*processes.GROUP, *processes.COUNTS):
@@ -165,6 +163,8 @@ def test_processes_of_any_launcher_join_their_group(no_launcher, tmp_path):
         processes.init_process_group()
 
 
+@pytest.mark.parametrize("run", [run_on_all_ranks, run_on_rank0])
+@pytest.mark.parametrize("error", [BadInput("lr=0"), FileNotFoundError(2, "No such file", "a/b")])
 def test_a_refusal_becomes_one_of_all_ranks(run, error):
     def refuse():
         raise error
