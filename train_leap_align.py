@@ -37,6 +37,7 @@ from runtime import command_line, processes, report, run_dir
 from runtime.backward import BatchGenerator, Leash, SplitVelocity, leaf, rows_of_rank
 from runtime.checkpoint import Progress, TrainingState, load_checkpoint, save_checkpoint
 from runtime.ema import EMA
+from runtime.environment import environment, sources
 from runtime.processes import mean, rank, run_on_all_ranks, run_on_rank0, world_size
 from runtime.task import Task, check_evaluation, check_gradient, check_step_metrics, check_task, trained_parameters
 
@@ -229,8 +230,7 @@ class Trainer:
         config, progress = self.config, self.progress
         is_due = progress.iteration % config.evaluate_every == 0 or progress.iteration == config.iterations
         if is_due and progress.iteration not in [row["iteration"] for row in progress.evaluations]:
-            values = self.evaluate(folder if rank() == 0 else None)
-            tracker.add("evaluation", progress.iteration, values)
+            tracker.add("evaluation", progress.iteration, self.evaluate(folder if rank() == 0 else None))
 
     def evaluate(self, folder: Path | None = None) -> dict[str, float]:
         """Evaluates the averaged weights and warns of reward hacking.
@@ -272,13 +272,11 @@ def train(trainer: Trainer, folder: Path, stop_request: processes.StopRequest, t
     A stop request ends it before the model's next evaluation, and saves the last finished iteration.
     """
     config, task, progress, is_rank0 = trainer.config, trainer.task, trainer.progress, rank() == 0
-    saved = progress.iteration if progress.evaluations else None  # the iteration of the newest checkpoint
+    saved_at, saved = time.monotonic(), progress.iteration if progress.evaluations else None  # the newest checkpoint
     columns = (*METRICS, *task.step_metric_names)
     log = run_dir.CsvLog(folder / "metrics.csv", columns, progress.iteration) if is_rank0 else report.NoTracker()
     tracker.replay(progress.evaluations)
-    done, wait = progress.iteration, 60 * config.checkpoint_minutes
-    due_at = time.monotonic() + wait
-    bar = tqdm(None, config.method, config.iterations, initial=done, mininterval=1, disable=not is_rank0)
+    bar = tqdm(None, config.method, config.iterations, initial=progress.iteration, mininterval=1, disable=not is_rank0)
     with bar, task.model.register_forward_pre_hook(stop_request.check, prepend=True):
         try:
             trainer.evaluate_if_due(folder, tracker)
@@ -288,11 +286,11 @@ def train(trainer: Trainer, folder: Path, stop_request: processes.StopRequest, t
                 log.add({"iteration": progress.iteration, **row})
                 tracker.add("train", progress.iteration, {name: row[name] for name in columns if name in row})
                 trainer.evaluate_if_due(folder, tracker)
-                is_late = any(processes.all_gather(time.monotonic() > due_at))  # the same on all ranks
-                is_due = is_late or progress.iteration % config.checkpoint_every == 0
-                if (is_due or progress.iteration == config.iterations) and progress.consecutive_skips == 0:
+                is_late = time.monotonic() > saved_at + 60 * config.checkpoint_minutes
+                is_due = progress.iteration % config.checkpoint_every == 0 or progress.iteration == config.iterations
+                if any(processes.all_gather(is_late or is_due)) and progress.consecutive_skips == 0:
                     trainer.save(folder)
-                    saved, due_at = progress.iteration, time.monotonic() + wait
+                    saved_at, saved = time.monotonic(), progress.iteration
                 bar.set_postfix(report.postfix(row, progress.evaluations[-1], task), refresh=False)
                 bar.update()
         except processes.StoppedBySignal as stop:
@@ -308,19 +306,21 @@ def train(trainer: Trainer, folder: Path, stop_request: processes.StopRequest, t
 
 def run(flags: Flags, stop_request: processes.StopRequest) -> None:
     """Checks, claims the folder, builds or restores, trains, reports."""
-    config, hyper = flags.run, flags.method
-    method, kind = command_line.choose("method", config.method, METHODS), task_class(config.task)
-    run_on_rank0(lambda: command_line.check(config, hyper, method, world_size()))
-    open_tracker = run_on_all_ranks(lambda: report.tracker_class(config.tracker))
+    config, hyper, kind = flags.run, flags.method, task_class(flags.run.task)
     folder = config.out or Path("runs") / f"{config.task}-{config.method}"
     settings = {"tool": TOOL, **asdict(config), **asdict(hyper), **asdict(flags.task), "out": folder}
+    processes.check_same(environment(kind) | {name: settings[name] for name in settings.keys() - {"out", *kind.paths}})
+    method = command_line.choose("method", config.method, METHODS)
+    run_on_rank0(lambda: command_line.check(config, hyper, method, world_size()))
+    open_tracker = run_on_all_ranks(lambda: report.tracker_class(config.tracker))
     changeable = CHANGEABLE_ON_RESUME | kind.changeable_on_resume
     with run_dir.locked_folder(folder, "config.json", TOOL):
         run_on_rank0(lambda: run_dir.check_run_folder(folder, settings, config.resume, changeable))
         run_on_all_ranks(lambda: run_dir.check_shared_folder(folder))
         run_on_rank0(lambda: report.announce(flags, kind, method, folder))
         trainer = Trainer(config, hyper, build_task(flags))  # may take minutes
-        contents = run_on_all_ranks(lambda: trainer.task.contents() if rank() == 0 else {})
+        contents = run_on_all_ranks(lambda: trainer.task.contents() if processes.is_first_of_node() else {})
+        processes.check_same(contents | sources())  # now with what the task has imported
         if config.resume and run_dir.checkpoints(folder):
             run_on_rank0(lambda: run_dir.check_contents(folder, contents))
             trainer.progress = load_checkpoint(folder, trainer.state, config.iterations)

@@ -26,7 +26,7 @@ from full_scale.pipeline import (
     pipeline_folder,
 )
 from leap_align import BadInput, require
-from runtime.processes import barrier, one_line, rank, run_on_all_ranks, run_on_rank0, world_size
+from runtime.processes import barrier, is_first_of_node, one_line, rank, run_on_all_ranks, run_on_rank0, world_size
 from runtime.run_dir import atomic_file, claimed_output_folder, read_json, write_text
 
 EMBED = "embed"  # the `tool` of settings.json, by which a folder of embeddings is recognised
@@ -101,8 +101,8 @@ def embed(
     tokens = family.max_sequence_length if max_sequence_length is None else max_sequence_length
     check_sequence_length(tokens)
     pipeline = run_on_all_ranks(lambda: open_pipeline(family, folder, dtype, transformer=None, vae=None))
-    content = run_on_all_ranks(lambda: files_content(folder, *TEXT_SUBFOLDERS) if rank() == 0 else None)
-    settings = {"model": content, "prompts": prompts_content(texts), "precision": precision}
+    read = lambda: {"model": files_content(folder, *TEXT_SUBFOLDERS)} if is_first_of_node() else {}  # noqa: E731
+    settings = run_on_all_ranks(read) | {"prompts": prompts_content(texts), "precision": precision}
     settings |= {"max_sequence_length": tokens}
     with claimed_output_folder(out, EMBED, settings):
         # Classifier-free guidance also needs the empty prompt.

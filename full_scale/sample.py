@@ -17,7 +17,7 @@ from full_scale.pipeline import TEXT_SUBFOLDERS, Precision, pipeline_folder
 from full_scale.prompts import read_lines, read_prompts
 from full_scale.transformer import read_lora
 from leap_align import BadInput, require
-from runtime.processes import barrier, one_line, rank, run_on_all_ranks, run_on_rank0, world_size
+from runtime.processes import barrier, is_first_of_node, one_line, rank, run_on_all_ranks, run_on_rank0, world_size
 from runtime.run_dir import atomic_file, claimed_output_folder, write_text
 
 
@@ -71,7 +71,7 @@ def sample(
     settings |= {"width": width, "guidance": guidance, "batch_size": batch_size, "precision": precision}
     settings |= {"max_sequence_length": max_sequence_length}
     pipe = run_on_all_ranks(lambda: open_trained(model, transformer, lora, getattr(torch, precision)))
-    settings |= run_on_all_ranks(lambda: contents(model, transformer, lora) if rank() == 0 else {})
+    settings |= run_on_all_ranks(lambda: contents(model, transformer, lora) if is_first_of_node() else {})
     with claimed_output_folder(out, "sample", settings):
         run_on_rank0(lambda: layout.write(out))
         pipe.to(pipeline.gpu_or_cpu())

@@ -55,6 +55,11 @@ def is_in_group() -> bool:
     return all(name in os.environ for name in GROUP)
 
 
+def is_first_of_node() -> bool:
+    """Whether no other process of this node has a lower rank."""
+    return not is_in_group() or int(os.environ["LOCAL_RANK"]) == 0
+
+
 def is_under_torchrun() -> bool:
     """Whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
@@ -109,7 +114,7 @@ def report_silence(store: dist.Store, own: int, other: int, name: str, store_nam
         if beat != last:
             last, since = beat, time.monotonic()
         elif time.monotonic() - since > SILENT_SECONDS:
-            print(f"warning: {silent} has not answered for {SILENT_SECONDS} s", file=sys.stderr, flush=True)
+            tqdm.write(f"warning: {silent} has not answered for {SILENT_SECONDS} s", file=sys.stderr)
             return
         time.sleep(BEAT_SECONDS)
 
@@ -203,6 +208,21 @@ def run_on_all_ranks(action: Callable[[], Any]) -> Any:
 def run_on_rank0(action: Callable[[], Any]) -> None:
     """Runs action() on rank 0; if it raises, every rank raises the same message."""
     run_on_all_ranks(action if rank() == 0 else lambda: None)
+
+
+def check_same(values: dict[str, Any]) -> None:
+    """Refuses ranks whose values differ from rank 0's; every rank calls it.  Names that a rank lacks do not count.
+
+    Otherwise the other ranks would train something else, or wait for ever for a call that rank 0 never makes.
+    """
+    own = {name: str(value) for name, value in values.items()}
+    (_, first), *others = all_gather((socket.gethostname(), own))
+    for other, (host, theirs) in enumerate(others, 1):
+        names = sorted(name for name, value in first.items() if theirs.get(name, value) != value)
+        differences = "; ".join(f"{name} is {theirs[name]}, there {first[name]}" for name in names[:8])
+        if names:
+            remedy = "start every process with the same flags, files, code and packages"
+            raise RaisedOnAllRanks(f"rank {other} on {host} differs from rank 0: {differences}: {remedy}")
 
 
 def one_line(error: BaseException) -> str:

@@ -2,17 +2,23 @@
 
 import signal
 import subprocess
+import sys
 import time
 from contextlib import nullcontext
+from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from runtime import processes
+import train_leap_align as trainer
+from runtime import environment, processes, run_dir
 from tests.toy_runs import ROOT, SMALL, TORCHRUN, checkpoints
+from toy.modes import Modes
 
 LONG = ["--iterations", "100000"]
 
@@ -118,3 +124,112 @@ def test_a_rank_that_falls_silent_is_named(mortal, monkeypatch, capsys):
     assert capsys.readouterr().err == (f"warning: {mortal} has not answered for 60 s\n" if mortal else "")
     assert not mortal or 180 <= clock.now <= 200
     assert int(store["leap_align/beat/0"]) >= 24
+
+
+def in_group(work, *arguments):
+    """work(rank, ...) in two forked processes that form a group; returns what each returned, or its error's text."""
+    with TemporaryDirectory() as folder, get_context("fork").Pool(2) as pool:
+        inputs = [(work, rank, f"{folder}/store", *arguments) for rank in range(2)]
+        return pool.starmap(_join_and_work, inputs, chunksize=1)
+
+
+def _join_and_work(work, rank, path, *arguments):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(path, 2), rank=rank, world_size=2)
+    try:
+        return work(rank, *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+# What rank 1 has otherwise, as flags or in its environment, and what the line says.
+OTHER_FLAGS = """
+--lr 0.1 ~ lr is 0.1, there 0.0001 ; --seed 1 ~ seed is 1, there 0 ; --alpha 0.7 ~ alpha is 0.7, there 0.3
+--lam 0.2 ~ lam is 0.2, there 0.0 ; --lam None ~ lam is None, there 0.0 ; --batch-size 8 ~ batch_size is 8, there 16
+--T 12 ~ T is 12, there 21 ; --solver ab2 ~ solver is ab2, there euler ; --max-grad-norm 2 ~ max_grad_norm is 2.0
+--checkpoint-every 3 ~ checkpoint_every is 3, there 100 ; --iterations 9 ~ iterations is 9, there 4
+--method refl ~ method is refl, there leap_align ; --method ppo ~ method is ppo, there leap_align
+--task digits ~ task is digits, there toy ; --beta 1 ~ beta is 1.0, there 0.0 ; --resume ~ resume is True, there False
+--gradient-accumulation-steps 2 ~ gradient_accumulation_steps is 2, there 1 ; --shift 2 ~ shift is 2.0, there 1.0
+--tau 1 ~ tau is 1.0, there 0.1 ; --ema-decay 0.5 ~ ema_decay is 0.5, there 0.99
+--evaluate-every 7 ~ evaluate_every is 7
+--pretrain-seed 3 ~ pretrain_seed is 3, there 0 ; LOCAL_WORLD_SIZE=1 ~ processes a node is 1, there 2
+torch ~ torch is 0.0.1, there 2 ; diffusers ~ diffusers is 0.0.1, there ; toy.modes ~ code of toy.modes is
+leap_align ~ code of leap_align is ; runtime.ema ~ code of runtime.ema is
+"""
+OTHERS = [case.split(" ~ ") for case in OTHER_FLAGS.strip().replace(" ; ", "\n").splitlines()]
+
+
+def make_other(patch, other):
+    """Gives this process what OTHERS calls so, and returns its flags."""
+    version, digest = environment.version, environment.digest
+    if other.startswith("--"):
+        return [*SMALL, *other.split()]
+    if "=" in other:
+        patch.setenv(*other.split("="))
+    elif other in ("torch", "diffusers"):
+        patch.setattr(environment, "version", lambda name: "0.0.1" if name == other else version(name))
+    else:
+        file = Path(sys.modules[other].__file__)
+        patch.setattr(environment, "digest", lambda path: "other" if path == file else digest(path))
+    return SMALL
+
+
+def refusal(rank, patch, flags):
+    """The error of a start as this rank, each rank on a node of its own."""
+    patch.setattr(processes.socket, "gethostname", lambda: f"node-{rank}")
+    with pytest.raises((processes.RaisedOnAllRanks, AssertionError)) as error:
+        trainer.run(trainer.parse(flags), processes.StopRequest())
+    return str(error.value)
+
+
+def refusals(rank):
+    """What a start with each of OTHERS is refused with."""
+    lines = []
+    for other, _ in OTHERS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LOCAL_WORLD_SIZE", "2")
+            patch.setattr(run_dir, "locked_folder", Mock(side_effect=AssertionError("it began")))
+            lines.append(refusal(rank, patch, make_other(patch, other) if rank else SMALL))
+    return lines
+
+
+def test_ranks_with_other_settings_code_or_packages_are_refused_before_anything_is_built():
+    for (other, words), *lines in zip(OTHERS, *in_group(refusals), strict=True):
+        assert lines[0] == lines[1], other
+        assert lines[0].startswith("rank 1 on node-1 differs from rank 0: ") and words in lines[0], (other, lines)
+        assert lines[0].endswith(": start every process with the same flags, files, code and packages")
+
+
+CONTENTS = ["model", "text_encoders", "prompts", "reward_weights", "held_out_weights", "code"]
+
+
+def refused_contents(rank, folder):
+    """What a start is refused with if each of CONTENTS is another one on rank 1; the last has no node of its own."""
+    lines, digest = [], environment.digest
+    for name in [*CONTENTS, "none"]:
+        with pytest.MonkeyPatch.context() as patch:
+            for variable in processes.GROUP:
+                patch.setenv(variable, "1" if variable == "LOCAL_RANK" and name == "none" else "0")
+            patch.setenv("LOCAL_WORLD_SIZE", "2")
+            contents = dict.fromkeys(CONTENTS[:-1], "content a") | ({name: "content b"} if rank else {})
+            patch.setattr(Modes, "contents", lambda self, contents=contents: contents)
+            patch.setattr(trainer, "train", Mock(side_effect=AssertionError("it began")))
+            if rank and name == "code":  # imported only while the task is built
+                patch.setattr(environment, "digest", lambda path: "b" if path.name == "my_late.py" else digest(path))
+            build = trainer.build_task
+            patch.setattr(trainer, "build_task", lambda flags, build=build: (import_module("my_late"), build(flags))[1])
+            lines.append(refusal(rank, patch, [*SMALL, "--out", f"{folder}/{name}"]))
+    return lines
+
+
+def test_nodes_with_other_files_are_refused_before_training(tmp_path, monkeypatch):
+    (tmp_path / "my_late.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    first, second = in_group(refused_contents, tmp_path)
+    assert first == second and first[-1] == "it began"
+    for name, line in zip(CONTENTS, first):
+        what = (
+            "code of my_late is b, there " if name == "code" else f"{name} is content b, there content a: start every"
+        )
+        assert line.startswith(f"rank 1 on node-1 differs from rank 0: {what}")
