@@ -81,6 +81,8 @@ runtime/run_dir.py: names-not-in-digest ~ f"{path.relative_to(folder)} {digest(p
 log-keeps-all-rows ~ (row["iteration"]) <= iteration] ~ (row["iteration"]) >= 0] ~ runtime
 not-locked ~ lock.acquire() ~ pass ~ runtime
 runtime/processes.py: sum-over-ranks ~ (values / world_size()) ~ values ~ trainer two_processes
+ranks-not-compared ~ theirs.get(name, value) != value ~ False ~ processes settings
+cublas-forgotten ~ out of memory|ALLOC_FAILED| ~ out of memory| ~ processes one_line
 ignored-signal-handled ~ if signal.getsignal(number) != signal.SIG_IGN] ~ ] ~ checkpoint hangup
 runtime/ema.py: ema-not-swapped-back ~ average.copy_(own) ~ average.copy_(parameter) ~ runtime
 runtime/report.py: hacking-direction ~ if now[ ~ if direction > 0 and now[ ~ runtime

@@ -1,5 +1,6 @@
 """Runs of several processes: what ends them, and that every line about it names its cause."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -20,26 +21,36 @@ from runtime import environment, processes, run_dir
 from tests.toy_runs import ROOT, SMALL, TORCHRUN, checkpoints
 from toy.modes import Modes
 
-LONG = ["--iterations", "100000"]
+HANDLED = ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+SENT = [  # torchrun's flags, the signal, whether its workers get it as well, the signal that ends them
+    ([], signal.SIGUSR1, False, "SIGHUP"),  # torchrun does not know it, and dies
+    ([], signal.SIGKILL, False, "SIGHUP"),
+    (HANDLED, signal.SIGUSR1, False, "SIGUSR1"),
+    ([], signal.SIGTERM, True, "SIGTERM"),  # torchrun passes it on, and a second one must not kill
+]
+SENT[1:] = [pytest.param(*case, marks=pytest.mark.slow) for case in SENT[1:]]
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL, signal.SIGTERM])
-def test_a_signal_to_torchrun_saves_also_if_it_dies_of_it(tmp_path, number):
-    """The same launcher twice would be two starts: SIGUSR1, which torchrun does not know, kills it like SIGKILL."""
-    out, errors = tmp_path / "run", tmp_path / "errors.txt"
+@pytest.mark.parametrize(("flags", "number", "to_all", "name"), SENT)
+def test_a_signal_to_torchrun_saves_also_if_it_dies_of_it(tmp_path, flags, number, to_all, name):
+    """Without their launcher the workers would train on, with the folder locked."""
+    out, errors, deadline = tmp_path / "run", tmp_path / "errors.txt", time.monotonic() + 200
+    command = [*TORCHRUN[:-1], *flags, TORCHRUN[-1], *SMALL, "--iterations", "100000", "--out", str(out)]
     with errors.open("w") as file:
-        launched = subprocess.Popen([*TORCHRUN, *SMALL, *LONG, "--out", str(out)], cwd=ROOT, stdout=file, stderr=file)
+        launched = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
     while not (out / "metrics.csv").exists() or len((out / "metrics.csv").read_text().splitlines()) < 3:
         time.sleep(0.01)
+        assert time.monotonic() < deadline, errors.read_text()
     workers = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
-    assert len(workers) == 2
-    launched.send_signal(number)
+    for process in (*(map(int, workers) if to_all else ()), launched.pid):
+        os.kill(process, number)
     launched.wait()
-    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+    while alive := [worker for worker in workers if Path(f"/proc/{worker}").exists()]:
         time.sleep(0.01)
-    name = "SIGTERM" if number == signal.SIGTERM else "SIGHUP"
+        if time.monotonic() > deadline:
+            [os.kill(int(worker), signal.SIGKILL) for worker in alive]
     assert f"stopped by {name}, progress is saved: continue with --resume" in errors.read_text()
-    assert len(checkpoints(out)) == 1
+    assert len(workers) == 2 and len(checkpoints(out)) == 1
 
 
 NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, unhandled cuda error (run with "
@@ -229,7 +240,5 @@ def test_nodes_with_other_files_are_refused_before_training(tmp_path, monkeypatc
     first, second = in_group(refused_contents, tmp_path)
     assert first == second and first[-1] == "it began"
     for name, line in zip(CONTENTS, first):
-        what = (
-            "code of my_late is b, there " if name == "code" else f"{name} is content b, there content a: start every"
-        )
+        what = "code of my_late is b, there " if name == "code" else f"{name} is content b, there content a: start"
         assert line.startswith(f"rank 1 on node-1 differs from rank 0: {what}")
