@@ -76,14 +76,7 @@ def init_process_group(backend: str | None = None, minutes: float = GROUP_MINUTE
             require(os.environ[name].isdecimal(), f"{name}={os.environ[name]!r} in the environment is no number")
         require(0 < minutes < 1e6, f"process_group_timeout={minutes} must be positive and finite")
         dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=BEAT_SECONDS))
-        store.set(_beat_of(rank()), "0")
-        following = (rank() + 1) % world_size()
-        host = all_gather(socket.gethostname())[following]
-        names = f"rank {following} on {host}", "{} (port {}), where the processes meet,".format(*address)
-        arguments = (store, rank(), following, *names)
-        threading.Thread(target=report_silence, args=arguments, daemon=True).start()
+        _watch_next_rank()
         return
     missing = ", ".join(name for name in GROUP if name not in os.environ)
     for name in COUNTS:
@@ -93,6 +86,17 @@ def init_process_group(backend: str | None = None, minutes: float = GROUP_MINUTE
 
 
 BEAT_SECONDS, SILENT_SECONDS = 5, 60
+
+
+def _watch_next_rank() -> None:
+    """Starts `report_silence` in the background, with a connection of its own to the process group's store."""
+    address, other = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), (rank() + 1) % world_size()
+    store = dist.TCPStore(*address, is_master=False)
+    store.set_timeout(timedelta(seconds=BEAT_SECONDS))
+    store.set(_beat_of(rank()), "0")
+    host = all_gather(socket.gethostname())[other]  # from here on every rank's beat is there
+    names = f"rank {other} on {host}", "{} (port {}), where the processes meet,".format(*address)
+    threading.Thread(target=report_silence, args=(store, rank(), other, *names), daemon=True).start()
 
 
 def _beat_of(rank: int) -> str:
@@ -251,14 +255,14 @@ class StopRequest:
 
     signal: int = 0  # 0 for none
     is_deferred: bool = False  # the caller calls `check` when it can save; else StoppedBySignal is raised at once
-    launcher: int = field(default_factory=os.getppid)  # under torchrun
+    parent: int = field(default_factory=os.getppid)  # torchrun, if that started this process
 
     def check(self, *_: Any) -> None:
         """Raises StoppedBySignal on every rank if one of them is to stop; all ranks call it equally often.
 
         Without its torchrun a process stops as by SIGHUP.  Takes and ignores the arguments of a module's hook.
         """
-        if not self.signal and is_under_torchrun() and os.getppid() != self.launcher:
+        if not self.signal and is_under_torchrun() and os.getppid() != self.parent:
             self.signal = signal.SIGHUP
         number = torch.tensor(self.signal)
         if world_size() > 1:
@@ -271,7 +275,7 @@ class StopRequest:
 def stop_on_signals() -> Iterator[StopRequest]:
     """Yields a StopRequest that a stop signal fills.  The same signal a second time ends the process at once.
 
-    Not so under torchrun: it passes on a signal that a scheduler may have sent to every process, too.
+    Under torchrun it is ignored: a scheduler may have sent it to every process, before torchrun passes it on.
     """
     request = StopRequest()
 

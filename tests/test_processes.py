@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
@@ -47,8 +47,9 @@ def test_a_signal_to_torchrun_saves_also_if_it_dies_of_it(tmp_path, flags, numbe
     launched.wait()
     while alive := [worker for worker in workers if Path(f"/proc/{worker}").exists()]:
         time.sleep(0.01)
-        if time.monotonic() > deadline:
-            [os.kill(int(worker), signal.SIGKILL) for worker in alive]
+        for worker in alive if time.monotonic() > deadline else ():
+            with suppress(ProcessLookupError):
+                os.kill(int(worker), signal.SIGKILL)
     assert f"stopped by {name}, progress is saved: continue with --resume" in errors.read_text()
     assert len(workers) == 2 and len(checkpoints(out)) == 1
 
@@ -210,6 +211,19 @@ def test_ranks_with_other_settings_code_or_packages_are_refused_before_anything_
         assert lines[0] == lines[1], other
         assert lines[0].startswith("rank 1 on node-1 differs from rank 0: ") and words in lines[0], (other, lines)
         assert lines[0].endswith(": start every process with the same flags, files, code and packages")
+
+
+def refused_tool(rank, folder):
+    with pytest.raises(processes.RaisedOnAllRanks) as error:
+        with run_dir.claimed_output_folder(folder, "sample", {"steps": 4 + rank, "lora": None}):
+            pass
+    return str(error.value)
+
+
+def test_ranks_of_a_tool_with_other_settings_are_refused(tmp_path):
+    lines = in_group(refused_tool, tmp_path / "images")
+    assert lines[0] == lines[1] and "differs from rank 0: steps is 5, there 4: start every process" in lines[0]
+    assert not (tmp_path / "images").exists()
 
 
 CONTENTS = ["model", "text_encoders", "prompts", "reward_weights", "held_out_weights", "code"]
