@@ -1,4 +1,4 @@
-"""Faults injected into runs: `python -m tests.faults` (minutes; --short for the four faults that the tests run).
+"""Faults injected into runs: `python -m tests.faults` (ten to twenty minutes; --short for the four faults that the tests run).
 
 After a fault a small toy run is resumed and must end bit for bit like an undisturbed one: log, evaluators, weights.
 """
@@ -283,16 +283,13 @@ FAULTS = {  # each fault, and how often it is injected
     "disk full during a checkpoint": (filled, 5),
     "NaN from the reward": (poisoned, 5),
     "one of two processes killed": (lost_rank, 3),
-    "one of two processes frozen": (frozen, 2),
-    "two processes with other flags": (unlike, 3),
-    "SIGTERM to torchrun": (partial(signalled_launcher, number=signal.SIGTERM, ends="SIGTERM"), 3),
-    "SIGTERM to torchrun and processes": (
-        partial(signalled_launcher, number=signal.SIGTERM, ends="SIGTERM", to_all=True),
-        3,
-    ),
-    "SIGUSR1 to torchrun, handled": (partial(signalled_launcher, number=signal.SIGUSR1, ends="SIGUSR1"), 3),
-    "SIGUSR1 to torchrun, not handled": (partial(signalled_launcher, number=signal.SIGUSR1, ends="SIGHUP"), 3),
-    "SIGKILL of torchrun": (partial(signalled_launcher, number=signal.SIGKILL, ends="SIGHUP"), 3),
+    "one of two processes frozen": (frozen, 1),
+    "two processes with other flags": (unlike, 1),
+    "SIGTERM to torchrun": (partial(signalled_launcher, number=signal.SIGTERM, ends="SIGTERM"), 1),
+    "SIGTERM to torchrun and processes": (partial(signalled_launcher, number=15, ends="SIGTERM", to_all=True), 1),
+    "SIGUSR1 to torchrun, handled": (partial(signalled_launcher, number=signal.SIGUSR1, ends="SIGUSR1"), 1),
+    "SIGUSR1 to torchrun, not handled": (partial(signalled_launcher, number=signal.SIGUSR1, ends="SIGHUP"), 1),
+    "SIGKILL of torchrun": (partial(signalled_launcher, number=signal.SIGKILL, ends="SIGHUP"), 1),
 }
 IN_TWO = [name for name in FAULTS if "torchrun" in name or name.startswith("one of two")]
 SHORT = ("SIGKILL at any moment", "SIGKILL during a checkpoint", "disk full during a checkpoint", "NaN from the reward")
