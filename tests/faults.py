@@ -1,4 +1,4 @@
-"""Faults injected into runs: `python -m tests.faults` (ten to twenty minutes; --short for the four faults that the tests run).
+"""Faults injected into runs: `python -m tests.faults` (minutes; --short for the four faults that the tests run).
 
 After a fault a small toy run is resumed and must end bit for bit like an undisturbed one: log, evaluators, weights.
 """

@@ -54,6 +54,14 @@ def test_a_signal_to_torchrun_saves_also_if_it_dies_of_it(tmp_path, flags, numbe
     assert len(workers) == 2 and len(checkpoints(out)) == 1
 
 
+def test_a_signal_that_torchrun_repeats_does_not_end_a_process_that_saves(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    with processes.stop_on_signals() as request:
+        request.is_deferred = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.signal == signal.SIGTERM and signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+
+
 NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, unhandled cuda error (run with "
 NCCL += "NCCL_DEBUG=INFO for details), NCCL version 2.27.5\nncclUnhandledCudaError: Call to CUDA function failed.\n"
 SHARED = "Error while creating shared memory segment /dev/shm/nccl-0UrBLL (size 33030528)"
