@@ -286,7 +286,7 @@ FAULTS = {  # each fault, and how often it is injected
     "one of two processes frozen": (frozen, 1),
     "two processes with other flags": (unlike, 1),
     "SIGTERM to torchrun": (partial(signalled_launcher, number=signal.SIGTERM, ends="SIGTERM"), 1),
-    "SIGTERM to torchrun and processes": (partial(signalled_launcher, number=15, ends="SIGTERM", to_all=True), 1),
+    "SIGTERM to torchrun and workers": (partial(signalled_launcher, number=15, ends="SIGTERM", to_all=True), 1),
     "SIGUSR1 to torchrun, handled": (partial(signalled_launcher, number=signal.SIGUSR1, ends="SIGUSR1"), 1),
     "SIGUSR1 to torchrun, not handled": (partial(signalled_launcher, number=signal.SIGUSR1, ends="SIGHUP"), 1),
     "SIGKILL of torchrun": (partial(signalled_launcher, number=signal.SIGKILL, ends="SIGHUP"), 1),

@@ -234,6 +234,18 @@ def test_ranks_of_a_tool_with_other_settings_are_refused(tmp_path):
     assert not (tmp_path / "images").exists()
 
 
+def timeouts(rank):
+    """Of the groups of a mesh of two nodes with a process each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", "1")
+        groups = processes.device_mesh("cpu", minutes=0.5).get_all_groups()
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+def test_all_groups_of_a_mesh_have_the_timeout():
+    assert in_group(timeouts) == [[30, 30]] * 2
+
+
 CONTENTS = ["model", "text_encoders", "prompts", "reward_weights", "held_out_weights", "code"]
 
 
