@@ -26,7 +26,16 @@ from full_scale.pipeline import (
     pipeline_folder,
 )
 from leap_align import BadInput, require
-from runtime.processes import barrier, one_line, printable, rank, run_on_all_ranks, run_on_rank0, world_size
+from runtime.processes import (
+    barrier,
+    is_first_of_node,
+    one_line,
+    printable,
+    rank,
+    run_on_all_ranks,
+    run_on_rank0,
+    world_size,
+)
 from runtime.run_dir import atomic_file, check_no_pipe, claimed_output_folder, parse_json, read_json, write_text
 
 EMBED = "embed"  # the `tool` of settings.json, by which a folder of embeddings is recognised
@@ -101,8 +110,8 @@ def embed(
     check_sequence_length(tokens)
     pipeline = run_on_all_ranks(lambda: open_pipeline(family, folder, dtype, transformer=None, vae=None))
     count_cut_prompts(pipeline, texts, tokens)
-    content = run_on_all_ranks(lambda: files_content(folder, *TEXT_SUBFOLDERS) if rank() == 0 else None)
-    settings = {"model": content, "prompts": prompts_content(texts), "precision": precision}
+    read = lambda: {"model": files_content(folder, *TEXT_SUBFOLDERS)} if is_first_of_node() else {}  # noqa: E731
+    settings = run_on_all_ranks(read) | {"prompts": prompts_content(texts), "precision": precision}
     settings |= {"max_sequence_length": tokens}
     with claimed_output_folder(out, EMBED, settings):
         # Classifier-free guidance also needs the empty prompt.

@@ -17,7 +17,16 @@ from full_scale.pipeline import TEXT_SUBFOLDERS, Precision, pipeline_folder
 from full_scale.prompts import read_lines, read_prompts
 from full_scale.transformer import read_lora
 from leap_align import BadInput, require
-from runtime.processes import barrier, one_line, printable, rank, run_on_all_ranks, run_on_rank0, world_size
+from runtime.processes import (
+    barrier,
+    is_first_of_node,
+    one_line,
+    printable,
+    rank,
+    run_on_all_ranks,
+    run_on_rank0,
+    world_size,
+)
 from runtime.run_dir import atomic_file, claimed_output_folder, parse_json, write_text
 
 
@@ -73,7 +82,7 @@ def sample(
     pipe = run_on_all_ranks(lambda: open_trained(model, transformer, lora, getattr(torch, precision)))
     pipeline.check_positions(pipe.transformer, height, width)
     pipeline.count_cut_prompts(pipe, layout.prompts, max_sequence_length)
-    settings |= run_on_all_ranks(lambda: contents(model, transformer, lora) if rank() == 0 else {})
+    settings |= run_on_all_ranks(lambda: contents(model, transformer, lora) if is_first_of_node() else {})
     with claimed_output_folder(out, "sample", settings):
         run_on_rank0(lambda: layout.write(out))
         pipe.to(pipeline.gpu_or_cpu())

@@ -15,7 +15,7 @@ from full_scale import rewards
 from full_scale.contents import prompts_content, reward_content
 from full_scale.pipeline import gpu_or_cpu, silence_other_ranks
 from leap_align import BadInput, require
-from runtime.processes import barrier, printable, rank, run_on_all_ranks, run_on_rank0, world_size
+from runtime.processes import barrier, is_first_of_node, printable, rank, run_on_all_ranks, run_on_rank0, world_size
 from runtime.run_dir import claimed_output_folder, digest, parse_json, read_json, write_text
 
 ROW = ("image", "prompt", "reward")  # what a log holds of each image
@@ -34,7 +34,7 @@ def score(images: Path, out: Path, reward: str = "hpsv2.1", reward_weights: tupl
     silence_other_ranks()
     prompts, device = run_on_all_ranks(lambda: read_image_prompts(images)), gpu_or_cpu()
     model = run_on_all_ranks(lambda: rewards.load(reward, reward_weights, device=device))
-    settings = run_on_all_ranks(lambda: contents(images, prompts, reward, model) if rank() == 0 else {})
+    settings = run_on_all_ranks(lambda: contents(images, prompts, reward, model) if is_first_of_node() else {})
     log = out / f"{images.resolve().name}_rewards_log.json"
     with claimed_output_folder(out, "score", settings):
         is_old = log.exists()

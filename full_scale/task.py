@@ -75,10 +75,10 @@ class DiffusersTask(Task):
     )
     held_out: ClassVar[dict[str, float]] = {"diversity": 0.02}
     step_metric_names: ClassVar[tuple[str, ...]] = ("saturated",)
-    changeable_on_resume: ClassVar[frozenset[str]] = frozenset(
-        "gradient_checkpointing compile model prompts evaluation_prompts reward_weights held_out_weights".split()
+    paths: ClassVar[frozenset[str]] = frozenset(
+        "model prompts evaluation_prompts reward_weights held_out_weights".split()
     )
-    """Options that change no result, and paths: `contents` shows whether what they lead to has changed."""
+    changeable_on_resume: ClassVar[frozenset[str]] = frozenset({"gradient_checkpointing", "compile", *paths})
 
     @classmethod
     def defaults(cls, reward: str | None) -> dict[str, Any]:

@@ -76,8 +76,11 @@ class TrainingState(NamedTuple):
 
 def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, Tensor]:
     """Trained weights, their average and the optimizer's state by name; the live tensors, to save or to load into."""
+    is_new = not optimizer.state
     options = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True)
     weights, state = get_state_dict(model, optimizer, options=options)
+    for values in optimizer.state.values() if is_new else ():
+        values["step"].zero_()  # torch fills a new optimizer's state by a step with lr = 0, and counts it
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     tensors = {f"model.{name}": weights[name] for name in names}
     tensors |= {f"average.{name}": average for name, average in zip(names, ema.average)}

@@ -3,16 +3,20 @@
 Every function also works in a single process without a process group: that is rank 0 of 1.
 """
 
+import itertools
 import json
 import os
 import re
 import signal
+import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,6 +45,7 @@ def world_size() -> int:
 
 GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """The environment variables that describe a process group; torchrun sets them."""
+GROUP_MINUTES = 30.0  # longer than a slow first iteration, or a checkpoint on a slow disk
 COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 """In which launchers say how many processes they start."""
 
@@ -50,15 +55,28 @@ def is_in_group() -> bool:
     return all(name in os.environ for name in GROUP)
 
 
-def init_process_group(backend: str | None = None) -> None:
+def is_first_of_node() -> bool:
+    """Whether no other process of this node has a lower rank."""
+    return not is_in_group() or int(os.environ["LOCAL_RANK"]) == 0
+
+
+def is_under_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def init_process_group(backend: str | None = None, minutes: float = GROUP_MINUTES) -> None:
     """Joins the process group that the environment describes, if it does.
 
+    minutes: how long a process waits for another one before it ends.
     Raises BadInput if a launcher started several processes, but does not say how they find each other.
     """
     if is_in_group():
         for name in (name for name in GROUP if name != "MASTER_ADDR"):
             require(os.environ[name].isdecimal(), f"{name}={os.environ[name]!r} in the environment is no number")
-        dist.init_process_group(backend)
+        require(0 < minutes < 1e6, f"process_group_timeout={minutes} must be positive and finite")
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+        _watch_next_rank()
         return
     missing = ", ".join(name for name in GROUP if name not in os.environ)
     for name in COUNTS:
@@ -67,8 +85,46 @@ def init_process_group(backend: str | None = None) -> None:
         require(is_alone, f"{name}={os.environ.get(name)}, but {missing} are not set: {remedy}")
 
 
-def device_mesh(device_type: str) -> DeviceMesh | None:
-    """A mesh of all ranks, or None without a process group."""
+BEAT_SECONDS, SILENT_SECONDS = 5, 60
+
+
+def _watch_next_rank() -> None:
+    """Starts `report_silence` in the background, with a connection of its own to the process group's store."""
+    address, other = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), (rank() + 1) % world_size()
+    store = dist.TCPStore(*address, is_master=False)
+    store.set_timeout(timedelta(seconds=BEAT_SECONDS))
+    store.set(_beat_of(rank()), "0")
+    host = all_gather(socket.gethostname())[other]  # from here on every rank's beat is there
+    names = f"rank {other} on {host}", "{} (port {}), where the processes meet,".format(*address)
+    threading.Thread(target=report_silence, args=(store, rank(), other, *names), daemon=True).start()
+
+
+def _beat_of(rank: int) -> str:
+    return f"leap_align/beat/{rank}"
+
+
+def report_silence(store: dist.Store, own: int, other: int, name: str, store_name: str) -> None:
+    """Shows in the store that rank `own` lives, and prints once when rank `other` no longer does the same.
+
+    So a node that is frozen is named, minutes before a collective call times out, which knows no names.
+    """
+    last, since = None, time.monotonic()
+    for number in itertools.count(1):
+        try:
+            store.set(_beat_of(own), str(number))
+            beat, silent = store.get(_beat_of(other)), name
+        except RuntimeError:  # of torch.distributed
+            beat, silent = last, store_name
+        if beat != last:
+            last, since = beat, time.monotonic()
+        elif time.monotonic() - since > SILENT_SECONDS:
+            tqdm.write(f"warning: {silent} has not answered for {SILENT_SECONDS} s", file=sys.stderr)
+            return
+        time.sleep(BEAT_SECONDS)
+
+
+def device_mesh(device_type: str, minutes: float = GROUP_MINUTES) -> DeviceMesh | None:
+    """A mesh of all ranks, or None without a process group; `minutes` as in init_process_group."""
     if not dist.is_initialized():
         return None
     ranks_per_node = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -76,7 +132,10 @@ def device_mesh(device_type: str) -> DeviceMesh | None:
         return init_device_mesh(device_type, (ranks_per_node,))
     # HSDP: sharded within a node, replicated across the slow links between nodes.
     shape = (world_size() // ranks_per_node, ranks_per_node)
-    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+    for group in mesh.get_all_groups():
+        dist.set_timeout(timedelta(minutes=minutes), group)
+    return mesh
 
 
 def barrier() -> None:
@@ -155,9 +214,25 @@ def run_on_rank0(action: Callable[[], Any]) -> None:
     run_on_all_ranks(action if rank() == 0 else lambda: None)
 
 
+def check_same(values: dict[str, Any]) -> None:
+    """Refuses ranks whose values differ from rank 0's; every rank calls it.  Names that a rank lacks do not count.
+
+    Otherwise the other ranks would train something else, or wait for ever for a call that rank 0 never makes.
+    """
+    own = {name: str(value) for name, value in values.items()}
+    (_, first), *others = all_gather((socket.gethostname(), own))
+    for other, (host, theirs) in enumerate(others, 1):
+        names = sorted(name for name, value in first.items() if theirs.get(name, value) != value)
+        differences = "; ".join(f"{name} is {theirs[name]}, there {first[name]}" for name in names[:8])
+        if names:
+            remedy = "start every process with the same flags, files, code and packages"
+            raise RaisedOnAllRanks(f"rank {other} on {host} differs from rank 0: {differences}: {remedy}")
+
+
 def one_line(error: BaseException) -> str:
-    """An error's message on one line of at most 200 characters."""
-    text = getattr(error, "strerror", None) or str(error)
+    """An error's message on one line of at most 200 characters, without C++'s places and stack."""
+    text = (getattr(error, "strerror", None) or str(error)).split("Exception raised from")[0]
+    text = re.sub(r"^\[[^]]*\.cc:\d+\] ", "", text.rpartition("Last error:")[2].strip() or text)  # gloo's, NCCL's
     return printable(f"{' '.join(text.split()):.200}")
 
 
@@ -184,17 +259,34 @@ class StopRequest:
     """Which signal asks this process to stop, and what it does then."""
 
     signal: int = 0  # 0 for none
-    is_deferred: bool = False  # the caller looks at `signal` when it can save; else StoppedBySignal is raised at once
+    is_deferred: bool = False  # the caller calls `check` when it can save; else StoppedBySignal is raised at once
+    parent: int = field(default_factory=os.getppid)  # torchrun, if that started this process
+
+    def check(self, *_: Any) -> None:
+        """Raises StoppedBySignal on every rank if one of them is to stop; all ranks call it equally often.
+
+        Without its torchrun a process stops as by SIGHUP.  Takes and ignores the arguments of a module's hook.
+        """
+        if not self.signal and is_under_torchrun() and os.getppid() != self.parent:
+            self.signal = signal.SIGHUP
+        number = torch.tensor(self.signal)
+        if world_size() > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        if number:
+            raise StoppedBySignal(int(number), is_saved=False)
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Yields a StopRequest that a stop signal fills.  The same signal a second time ends the process at once."""
+    """Yields a StopRequest that a stop signal fills.  The same signal a second time ends the process at once.
+
+    Under torchrun it is ignored: a scheduler may have sent it to every process, before torchrun passes it on.
+    """
     request = StopRequest()
 
     def handle(number: int, frame: Any) -> None:
         request.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_IGN if is_under_torchrun() else signal.SIG_DFL)
         if not request.is_deferred:
             raise StoppedBySignal(number, is_saved=False)
 
@@ -213,8 +305,12 @@ PACKAGES = {name: name for name in "diffusers transformers peft accelerate sente
 PACKAGES |= {name: name for name in "torchvision tokenizers huggingface_hub matplotlib hpsv2 psutil".split()}
 PACKAGES |= {"sklearn": "scikit-learn", "open_clip": "open_clip_torch"}
 """Packages that requirements.txt installs, by the name under which Python imports them."""
-OUT_OF_MEMORY = "DefaultCPUAllocator|could not create a (memory object|primitive)|Cannot allocate memory|failed to map"
-"""How libraries say that memory ran out: torch, oneDNN, the operating system, the loader of shared libraries."""
+OUT_OF_MEMORY = re.compile(
+    "out of memory|ALLOC_FAILED|ALLOCATION_FAILED|DefaultCPUAllocator|could not create a (memory object|primitive)|"
+    "Cannot allocate memory|failed to map",
+    re.IGNORECASE,
+)
+"""How CUDA's libraries, NCCL, torch's allocator, oneDNN, the system and its loader say that memory ran out."""
 
 
 class UserCodeError(Exception):
@@ -260,9 +356,9 @@ def exit_process(error: BaseException | None, continue_with: str, out_of_memory:
 
 
 def _exit_in_group(error: BaseException | None, message: str, status: int) -> None:
-    this_rank = int(os.environ["RANK"])
-    message = message if this_rank == 0 else f"{message} (process {this_rank})"
-    if error is not None and (this_rank == 0 or not isinstance(error, RaisedOnAllRanks | StoppedBySignal)):
+    is_common = isinstance(error, RaisedOnAllRanks | StoppedBySignal)
+    message = message if is_common else f"{message} (rank {os.environ['RANK']} on {socket.gethostname()})"
+    if error is not None and (int(os.environ["RANK"]) == 0 or not is_common):
         print(message, file=sys.stderr)
         if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun shows its message in a table at the end
             content = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
@@ -278,7 +374,7 @@ def _message(error: BaseException, continue_with: str, out_of_memory: str) -> st
         outcome = f"progress is saved: {continue_with}" if error.is_saved else "nothing new was saved"
         return f"stopped by {signal.Signals(error.signal).name}, {outcome}"
     if reason := _out_of_memory(error):  # also where it was taken for a damaged file
-        return f"error: out of memory ({reason:.120}): {out_of_memory}"
+        return f"error: out of memory ({reason}): {out_of_memory}"
     if isinstance(error, BadInput):
         return f"error: {printable(error)}"
     if isinstance(error, UserCodeError):
@@ -289,19 +385,34 @@ def _message(error: BaseException, continue_with: str, out_of_memory: str) -> st
         return f"error: {package} is not installed: pip install -r requirements.txt"
     if isinstance(error, OSError):
         return f"error: {printable(error.filename or 'writing a file')}: {one_line(error)}; then {continue_with}"
-    if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-        return f"error: lost another process ({one_line(error):.80}): {continue_with}"
+    if isinstance(error, dist.DistError) or (dist.is_initialized() and "gloo" in str(error)):
+        return f"error: {_group_failure(error, continue_with)}"
     raise error
 
 
 def _out_of_memory(error: BaseException | None) -> str | None:
     """What says that memory ran out: the error or, unless it is None, one that it was raised from."""
     while error is not None:
-        is_of_library = not isinstance(error, BadInput | UserCodeError) and re.search(OUT_OF_MEMORY, str(error))
+        is_of_library = not isinstance(error, BadInput | UserCodeError) and OUT_OF_MEMORY.search(str(error))
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or is_of_library:
             return one_line(error) or "host memory"
         error = error.__cause__ or error.__context__
     return None
+
+
+def _group_failure(error: BaseException, continue_with: str) -> str:
+    """What an error of torch.distributed means, its message, and what helps."""
+    cause, address, port = one_line(error), os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if "EADDRINUSE" in str(error):
+        return f"port {port} is in use ({cause}): set another MASTER_PORT, with torchrun --master_port"
+    if "/dev/shm" in str(error):
+        return f"/dev/shm is too small for NCCL ({cause}): docker run --shm-size=8g, or set NCCL_SHM_DISABLE=1"
+    if not dist.is_initialized():
+        return f"no contact at {address}, port {port} ({cause}): start all processes, and open this port on that node"
+    if re.search("timed? ?out", str(error), re.IGNORECASE):
+        slow = "if it was only slow, raise --process-group-timeout"
+        return f"waited too long for another process ({cause}): {continue_with}; {slow}"
+    return f"lost another process ({cause}): {continue_with}"
 
 
 def _missing_package(error: BaseException | None) -> str | None:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from torch import nn
+from tqdm import tqdm
 
 from runtime.checkpoint import Progress
-from runtime.processes import full_value, printable, rank, world_size
+from runtime.processes import RaisedOnAllRanks, full_value, printable, rank, world_size
 from runtime.run_dir import atomic_file, checkpoints, read_csv, write_json
 from runtime.task import Task
 
@@ -67,6 +68,23 @@ def not_finite_gradients(model: nn.Module) -> str:
     norms = {n: torch.linalg.vector_norm(p.grad) for n, p in model.named_parameters() if p.grad is not None}
     broken = [name for name, norm in norms.items() if not full_value(norm).isfinite()]
     return f"not finite in {', '.join(broken[:3]) or 'no parameter'} ({len(broken)})"
+
+
+def skipped_step(model: nn.Module, loss: float, norm: float, progress: Progress, most: int) -> None:
+    """Prints an update whose loss or gradient is not finite; raises on every rank after `most` of them in a row."""
+    message = f"loss {loss:.3g}, gradient norm {norm:.3g}, {not_finite_gradients(model)}"
+    if rank() == 0:
+        tqdm.write(f"iteration {progress.iteration + 1}: {message}: this update is skipped")
+    if (skips := progress.consecutive_skips) >= most:
+        remedy = "start again in another --out with a lower --lr, or check the reward"
+        raise RaisedOnAllRanks(f"{skips} updates in a row skipped, now with {message}: {remedy}")
+
+
+def warn_of_zero_gradient(iteration: int) -> None:
+    """Prints, on rank 0, that nothing is trained."""
+    if rank() == 0:
+        reason = "the reward does not depend on the image, or the image not on the trained parameters"
+        tqdm.write(f"iteration {iteration}: the gradient is exactly zero: {reason}")
 
 
 def next_command(task: Task, lam: float | None, beta: float) -> str:
@@ -124,7 +142,7 @@ def _evaluators(row: Evaluation) -> dict[str, float]:
 class NoTracker(nullcontext):
     """Shows nothing."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, *_: Any) -> None:
         super().__init__(self)
 
     def ignore(self, *_: Any) -> None: ...

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from leap_align import BadInput, require
-from runtime.processes import all_gather, one_line, printable, run_on_all_ranks, run_on_rank0
+from runtime.processes import all_gather, check_same, one_line, printable, run_on_all_ranks, run_on_rank0
 
 
 # --------------------------------------------------- Atomic writes ---------------------------------------------------
@@ -166,9 +166,11 @@ def write_settings(path: Path, settings: dict[str, Any]) -> None:
 def claimed_output_folder(folder: Path, tool: str, settings: dict[str, Any]) -> Iterator[None]:
     """A tool's folder, locked while the context lasts, with its settings in settings.json; every rank calls it.
 
+    Settings that only rank 0 has count, too.
     Refuses a folder that is not new, empty or filled by this tool with the same settings.
     """
     path, settings = folder / "settings.json", {"tool": tool, **settings}
+    check_same(settings)
 
     def check_and_write() -> None:
         changes = path.exists() and _changes(path, settings)

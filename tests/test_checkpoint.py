@@ -18,6 +18,7 @@ from runtime import checkpoint, run_dir
 from runtime.processes import stop_on_signals
 from tests.toy_runs import ROOT, TORCHRUN, before_every_step, checkpoints, error_line, flip_a_bit, metrics, result, run
 from toy.modes import Modes
+from toy.nets import VelocityNet
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 EACH = ["--checkpoint-every", "1"]
@@ -124,7 +125,7 @@ def test_a_removed_folder_is_not_created_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_a_signal_ends_the_iteration_saves_and_sets_the_exit_status(reference, tmp_path, monkeypatch, capsys, number):
+def test_a_signal_saves_and_sets_the_exit_status(reference, tmp_path, monkeypatch, capsys, number):
     handler = signal.getsignal(number)
 
     def send(iteration):
@@ -136,8 +137,56 @@ def test_a_signal_ends_the_iteration_saves_and_sets_the_exit_status(reference, t
         before_every_step(patch, send)
         run(tmp_path)
     assert stop.value.code == 128 + number and "continue with --resume" in capsys.readouterr().err
-    assert checkpoints(tmp_path) == ["000002"] and signal.getsignal(number) == handler
+    assert checkpoints(tmp_path) == ["000001"] and signal.getsignal(number) == handler
     assert_resumes(tmp_path, reference)
+
+
+PARTS = ["--gradient-accumulation-steps", "2", "--evaluate-every", "2"]
+EVALUATION, ITERATION = 25 + 2, 2 * 21  # calls of the model: 25 steps and the two leaps of a figure; two microbatches
+MOMENTS = {  # the call of the model during which a signal arrives, and the checkpoint that it leaves
+    "the first evaluation": (5, None),
+    "the first call of iteration 1": (EVALUATION + 1, "000000"),
+    "the second microbatch of iteration 1": (EVALUATION + 21 + 5, "000000"),
+    "iteration 2": (EVALUATION + ITERATION + 5, "000001"),
+    "the last call of iteration 1": (EVALUATION + ITERATION, "000001"),
+    "the evaluation of iteration 2": (EVALUATION + 2 * ITERATION + 5, "000002"),
+    "iteration 3": (2 * EVALUATION + 2 * ITERATION + 5, "000002"),
+    "the last evaluation": (2 * EVALUATION + 4 * ITERATION + 5, "000004"),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed run of two microbatches."""
+    out = tmp_path_factory.mktemp("run") / "whole"
+    run(out, *PARTS)
+    return out
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_saves_the_last_finished_iteration_before_the_models_next_call(whole, tmp_path, monkeypatch, moment):
+    """An iteration may take longer than a cluster gives.  Two signals, and the run ends like the undisturbed one."""
+    out, (number, newest), calls = tmp_path / "run", MOMENTS[moment], []
+
+    def forward(*inputs, forward=VelocityNet.forward):
+        calls.append(inputs)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(*inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VelocityNet, "forward", forward)
+        for _ in range(2):  # once more in the first call of the resumed run
+            with pytest.raises(SystemExit) as stop:
+                run(out, *PARTS, "--resume")
+            assert stop.value.code == 128 + signal.SIGTERM and len(calls) == number
+            assert newest is None or checkpoints(out)[-1] == newest
+            number = len(calls) + 1
+    assert newest or not (out / "checkpoint").exists()
+    run(out, *PARTS, "--resume")
+    assert metrics(out) == metrics(whole) and result(out)["after"] == result(whole)["after"]
+    for name in ("evaluations.csv", "model/weights.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
