@@ -247,8 +247,8 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 
 @dataclass(eq=False)
-class StoppedBySignal(Exception):
-    """A signal asked the process to stop."""
+class StoppedBySignal(BaseException):
+    """A signal asked the process to stop.  Like KeyboardInterrupt, it passes through `except Exception`."""
 
     signal: int
     is_saved: bool  # whether the run has saved all that it did
