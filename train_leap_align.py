@@ -33,11 +33,12 @@ import beyond
 import leap_align
 from beyond import SOLVERS, Hyper
 from leap_align import Endpoints, differentiable, objective
-from runtime import command_line, processes, report, run_dir
+from runtime import command_line, files, processes, report, run_dir
 from runtime.backward import BatchGenerator, Leash, SplitVelocity, leaf, rows_of_rank
 from runtime.checkpoint import Progress, TrainingState, load_checkpoint, save_checkpoint
 from runtime.ema import EMA
 from runtime.environment import environment, sources
+from runtime.exit import REPORTED, exit_process
 from runtime.processes import mean, rank, run_on_all_ranks, run_on_rank0, world_size
 from runtime.task import Task, check_evaluation, check_gradient, check_step_metrics, check_task, trained_parameters
 
@@ -242,7 +243,7 @@ class Trainer:
         progress.evaluations.append({"iteration": progress.iteration, **values})
         warnings = report.reward_hacking_warnings(progress.evaluations, self.task.held_out)
         if folder is not None:
-            run_dir.write_csv(folder / "evaluations.csv", progress.evaluations)
+            files.write_csv(folder / "evaluations.csv", progress.evaluations)
             for name in warnings.keys() - progress.warnings.keys():
                 tqdm.write(warnings[name])
         progress.warnings = warnings
@@ -337,10 +338,10 @@ def main(arguments: list[str] | None = None) -> None:
             flags = parse(arguments)
             processes.init_process_group(minutes=flags.run.process_group_timeout)
             run(flags, stop_request)
-    except processes.REPORTED as caught:
+    except REPORTED as caught:
         error = caught
     memory = "raise --gradient-accumulation-steps; full_scale/README.md says what else helps"
-    processes.exit_process(error, "continue with --resume", memory)
+    exit_process(error, "continue with --resume", memory)
 
 
 if __name__ == "__main__":

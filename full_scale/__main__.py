@@ -23,7 +23,8 @@ import sys
 
 import tyro
 
-from runtime.processes import REPORTED, StoppedBySignal, exit_process, init_process_group, stop_on_signals
+from runtime.exit import REPORTED, exit_process
+from runtime.processes import StoppedBySignal, init_process_group, stop_on_signals
 
 TOOLS = {
     "shapes": "full_scale.shapes.build:shapes",

@@ -24,7 +24,8 @@ from full_scale.plan import Machine, PlanFlags, seconds, simulate
 from full_scale.transformer import Checkpointing
 from leap_align import BadInput, require
 from runtime.cost_counter import FLOP
-from runtime.run_dir import claimed_output_folder, write_csv, write_json
+from runtime.files import write_csv, write_json
+from runtime.run_dir import claimed_output_folder
 from train_leap_align import Config, Trainer, task_class
 
 CHECKPOINTING = get_args(Checkpointing)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from leap_align import BadInput, require
+from runtime.files import check_no_pipe, read_json
 from runtime.processes import one_line
-from runtime.run_dir import check_no_pipe, read_json
 
 REMEDY = "restore it, or download it again"
 MAIN_FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}

@@ -10,8 +10,9 @@ from full_scale.models import FAMILIES
 from full_scale.pipeline import pipeline_folder
 from leap_align import require
 from runtime.checkpoint import load_tensors
+from runtime.files import digest, read_json
 from runtime.processes import world_size
-from runtime.run_dir import checkpoints, claimed_output_folder, digest, read_json
+from runtime.run_dir import checkpoints, claimed_output_folder
 
 
 def export(run: Path, out: Path, iteration: int | None = None, raw: bool = False) -> None:

@@ -14,8 +14,8 @@ from full_scale.components import LOADING_ERRORS, REMEDY, load_component
 from full_scale.models import FAMILIES, Family
 from full_scale.rewards.weights import download
 from leap_align import BadInput, require
+from runtime.files import read_json
 from runtime.processes import one_line, rank
-from runtime.run_dir import read_json
 
 Precision = Literal["bfloat16", "float32"]
 TEXT_SUBFOLDERS = ("text_encoder", "text_encoder_[23]", "tokenizer", "tokenizer_[23]")

@@ -35,7 +35,7 @@ from runtime import processes
 from runtime.checkpoint import HOST_BYTES, checkpoint_bytes
 from runtime.command_line import check, choose, parse
 from runtime.cost_counter import BETWEEN, FLOP, WITHIN
-from runtime.run_dir import write_json
+from runtime.files import write_json
 from train_leap_align import METHODS, TASKS, Config, Flags, TaskOptions, Trainer, task_class
 
 GIB = 2**30

@@ -26,6 +26,7 @@ from full_scale.pipeline import (
     pipeline_folder,
 )
 from leap_align import BadInput, require
+from runtime.files import atomic_file, check_no_pipe, parse_json, read_json, write_text
 from runtime.processes import (
     barrier,
     is_first_of_node,
@@ -36,7 +37,7 @@ from runtime.processes import (
     run_on_rank0,
     world_size,
 )
-from runtime.run_dir import atomic_file, check_no_pipe, claimed_output_folder, parse_json, read_json, write_text
+from runtime.run_dir import claimed_output_folder
 
 EMBED = "embed"  # the `tool` of settings.json, by which a folder of embeddings is recognised
 

@@ -17,6 +17,7 @@ from full_scale.pipeline import TEXT_SUBFOLDERS, Precision, pipeline_folder
 from full_scale.prompts import read_lines, read_prompts
 from full_scale.transformer import read_lora
 from leap_align import BadInput, require
+from runtime.files import atomic_file, parse_json, write_text
 from runtime.processes import (
     barrier,
     is_first_of_node,
@@ -27,7 +28,7 @@ from runtime.processes import (
     run_on_rank0,
     world_size,
 )
-from runtime.run_dir import atomic_file, claimed_output_folder, parse_json, write_text
+from runtime.run_dir import claimed_output_folder
 
 
 @torch.no_grad()

@@ -15,8 +15,9 @@ from full_scale import rewards
 from full_scale.contents import prompts_content, reward_content
 from full_scale.pipeline import gpu_or_cpu, silence_other_ranks
 from leap_align import BadInput, require
+from runtime.files import digest, parse_json, read_json, write_text
 from runtime.processes import barrier, is_first_of_node, printable, rank, run_on_all_ranks, run_on_rank0, world_size
-from runtime.run_dir import claimed_output_folder, digest, parse_json, read_json, write_text
+from runtime.run_dir import claimed_output_folder
 
 ROW = ("image", "prompt", "reward")  # what a log holds of each image
 

@@ -24,7 +24,7 @@ from full_scale.components import network_from_config
 from full_scale.rewards.hpsv2 import HPSv2
 from leap_align import Velocity
 from runtime.cost_counter import CostCounter
-from runtime.run_dir import read_json
+from runtime.files import read_json
 
 aten = torch.ops.aten
 FACTORIES = {

@@ -21,8 +21,8 @@ from full_scale.models import FAMILIES, Family
 from full_scale.prompts import embedding_folders, few_prompts, find_embedding, read_embedding, read_prompts
 from full_scale.sheet import draw_sheet
 from leap_align import require, rollout, shifted_times
+from runtime.files import atomic_file, read_json
 from runtime.processes import all_gather, rank, reshard, run_on_all_ranks, world_size
-from runtime.run_dir import atomic_file, read_json
 from runtime.task import EVALUATION_SEED, Task
 
 IMAGES_PER_PROMPT = 2  # in an evaluation; the difference between them is the diversity

@@ -31,8 +31,8 @@ from full_scale.components import (
 )
 from full_scale.pipeline import Family
 from leap_align import BadInput, require
+from runtime.files import atomic_folder, check_no_pipe, disk_remedy, write_errors_named, write_json
 from runtime.processes import full_value, one_line, rank, reshard, run_on_all_ranks, run_on_rank0, world_size
-from runtime.run_dir import atomic_folder, check_no_pipe, disk_remedy, write_errors_named, write_json
 
 EXPORT_FILE_BYTES = 2 * 10**9  # the most in a file of an export, unless a weight is larger; rank 0 holds one file
 NF4_BLOCKS = 64, 16  # weights that share a scale, scales that share one: their product divides the size of every layer

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from leap_align import BadInput, require
 from runtime.ema import EMA
+from runtime.files import digest, disk_remedy, fsync, parse_json, write_text
 from runtime.processes import (
     RaisedOnAllRanks,
     all_gather,
@@ -37,16 +38,7 @@ from runtime.processes import (
     run_on_rank0,
     world_size,
 )
-from runtime.run_dir import (
-    check_not_removed,
-    checkpoint_folders,
-    checkpoints,
-    digest,
-    disk_remedy,
-    fsync,
-    parse_json,
-    write_text,
-)
+from runtime.run_dir import check_not_removed, checkpoint_folders, checkpoints
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # a single process saves as well
 LOGS = ("metrics.csv", "evaluations.csv")

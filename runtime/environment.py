@@ -6,8 +6,9 @@ import sysconfig
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from runtime.processes import PACKAGES, world_size
-from runtime.run_dir import digest
+from runtime.exit import PACKAGES
+from runtime.files import digest
+from runtime.processes import world_size
 from runtime.task import Task
 
 

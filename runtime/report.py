@@ -14,8 +14,9 @@ from torch import nn
 from tqdm import tqdm
 
 from runtime.checkpoint import Progress
+from runtime.files import atomic_file, read_csv, write_json
 from runtime.processes import RaisedOnAllRanks, full_value, printable, rank, world_size
-from runtime.run_dir import atomic_file, checkpoints, read_csv, write_json
+from runtime.run_dir import checkpoints
 from runtime.task import Task
 
 Evaluation = dict[str, float]  # `iteration` and the value of every evaluator

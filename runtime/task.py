@@ -21,8 +21,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from leap_align import BadInput, Velocity, require, rollout
+from runtime.files import atomic_file
 from runtime.processes import RaisedOnAllRanks, reshard, world_size
-from runtime.run_dir import atomic_file
 
 EVALUATION_SEED = 1_000_003
 WEIGHTS = "model/weights.safetensors"

@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 
 from leap_align import BadInput
+from runtime.files import read_csv, write_text
 from runtime.processes import one_line
-from runtime.run_dir import read_csv, write_text
 
 
 class Tracker(AbstractContextManager):

@@ -12,7 +12,7 @@ import pytest
 
 import train_leap_align as trainer
 from leap_align import BadInput
-from runtime import checkpoint, processes, run_dir
+from runtime import checkpoint, files, processes, run_dir
 from tests.toy_runs import SMALL, checkpoints, error_line, failing, is_folder, limit_disks, metrics, result, run
 
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -67,7 +67,7 @@ def test_only_a_full_disk_asks_for_space(reference, tmp_path, monkeypatch, numbe
 def test_a_folder_on_a_disk_that_renames_files_only_is_still_replaced(tmp_path, monkeypatch):
     limit_disks(monkeypatch, errno.EMFILE)
     for name in ("old", "new"):
-        with run_dir.atomic_folder(tmp_path / "lora") as temporary:
+        with files.atomic_folder(tmp_path / "lora") as temporary:
             (temporary / name).write_text(name)
     assert [path.name for path in tmp_path.rglob("*")] == ["lora", "new"]
 

@@ -20,8 +20,8 @@ import train_leap_align as trainer
 from full_scale import transformer
 from full_scale.sheet import draw_sheet
 from leap_align import rollout
+from runtime.files import read_csv
 from runtime.processes import full_value
-from runtime.run_dir import read_csv
 from tests.tiny_pipelines import PROMPTS, TASKS, assert_close, every_task, flags, seeded, task_of, tool, train
 
 pytestmark = pytest.mark.usefixtures("one_process")

@@ -15,7 +15,7 @@ import pytest
 
 import train_leap_align as trainer
 from leap_align import METHODS, BadInput, leap, rollout
-from runtime.run_dir import read_csv, write_text
+from runtime.files import read_csv, write_text
 from tests.toy_runs import ROOT
 from toy.laboratory import __main__ as laboratory
 from toy.laboratory import ablations, compare, result_cache

@@ -25,7 +25,7 @@ from full_scale.models import FAMILIES
 from full_scale.simulation import Simulation
 from leap_align import BadInput
 from runtime.cost_counter import BETWEEN, FLOP, WITHIN, CostCounter, flop_count
-from runtime.run_dir import read_csv
+from runtime.files import read_csv
 from tests.tiny_pipelines import TASKS, needs_torchao, options_of, read, refusal, small_config, task_of, tool
 from train_leap_align import Config, Trainer
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 import train_leap_align as trainer
 from runtime import environment, processes, run_dir
+from runtime.exit import exit_process
 from tests.toy_runs import ROOT, SMALL, TORCHRUN, checkpoints
 from toy.modes import Modes
 
@@ -99,7 +100,7 @@ def test_what_ends_a_process_is_one_line_with_cause_rank_and_host(error, start, 
     monkeypatch.setattr(processes.socket, "gethostname", lambda: "node-7")
     monkeypatch.setattr(processes.os, "_exit", Mock(side_effect=SystemExit))
     with pytest.raises(SystemExit):
-        processes.exit_process(error, "go on", "free some")
+        exit_process(error, "go on", "free some")
     line = capsys.readouterr().err
     assert line.startswith(f"error: {start}") and line.endswith(" (rank 3 on node-7)\n") and line.count("\n") == 1
 

@@ -20,7 +20,7 @@ import leap_align
 import train_leap_align as trainer
 from leap_align import Hyper
 from runtime.command_line import check, choose
-from runtime.run_dir import read_csv
+from runtime.files import read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 LAB, RESULTS, COST = (f"toy/laboratory/{name}.md" for name in ("README", "results/README", "cost"))

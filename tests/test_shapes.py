@@ -22,7 +22,7 @@ from full_scale.shapes.judge import Judge, read_scene, shows
 from full_scale.shapes.scenes import Caption, Item, Placed
 from full_scale.shapes.train import save_state, spoiled
 from leap_align import BadInput
-from runtime.run_dir import read_csv
+from runtime.files import read_csv
 from tests.tiny_pipelines import tool, train
 from tests.toy_runs import ROOT
 

@@ -10,7 +10,8 @@ from torch import nn
 import train_leap_align as trainer
 from full_scale import __main__ as tools
 from leap_align import BadInput, uniform_times
-from runtime.processes import StoppedBySignal, UserCodeError, exit_process, user_code
+from runtime.exit import exit_process, user_code
+from runtime.processes import StoppedBySignal, UserCodeError
 from runtime.task import Task
 from tests.tiny_rewards import refusal
 from tests.toy_runs import ROOT

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import train_leap_align as trainer
-from runtime.run_dir import read_csv
+from runtime.files import read_csv
 
 TOYS = ["toy", "digits"]
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from leap_align import BadInput, require
-from runtime.run_dir import read_json
+from runtime.files import read_json
 
 # Settings in which the runs of one table may differ: their seeds, and what never changes a result.
 MAY_DIFFER = set("seed out resume gradient_accumulation_steps evaluate_every checkpoint_every".split())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runtime.run_dir import read_json
+from runtime.files import read_json
 
 Config = dict[str, Any]
 

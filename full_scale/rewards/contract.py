@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leap_align import BadInput, require
-from runtime.processes import user_code
+from runtime.exit import user_code
 
 TEXT_CACHE_SIZE = 4096  # the number of prompts whose text features a reward keeps
 CHANGES_IMAGES = "changes its images in place: let it work on images.clone()"

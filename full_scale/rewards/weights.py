@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from leap_align import BadInput, require
+from runtime.files import check_no_pipe
 from runtime.processes import one_line
-from runtime.run_dir import check_no_pipe
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")  # the suffixes of weights files
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from full_scale.shapes.scenes import BY_TEXT, SIZE, TOKENS, captions
 from full_scale.shapes.train import fit_pipeline, fit_reward, fit_vae
-from runtime.run_dir import atomic_folder, claimed_output_folder, write_errors_named, write_json, write_text
+from runtime.files import atomic_folder, write_errors_named, write_json, write_text
+from runtime.run_dir import claimed_output_folder
 
 STEPS = {"vae": 900, "pipeline": 5000, "reward": 1500}
 HELD_OUT, TRAINED = 10, 48  # prompts of a kind, at most; of the held-out ones also at most a third of the kind

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from leap_align import require
-from runtime.run_dir import atomic_file, write_csv, write_text
+from runtime.files import atomic_file, write_csv, write_text
 from toy.laboratory.method_measurements import evaluation_count
 from toy.laboratory.result_cache import Function, Key, ResultCache, Settings
 from toy.laboratory.tables import Row, directions_table
