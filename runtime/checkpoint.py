@@ -166,7 +166,11 @@ def load_checkpoint(folder: Path, state: TrainingState, iterations: int) -> Prog
 
 def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Loads some of the `training_tensors` in one checkpoint by their names; refuses a damaged one."""
-    _load(path, _verified_state(path, tensors), tensors)
+    try:
+        state = _verified_state(path, tensors)
+    except RaisedOnAllRanks as error:
+        raise RaisedOnAllRanks(f"{path} is damaged ({error}): choose another checkpoint") from error
+    _load(path, state, tensors)
 
 
 def _load(path: Path, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:

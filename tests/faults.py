@@ -41,8 +41,8 @@ tqdm.monitor_interval = 0  # its thread may hold tqdm's lock at a fork, and the 
 
 
 def arguments(out: Path) -> list[str]:
-    """Flags that start the run, or resume it if it has a checkpoint."""
-    return [*FLAGS, "--out", str(out), *(["--resume"] if checkpoints(out) else [])]
+    """Flags that start the run, or continue it: --resume is always given, as by a cluster that starts a job again."""
+    return [*FLAGS, "--out", str(out), "--resume"]
 
 
 def train(out: Path, before: Callable) -> None:

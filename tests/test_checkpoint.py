@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 import train_leap_align as trainer
-from runtime import checkpoint, run_dir
+from runtime import checkpoint, files
 from runtime.processes import stop_on_signals
 from tests.toy_runs import ROOT, TORCHRUN, before_every_step, checkpoints, error_line, flip_a_bit, metrics, result, run
 from toy.modes import Modes
@@ -51,7 +51,7 @@ def test_a_checkpoint_is_on_the_disk_before_its_state_and_that_before_the_oldest
     events, rmtree, newest = [], shutil.rmtree, tmp_path / "checkpoint" / "000002"
     state = newest / "state.json"
     own = {"fsync": lambda descriptor: events.append((os.fstat(descriptor).st_ino, state.exists()))}
-    monkeypatch.setattr(run_dir, "os", SimpleNamespace(**vars(os) | own))
+    monkeypatch.setattr(files, "os", SimpleNamespace(**vars(os) | own))
     monkeypatch.setattr(shutil, "rmtree", lambda path, **how: events.append(f"remove {path}") or rmtree(path, **how))
     run(tmp_path, "--iterations", "2", *EACH, "--checkpoints-total-limit", "1")
     assert checkpoints(tmp_path) == ["000002"]

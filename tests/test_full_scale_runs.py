@@ -252,13 +252,14 @@ def test_export_gives_the_raw_and_the_averaged_weights_of_any_checkpoint(models,
     [
         ("--iteration 7", {}, "iteration=7: {run} has checkpoints of 1"),
         ("", {"task": "toy"}, "run={run} is no run with an image model (flux, sd3, klein)"),
-        ("", {"task": "flux"}, "{run}/checkpoint/000001 is damaged (No such file or directory)"),
+        ("", {"task": "flux"}, "{run}/checkpoint/000001 is damaged (state.json is not what was written"),
         ("--iteration 2", None, "{run}/config.json is missing"),
     ],
 )
 def test_export_refuses_what_is_no_checkpoint_of_an_image_model(models, tmp_path, more, settings, message):
     run = tmp_path / "run"
     (run / "checkpoint" / "000001").mkdir(parents=True)
+    (run / "checkpoint" / "000001" / "state.json").touch()
     if settings is not None:
         known = {"task": "flux", "model": str(models / "flux"), "precision": "float32", "lora_rank": 0}
         (run / "config.json").write_text(json.dumps(known | settings))

@@ -22,6 +22,7 @@ from runtime.exit import exit_process
 from tests.toy_runs import ROOT, SMALL, TORCHRUN, checkpoints
 from toy.modes import Modes
 
+pytestmark = pytest.mark.usefixtures("one_process")
 HANDLED = ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
 SENT = [  # torchrun's flags, the signal, whether its workers get it as well, the signal that ends them
     ([], signal.SIGUSR1, False, "SIGHUP"),  # torchrun does not know it, and dies
