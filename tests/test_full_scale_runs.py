@@ -22,22 +22,18 @@ from full_scale.sheet import draw_sheet
 from leap_align import rollout
 from runtime.files import read_csv
 from runtime.processes import full_value
-from tests.tiny_pipelines import PROMPTS, TASKS, assert_close, every_task, flags, seeded, task_of, tool, train
+from tests.tiny_pipelines import PROMPTS, TASKS, assert_close, every_task, flags, seeded, slow, task_of, tool, train
 
 pytestmark = pytest.mark.usefixtures("one_process")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 IN_4BIT = "--lora-rank 2 --load-in-4bit"
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
 @pytest.mark.parametrize(
     ("name", "more", "nodes"),
     [
         ("flux", "--lora-rank 2 --gradient-accumulation-steps 2", 2),
-        ("klein", "--lora-rank 2", 1),
+        slow("klein", "--lora-rank 2", 1),
         slow("sd3", "", 1),
         slow("klein", "", 1),
         slow("flux", "--method stratified --gradient-accumulation-steps 2", 2),

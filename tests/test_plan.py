@@ -26,15 +26,15 @@ from full_scale.simulation import Simulation
 from leap_align import BadInput
 from runtime.cost_counter import BETWEEN, FLOP, WITHIN, CostCounter, flop_count
 from runtime.files import read_csv
-from tests.tiny_pipelines import TASKS, needs_torchao, options_of, read, refusal, small_config, task_of, tool
+from tests.tiny_pipelines import TASKS, needs_torchao, options_of, read, refusal, slow, small_config, task_of, tool
 from train_leap_align import Config, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
 LORA = '{"precision": "bfloat16", "lora_rank": 4}'
 FOUR_BITS = pytest.param("flux", LORA.replace("}", ', "load_in_4bit": true}'), marks=needs_torchao)
-CASES = [("flux", '{"precision": "bfloat16"}'), ("flux", LORA), ("sd3", "{}"), ("klein", LORA), FOUR_BITS]
-STRATIFIED = ("flux", '{"method": "stratified"}')  # evaluates earlier leaps again after the endpoint's backward
+CASES = [("flux", '{"precision": "bfloat16"}'), ("flux", LORA), ("sd3", "{}"), slow("klein", LORA), FOUR_BITS]
+STRATIFIED = slow("flux", '{"method": "stratified"}')  # evaluates earlier leaps again after the endpoint's backward
 
 
 @cache
