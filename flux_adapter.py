@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 
 from full_scale import pipeline
@@ -148,6 +147,8 @@ class Klein(DiffusersTask):
 
     def grid(self, T: int) -> Tensor:
         """Flux2KleinPipeline's own noise levels, ascending (T+1,); its mu depends on the number of steps."""
+        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
         _, rows, columns = self.patches()
         return shifted_grid(self.pipeline.scheduler, T, compute_empirical_mu(rows * columns, T))
 

@@ -71,14 +71,14 @@ def _over_batch(t: Tensor | float, x: Tensor) -> Tensor | float:
     if not torch.is_tensor(t) or t.shape == ():
         return t
     require(t.shape == x.shape[:1], f"a time of shape {tuple(t.shape)} must be () or (B,) = {tuple(x.shape[:1])}")
-    same = torch.promote_types(t.dtype, x.dtype) == x.dtype
-    require(same, f"times of {t.dtype} would promote states of {x.dtype}: give both one dtype")
+    require(torch.result_type(t, x) == x.dtype, f"times of {t.dtype} would promote states of {x.dtype}: give one dtype")
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
 
 # ---------------------------------------------- Paths and leaps (S2-S9) ----------------------------------------------
 def stop_gradient(x: Tensor) -> Tensor:
     """sg(x): the value of x, no gradient."""
+    require(torch.is_tensor(x), f"the velocity gave a {type(x).__name__}: return its tensor, such as model(...)[0]")
     return x.detach()
 
 
@@ -87,6 +87,7 @@ def leap(x: Tensor, v: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
 
     x, v (B, *S); t, s a number, () or (B,).  Gradient flows to x and v.  Over one interval: Euler's step.
     """
+    require(torch.is_tensor(v), f"the velocity gave a {type(v).__name__}: return its tensor, such as model(...)[0]")
     require(v.shape == x.shape, f"the velocity's shape {tuple(v.shape)} must be the state's, {tuple(x.shape)}")
     return x - _over_batch(t - s, x) * v
 

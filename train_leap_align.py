@@ -32,12 +32,14 @@ from tqdm import tqdm
 import beyond
 import leap_align
 from beyond import SOLVERS, Hyper
-from leap_align import BadInput, Endpoints, differentiable, objective
-from runtime import command_line, processes, report, run_dir
+from leap_align import Endpoints, differentiable, objective
+from runtime import command_line, files, processes, report, run_dir
 from runtime.backward import BatchGenerator, Leash, SplitVelocity, leaf, rows_of_rank
 from runtime.checkpoint import Progress, TrainingState, load_checkpoint, save_checkpoint
 from runtime.ema import EMA
-from runtime.processes import RaisedOnAllRanks, mean, rank, run_on_all_ranks, run_on_rank0, world_size
+from runtime.environment import environment, sources
+from runtime.exit import REPORTED, exit_process
+from runtime.processes import mean, rank, run_on_all_ranks, run_on_rank0, world_size
 from runtime.task import Task, check_evaluation, check_gradient, check_step_metrics, check_task, trained_parameters
 
 TOOL = "train_leap_align"  # the `tool` of config.json, by which a run's folder is recognised
@@ -54,7 +56,7 @@ METRICS = tuple("loss reward grad_norm weight d_j d_0 hinge_active i_k i_j leash
 """The columns of metrics.csv, after `iteration` and before those of the task."""
 CHANGEABLE_ON_RESUME = frozenset(
     "iterations gradient_accumulation_steps evaluate_every checkpoint_every checkpoint_minutes checkpoints_total_limit "
-    "max_skipped_steps tracker out resume".split()
+    "max_skipped_steps process_group_timeout tracker out resume".split()
 )
 """Fields of Config that may change on --resume: no iteration depends on them."""
 
@@ -82,6 +84,7 @@ class Config:
     checkpoint_minutes: float = 30.0  # Minutes between checkpoints, at most, and the rest of an iteration.
     checkpoints_total_limit: int = 2  # Checkpoints to keep; an older one replaces a damaged one.
     max_skipped_steps: int = 10  # Consecutive iterations with a loss or gradient that is not finite before a run stops.
+    process_group_timeout: float = processes.GROUP_MINUTES  # Minutes that a process waits for another one.
     seed: int = 0  # Seed of noise, prompts and timesteps.
     # Where to watch the run: every metric, evaluation and image, besides the files in the run's folder.
     tracker: Literal["tensorboard", "wandb"] | None = None
@@ -101,11 +104,9 @@ class Flags(Generic[TaskOptions]):
     task: TaskOptions
 
 
-def parse(
-    arguments: list[str] | None, flags: type = Flags, description: str | None = __doc__, program: str | None = None
-) -> Flags:
+def parse(arguments: list[str] | None) -> Flags:
     """The command line."""
-    return command_line.parse(arguments, flags, Config, Hyper, TASKS, beyond.DEFAULTS, description, program)
+    return command_line.parse(arguments, Flags, Config, Hyper, TASKS, beyond.DEFAULTS, __doc__, None)
 
 
 task_class = partial(command_line.task_class, tasks=TASKS)
@@ -130,10 +131,11 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One iteration: draws the whole batch, runs this rank's microbatches, updates the weights; returns metrics."""
         start, task, batch_size = time.perf_counter(), self.task, self.config.batch_size
+        draws = self.generator.clone_state()  # an interrupted iteration leaves the trainer's own generator as it was
         with record_function("data"):
-            condition = task.sample_conditions(batch_size, self.generator)
-            x_T = task.noise(batch_size, self.generator)
-        state, metrics = self.generator.get_state(), []
+            condition = task.sample_conditions(batch_size, draws)
+            x_T = task.noise(batch_size, draws)
+        state, metrics = draws.get_state(), []
         microbatches = rows_of_rank(batch_size, self.config.gradient_accumulation_steps, rank(), world_size())
         for rows in microbatches:
             # Every microbatch starts from the same state, so that all of them draw the same timesteps.
@@ -145,10 +147,9 @@ class Trainer:
         row = processes.mean_over_ranks(mean(metrics), task.device)
         row["grad_norm"] = self.optimizer_step(row["loss"])
         self.progress.iteration += 1
-        if row["grad_norm"] == 0 and row["hinge_active"] > 0 and rank() == 0 and not self.zero_is_reported:
+        if row["grad_norm"] == 0 and row["hinge_active"] > 0 and not self.zero_is_reported:
             self.zero_is_reported = True
-            reason = "the reward does not depend on the image, or the image not on the trained parameters"
-            tqdm.write(f"iteration {self.progress.iteration}: the gradient is exactly zero: {reason}")
+            report.warn_of_zero_gradient(self.progress.iteration)
         row |= {"seconds": time.perf_counter() - start, "skipped": float(self.progress.consecutive_skips > 0)}
         self.progress.seconds += row["seconds"]
         return row
@@ -218,19 +219,17 @@ class Trainer:
             self.progress.updates += 1
             self.progress.consecutive_skips = 0
         else:
-            self.skip_step(loss, norm)
+            self.progress.consecutive_skips += 1
+            report.skipped_step(self.task.model, loss, norm, self.progress, self.config.max_skipped_steps)
         self.optimizer.zero_grad()
         return norm
 
-    def skip_step(self, loss: float, norm: float) -> None:
-        """Reports an iteration whose loss or gradient is not finite, and stops the run after too many in a row."""
-        self.progress.consecutive_skips += 1
-        message = f"loss {loss:.3g}, gradient norm {norm:.3g}, {report.not_finite_gradients(self.task.model)}"
-        if rank() == 0:
-            tqdm.write(f"iteration {self.progress.iteration + 1}: {message}: this update is skipped")
-        if (skips := self.progress.consecutive_skips) >= self.config.max_skipped_steps:
-            remedy = "start again in another --out with a lower --lr, or check the reward"
-            raise RaisedOnAllRanks(f"{skips} updates in a row skipped, now with {message}: {remedy}")
+    def evaluate_if_due(self, folder: Path, tracker: Any) -> None:
+        """Evaluates at the iterations that the configuration says, unless a signal came only after it."""
+        config, progress = self.config, self.progress
+        is_due = progress.iteration % config.evaluate_every == 0 or progress.iteration == config.iterations
+        if is_due and progress.iteration not in [row["iteration"] for row in progress.evaluations]:
+            tracker.add("evaluation", progress.iteration, self.evaluate(folder if rank() == 0 else None))
 
     def evaluate(self, folder: Path | None = None) -> dict[str, float]:
         """Evaluates the averaged weights and warns of reward hacking.
@@ -239,14 +238,12 @@ class Trainer:
         """
         progress = self.progress
         with self.ema.swapped():
-            values = check_evaluation(self.config.task, self.task, self.task.evaluate(folder, progress.iteration))
-        if broken := [name for name, value in values.items() if not math.isfinite(value)]:
-            remedy = "start again with a lower --lr" if progress.iteration else "check the reward and the task's flags"
-            raise RaisedOnAllRanks(f"{', '.join(broken)} not finite at iteration {progress.iteration}: {remedy}")
+            values = self.task.evaluate(folder, progress.iteration)
+        check_evaluation(self.config.task, self.task, values, progress.iteration)
         progress.evaluations.append({"iteration": progress.iteration, **values})
         warnings = report.reward_hacking_warnings(progress.evaluations, self.task.held_out)
         if folder is not None:
-            run_dir.write_csv(folder / "evaluations.csv", progress.evaluations)
+            files.write_csv(folder / "evaluations.csv", progress.evaluations)
             for name in warnings.keys() - progress.warnings.keys():
                 tqdm.write(warnings[name])
         progress.warnings = warnings
@@ -256,10 +253,6 @@ class Trainer:
         """Writes a checkpoint."""
         save_checkpoint(folder, self.state, self.progress, self.config.checkpoints_total_limit)
 
-    def restore(self, folder: Path) -> None:
-        """Continues from the newest checkpoint that is not damaged."""
-        self.progress = load_checkpoint(folder, self.state, self.config.iterations)
-
 
 def build_task(flags: Flags) -> Task:
     """The task, with its model on its device and sharded over all processes."""
@@ -268,65 +261,70 @@ def build_task(flags: Flags) -> Task:
     check_task(config.task, task)
     if config.beta:
         task.keep_reference()
-    task.parallelize(processes.device_mesh(task.device.type))
+    task.parallelize(processes.device_mesh(task.device.type, config.process_group_timeout))
     return task
 
 
 def train(trainer: Trainer, folder: Path, stop_request: processes.StopRequest, tracker: Any) -> None:
-    """Iterates, evaluating and saving as often as the configuration says; saves the averaged model at the end."""
+    """Iterates, evaluating and saving as often as the configuration says; saves the averaged model at the end.
+
+    A stop request ends it before the model's next evaluation, and saves the last finished iteration.
+    """
     config, task, progress, is_rank0 = trainer.config, trainer.task, trainer.progress, rank() == 0
-    results_folder = folder if is_rank0 else None
-    if not progress.evaluations:
-        trainer.evaluate(results_folder)
+    saved_at, saved = time.monotonic(), progress.iteration if progress.evaluations else None  # the newest checkpoint
     columns = (*METRICS, *task.step_metric_names)
-    log = run_dir.CsvLog(folder / "metrics.csv", columns, progress.iteration) if is_rank0 else None
+    log = run_dir.CsvLog(folder / "metrics.csv", columns, progress.iteration) if is_rank0 else report.NoTracker()
     tracker.replay(progress.evaluations)
-    done, wait = progress.iteration, 60 * config.checkpoint_minutes
-    due_at = time.monotonic() + wait
-    with tqdm(None, config.method, config.iterations, initial=done, mininterval=1, disable=not is_rank0) as bar:
-        while progress.iteration < config.iterations:
-            row = trainer.step()
-            if log:
+    bar = tqdm(None, config.method, config.iterations, initial=progress.iteration, mininterval=1, disable=not is_rank0)
+    with bar, task.model.register_forward_pre_hook(stop_request.check, prepend=True):
+        try:
+            trainer.evaluate_if_due(folder, tracker)
+            while progress.iteration < config.iterations:
+                stop_request.check()  # for a model that runs without its hooks
+                row = trainer.step()
                 log.add({"iteration": progress.iteration, **row})
-            tracker.add("train", progress.iteration, {name: row[name] for name in columns if name in row})
-            last = progress.iteration == config.iterations
-            if progress.iteration % config.evaluate_every == 0 or last:
-                tracker.add("evaluation", progress.iteration, trainer.evaluate(results_folder))
-            saves = (stop_request.signal, time.monotonic() > due_at)
-            stop, is_due = map(max, zip(*processes.all_gather(saves)))  # the same on all ranks
-            is_good = progress.consecutive_skips == 0
-            if is_good and (progress.iteration % config.checkpoint_every == 0 or is_due or last or stop):
+                tracker.add("train", progress.iteration, {name: row[name] for name in columns if name in row})
+                trainer.evaluate_if_due(folder, tracker)
+                is_late = time.monotonic() > saved_at + 60 * config.checkpoint_minutes
+                is_due = progress.iteration % config.checkpoint_every == 0 or progress.iteration == config.iterations
+                if any(processes.all_gather(is_late or is_due)) and progress.consecutive_skips == 0:
+                    trainer.save(folder)
+                    saved_at, saved = time.monotonic(), progress.iteration
+                bar.set_postfix(report.postfix(row, progress.evaluations[-1], task), refresh=False)
+                bar.update()
+        except processes.StoppedBySignal as stop:
+            stop.is_saved = bool(progress.evaluations) and progress.consecutive_skips == 0
+            if stop.is_saved and saved != progress.iteration:
+                trainer.optimizer.zero_grad()  # an unfinished iteration has changed nothing else
+                processes.reshard(task.model)
                 trainer.save(folder)
-                due_at = time.monotonic() + wait
-            if stop and not last:
-                raise processes.StoppedBySignal(stop, is_saved=is_good)
-            bar.set_postfix(report.postfix(row, progress.evaluations[-1], task), refresh=False)
-            bar.update()
+            raise
     with trainer.ema.swapped():
         task.save(folder)
 
 
 def run(flags: Flags, stop_request: processes.StopRequest) -> None:
     """Checks, claims the folder, builds or restores, trains, reports."""
-    config, hyper = flags.run, flags.method
-    method, kind = command_line.choose("method", config.method, METHODS), task_class(config.task)
-    run_on_rank0(lambda: command_line.check(config, hyper, method, world_size()))
-    open_tracker = run_on_all_ranks(lambda: report.tracker_class(config.tracker))
+    config, hyper, kind = flags.run, flags.method, task_class(flags.run.task)
     folder = config.out or Path("runs") / f"{config.task}-{config.method}"
     settings = {"tool": TOOL, **asdict(config), **asdict(hyper), **asdict(flags.task), "out": folder}
+    processes.check_same(environment(kind) | {name: settings[name] for name in settings.keys() - {"out", *kind.paths}})
+    method = command_line.choose("method", config.method, METHODS)
+    run_on_rank0(lambda: command_line.check(config, hyper, method, world_size()))
+    open_tracker = run_on_all_ranks(lambda: report.tracker_class(config.tracker))
     changeable = CHANGEABLE_ON_RESUME | kind.changeable_on_resume
     with run_dir.locked_folder(folder, "config.json", TOOL):
         run_on_rank0(lambda: run_dir.check_run_folder(folder, settings, config.resume, changeable))
-        run_on_all_ranks(lambda: run_dir.check_shared_folder(folder))
         run_on_rank0(lambda: report.announce(flags, kind, method, folder))
         trainer = Trainer(config, hyper, build_task(flags))  # may take minutes
-        contents = run_on_all_ranks(lambda: trainer.task.contents() if rank() == 0 else {})
+        contents = run_on_all_ranks(lambda: trainer.task.contents() if processes.is_first_of_node() else {})
+        processes.check_same(contents | sources())  # now with what the task has imported
         if config.resume and run_dir.checkpoints(folder):
             run_on_rank0(lambda: run_dir.check_contents(folder, contents))
-            trainer.restore(folder)
+            trainer.progress = load_checkpoint(folder, trainer.state, config.iterations)
         run_on_rank0(lambda: run_dir.write_settings(folder / "config.json", settings | {"contents": contents}))
         with run_on_all_ranks(lambda: open_tracker(folder, settings)) as tracker:
-            stop_request.is_deferred = True  # from here on a signal ends the iteration and saves
+            stop_request.is_deferred = True  # from here on `train` looks for it
             train(trainer, folder, stop_request, tracker)
             # The other ranks wait for the report: torchrun ends every process as soon as one has failed.
             run_on_rank0(lambda: report.write_report(folder, trainer.task, trainer.progress, tracker, flags))
@@ -338,12 +336,12 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with processes.stop_on_signals() as stop_request:
             flags = parse(arguments)
-            processes.init_process_group()
+            processes.init_process_group(minutes=flags.run.process_group_timeout)
             run(flags, stop_request)
-    except (BadInput, processes.UserCodeError, processes.StoppedBySignal, ImportError, OSError, RuntimeError) as caught:
+    except REPORTED as caught:
         error = caught
     memory = "raise --gradient-accumulation-steps; full_scale/README.md says what else helps"
-    processes.exit_process(error, "continue with --resume", memory)
+    exit_process(error, "continue with --resume", memory)
 
 
 if __name__ == "__main__":

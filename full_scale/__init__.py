@@ -7,6 +7,7 @@ contents.py         digests of weights, prompts, images and rewards
 pipeline.py         open a pipeline: its folder, its family, its components
 transformer.py      build, shard, load and export the transformer, all of it or LoRA adapters
 prompts.py          read prompts, embed them, find embeddings
+export.py           the weights in a checkpoint as diffusers loads them
 sheet.py            images with their prompts on a sheet
 sample.py           images from a base or trained model
 score.py            a reward of every image

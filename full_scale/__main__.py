@@ -4,6 +4,7 @@
     python -m full_scale tiny tiny                                   a tiny random model, for tests
     python -m full_scale embed --model M --prompts P --out E         for cards that cannot hold the text encoders
     python train_leap_align.py --task flux --model M --prompts P     the training itself
+    python -m full_scale export --run RUN --out WEIGHTS --raw        weights of a checkpoint, averaged or not
     python -m full_scale sample --model M --transformer RUN/transformer --prompts P --out IMAGES
     python -m full_scale score --images IMAGES --out SCORES
     python -m full_scale check-reward my_rewards:factory             your own reward, before a run depends on it
@@ -22,13 +23,14 @@ import sys
 
 import tyro
 
-from leap_align import BadInput
-from runtime.processes import StoppedBySignal, UserCodeError, exit_process, init_process_group, stop_on_signals
+from runtime.exit import REPORTED, exit_process
+from runtime.processes import StoppedBySignal, init_process_group, stop_on_signals
 
 TOOLS = {
     "shapes": "full_scale.shapes.build:shapes",
     "tiny": "full_scale.tiny:tiny",
     "embed": "full_scale.prompts:embed",
+    "export": "full_scale.export:export",
     "sample": "full_scale.sample:sample",
     "score": "full_scale.score:score",
     "shapes-sheet": "full_scale.shapes.sheet:shapes_sheet",
@@ -56,10 +58,10 @@ def main(arguments: list[str] | None = None) -> None:
     error = None
     try:
         run(sys.argv[1:] if arguments is None else arguments)
-    except (BadInput, UserCodeError, ImportError, OSError, RuntimeError) as caught:
-        error = caught
     except StoppedBySignal as caught:
         error = StoppedBySignal(caught.signal, is_saved=True)  # every file that a tool has written is whole
+    except REPORTED as caught:
+        error = caught
     memory = "free some, or lower the --batch-size of sample"
     exit_process(error, "the same command continues from here", memory)
 

@@ -12,7 +12,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
-import diffusers
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -25,7 +24,8 @@ from full_scale.plan import Machine, PlanFlags, seconds, simulate
 from full_scale.transformer import Checkpointing
 from leap_align import BadInput, require
 from runtime.cost_counter import FLOP
-from runtime.run_dir import claimed_output_folder, write_csv, write_json
+from runtime.files import write_csv, write_json
+from runtime.run_dir import claimed_output_folder
 from train_leap_align import Config, Trainer, task_class
 
 CHECKPOINTING = get_args(Checkpointing)
@@ -73,6 +73,8 @@ def benchmark(task: str = "flux", out: Path = Path("runs/full-size-benchmark")) 
 
 def write_pipeline(folder: Path, task: str, transformer_config: dict[str, Any]) -> None:
     """A task's tiny pipeline, its reward and prompts; only its transformer has another config, and no weights."""
+    import diffusers
+
     diffusers.utils.logging.disable_progress_bar()
     FAMILIES[task].tiny().save_pretrained(folder)
     rewards.tiny("hpsv2.1", folder / "reward")

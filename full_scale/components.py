@@ -1,17 +1,17 @@
 """One component of a diffusers pipeline: check its files, load it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from leap_align import BadInput, require
+from runtime.files import check_no_pipe, read_json
 from runtime.processes import one_line
-from runtime.run_dir import read_json
 
 REMEDY = "restore it, or download it again"
 MAIN_FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
@@ -22,6 +22,9 @@ LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, Inde
 
 def network_from_config(config: dict[str, Any]) -> nn.Module:
     """The network of a config.json of diffusers or transformers, on the meta device."""
+    import diffusers
+    import transformers
+
     with torch.device("meta"):
         if "_class_name" in config:
             return getattr(diffusers, config["_class_name"]).from_config(config)
@@ -39,8 +42,10 @@ def load_component(folder: Path, kind: Any, dtype: torch.dtype) -> Any:
     is_network = isinstance(kind, type) and issubclass(kind, nn.Module)
     if is_network:
         options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-        name = read_json(folder / "config.json").get("_class_name", kind.__name__)  # transformers' configs name none
-        remedy = "choose the weights of this pipeline's kind"
+    config = folder / getattr(kind, "config_name", "config.json")
+    if is_network or config.is_file():
+        name = read_json(config).get("_class_name", kind.__name__)  # transformers' configs name none
+        remedy = "choose the files of this pipeline's kind"
         require(name == kind.__name__, f"{folder} holds a {name}, not a {kind.__name__}: {remedy}")
     try:
         loaded = kind.from_pretrained(folder, **options)
@@ -48,12 +53,16 @@ def load_component(folder: Path, kind: Any, dtype: torch.dtype) -> Any:
         raise BadInput(f"{folder} cannot be loaded as {kind.__name__} ({one_line(error)}): {REMEDY}") from error
     if is_network and (missing := sorted(loaded[1]["missing_keys"])):
         raise BadInput(f"weights are missing in {folder} ({len(missing)}, such as {missing[0]}): {REMEDY}")
+    if is_network:
+        check_finite(loaded[0].state_dict(), folder)
     return loaded[0] if is_network else loaded
 
 
 def check_files(folder: Path) -> None:
     """Refuses a component's folder with a damaged file, or a tokenizer's that is not complete."""
     require(folder.is_dir(), f"{folder} does not exist: {REMEDY}")
+    for file in folder.iterdir():
+        check_no_pipe(file)
     for file in sorted(folder.glob("[!.]*.json")):  # macOS leaves "._config.json" and the like
         read_json(file)
     weight_shapes(folder)
@@ -64,6 +73,14 @@ def check_files(folder: Path) -> None:
         require("model_max_length" in read_json(config), f"{config} gives no model_max_length: {REMEDY}")
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """A network's config.json; refuses quantised weights."""
+    config = read_json(folder / "config.json")
+    message = f"{folder} holds quantised weights (quantization_config): choose those of the published pipeline"
+    require("quantization_config" not in config, message)
+    return config
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold a component's weights, as diffusers or transformers choose them; none in other folders.
 
@@ -72,8 +89,8 @@ def weight_files(folder: Path) -> list[Path]:
     config = folder / "config.json"
     if not config.is_file():
         return [path for path in [folder / "pytorch_lora_weights.safetensors"] if path.is_file()]
-    is_of_diffusers = "_class_name" in read_json(config)
-    main = folder / MAIN_FILES["diffusers" if is_of_diffusers else "transformers"]
+    is_of_diffusers = "_class_name" in read_config(folder)
+    main = check_no_pipe(folder / MAIN_FILES["diffusers" if is_of_diffusers else "transformers"])
     index = folder / f"{main.name}.index.json"
     if not index.is_file() or (main.is_file() and not is_of_diffusers):  # with both, diffusers reads the index's files
         return [main] if main.is_file() else []
@@ -82,13 +99,44 @@ def weight_files(folder: Path) -> list[Path]:
     require(is_map, f"{index} has no weight_map of names of files: {REMEDY}")
     for name in names.values():
         require(Path(name).name == name, f"{index} names {name!r:.80}, which is not in its folder: {REMEDY}")
-    return [folder / name for name in sorted(set(names.values()))]
+    return [check_no_pipe(folder / name) for name in sorted(set(names.values()))]
+
+
+def check_finite(weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Refuses weights that were read from a folder, or a rank's part of them, with NaN or infinite numbers."""
+    for name, value in weights.items():
+        value = value.to_local() if isinstance(value, DTensor) else value
+        is_plain = type(value) is Tensor  # torchao's four-bit weights know no isfinite
+        if is_plain and value.is_floating_point() and not value.isfinite().all():
+            source = next((file for file in weight_files(folder) if _holds(file, name)), folder)
+            raise BadInput(f"{source}: {name} holds NaN or infinite numbers: {REMEDY}")
+
+
+def _holds(file: Path, name: str) -> bool:
+    with safe_open(file, "pt") as weights:
+        return any(key.endswith(name) for key in weights.keys())  # transformers removes prefixes
+
+
+def check_format(folder: Path) -> None:
+    """Refuses a network's folder whose weights have only names that are not read; pickled ones might run code."""
+    settings = read_config(folder) if (folder / "config.json").is_file() else {}
+    kind, library = settings.get("_class_name"), "diffusers"
+    if not kind:
+        kind, library = (settings.get("architectures") or [None])[0], "transformers"
+    suffixes = (".bin", ".pt", ".pth", ".ckpt", ".safetensors") if kind else ()
+    for file in sorted(file for file in folder.glob("[!.]*") if file.suffix in suffixes):
+        load = f"from {library} import {kind}; {kind}.from_pretrained({str(folder)!r}, use_safetensors=False)"
+        convert = f'if you trust it, convert it: python -c "{load}.save_pretrained({str(folder)!r})"'
+        remedy = "rename it" if file.suffix == ".safetensors" else convert
+        raise BadInput(f"{folder} holds {file.name}, but no {MAIN_FILES[library]}: {remedy}")
 
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shape of every weight in a component's files; reads no weights."""
     shapes = {}
-    for path in weight_files(folder):
+    if not (files := weight_files(folder)):
+        check_format(folder)
+    for path in files:
         try:
             with safe_open(path, "pt") as file:
                 shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}

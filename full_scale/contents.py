@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from full_scale.components import INDICES, weight_files
 from full_scale.rewards import REWARDS
-from runtime.run_dir import digest, digest_files
+from runtime.files import digest, digest_files
 
 
 def prompts_content(prompts: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from leap_align import require
-from runtime.run_dir import write_text
+from runtime.files import write_text
 
 COUNTS = {"position": 20588, "counting": 14706, "attribute": 8824, "colors": 2941, "two objects": 2941}
 """Prompts of each kind: 50,000 in the paper's ratio 7 : 5 : 3 : 1 : 1."""

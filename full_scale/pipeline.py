@@ -1,26 +1,26 @@
 """Open a diffusers pipeline: its folder, its family, its components."""
 
+import logging
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-import diffusers
 import torch
-import transformers
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from tqdm import tqdm
 
 from full_scale.components import LOADING_ERRORS, REMEDY, load_component
 from full_scale.models import FAMILIES, Family
 from full_scale.rewards.weights import download
 from leap_align import BadInput, require
+from runtime.files import read_json
 from runtime.processes import one_line, rank
-from runtime.run_dir import read_json
 
 Precision = Literal["bfloat16", "float32"]
 TEXT_SUBFOLDERS = ("text_encoder", "text_encoder_[23]", "tokenizer", "tokenizer_[23]")
 """A pipeline's subfolders that turn prompts into embeddings, as patterns of names."""
-PIPELINES = {family.pipeline_class.__name__: (task, family) for task, family in FAMILIES.items()}
+PIPELINES = {family.pipeline_name: (task, family) for task, family in FAMILIES.items()}
 """The task and the family of each pipeline's class."""
 
 
@@ -49,7 +49,9 @@ def pipeline_folder(model: str, subfolders: tuple[str, ...] = (*TEXT_SUBFOLDERS,
         require(is_pipeline, f"model={model} is neither a hub id OWNER/NAME nor a folder with a model_index.json")
         return folder
     configs = "model_index.json", "scheduler/*", "transformer/config.json"
-    return download(model, *configs, *(f"{name}/*" for name in subfolders), flag="--model")
+    everything = [*configs, *(f"{name}/*" for name in (*TEXT_SUBFOLDERS, "transformer", "vae"))]
+    files = [*configs, *(f"{name}/*" for name in subfolders)]
+    return download(model, *files, flag="--model", by_hand=everything)
 
 
 def open_pipeline(family: Family, folder: Path, dtype: torch.dtype, text: bool = True, **components: Any) -> Any:
@@ -58,6 +60,8 @@ def open_pipeline(family: Family, folder: Path, dtype: torch.dtype, text: bool =
     text=False leaves the text encoders and tokenizers out.  components: replace those on disk; None leaves one out.
     """
     silence_other_ranks()
+    for name in (family.pipeline_class.__module__, "transformers.tokenization_utils_base"):
+        logging.getLogger(name).addFilter(_is_no_cut_prompt)
     index = read_json(folder / "model_index.json")
     if not text:
         components |= {name: None for name in index if name.startswith(("text_encoder", "tokenizer"))}
@@ -72,6 +76,31 @@ def open_pipeline(family: Family, folder: Path, dtype: torch.dtype, text: bool =
         raise BadInput(f"{folder} is not a complete pipeline: {one_line(error)}") from error
 
 
+def count_cut_prompts(pipeline: Any, prompts: Sequence[str], tokens: int | None = None) -> None:
+    """Rank 0 says how many prompts are longer than a pipeline's tokenizers read; else nothing.
+
+    tokens: of the largest text encoder, whose tokenizer is the last; the pipeline's own if not given.
+    """
+    tokens = tokens or PIPELINES[type(pipeline).__name__][1].max_sequence_length
+    names = sorted(name for name, part in pipeline.components.items() if name.startswith("tokenizer") and part)
+    for name in names if rank() == 0 else ():
+        tokenizer, texts = getattr(pipeline, name), list(prompts)
+        most = tokens if name == names[-1] else tokenizer.model_max_length
+        if tokenizer.chat_template and len(names) == 1:
+            chats = [[{"role": "user", "content": text}] for text in texts]
+            texts = tokenizer.apply_chat_template(
+                chats, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        cut = sum(len(ids) > most for ids in tokenizer(texts, truncation=False, verbose=False).input_ids)
+        if cut:
+            tqdm.write(f"{cut} of {len(texts)} prompts are cut: {name} reads {most} tokens")
+
+
+def _is_no_cut_prompt(record: logging.LogRecord) -> bool:
+    """False for what libraries log of each prompt that is cut, in full and at every step."""
+    return "truncated because" not in record.msg and "Token indices sequence length" not in record.msg
+
+
 def component_class(folder: Path, name: str, entry: Any, expected: type) -> type | None:
     """The class that model_index.json gives a component as [library, class]; None for [null, null] and settings.
 
@@ -79,6 +108,9 @@ def component_class(folder: Path, name: str, entry: Any, expected: type) -> type
     """
     if not isinstance(entry, list) or entry == [None, None]:
         return None
+    import diffusers
+    import transformers
+
     library, kind = entry if len(entry) == 2 else (None, None)
     found = getattr({"diffusers": diffusers, "transformers": transformers}.get(str(library)), str(kind), None)
     is_own = isinstance(found, type) and issubclass(found, expected)
@@ -91,6 +123,8 @@ def log_shift(scheduler: Any, latent_size: tuple[int, int, int], default_max: fl
 
     latent_size: channels, height and width.  A token is a 2x2 patch of the latents.
     """
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
     _, height, width = latent_size
     defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": default_max}
     settings = [scheduler.config.get(name, value) for name, value in defaults.items()]
@@ -102,6 +136,13 @@ def check_image_size(height: int, width: int) -> None:
     for name, pixels in {"height": height, "width": width}.items():
         is_valid = pixels >= 16 and pixels % 16 == 0
         require(is_valid, f"{name}={pixels} must be a multiple of 16 pixels: 512, 720, 1024, ...")
+
+
+def check_positions(transformer: Any, height: int, width: int) -> None:
+    """Refuses an image with more rows or columns of patches than a transformer knows: SD3 has a table of them."""
+    most = 16 * (transformer.config.get("pos_embed_max_size") or math.inf)
+    for name, pixels in {"height": height, "width": width}.items():
+        require(pixels <= most, f"{name}={pixels} must be at most {most}, the largest size that this model knows")
 
 
 def check_sequence_length(tokens: int) -> None:
@@ -119,7 +160,7 @@ def has_guidance(folder: Path) -> bool:
 
 def check_trainable(family: Family, folder: Path) -> None:
     """Refuses a pipeline of another family, and a model that was distilled to few steps, which has no guidance."""
-    name, expected = pipeline_class_name(folder), family.pipeline_class.__name__
+    name, expected = pipeline_class_name(folder), family.pipeline_class.__name__  # a missing diffusers is named early
     tasks = ", ".join(f"{known} is --task {task}" for known, (task, _) in PIPELINES.items())
     require(name == expected, f"{folder} holds a {name}, not a {expected}: {tasks}")
     remedy = f"train its base model, such as {family.model}"
@@ -156,6 +197,9 @@ def gpu_or_cpu() -> torch.device:
 def silence_other_ranks() -> None:
     """Leaves the libraries' warnings and progress bars to rank 0."""
     if rank() > 0:
+        import diffusers
+        import transformers
+
         for library in (diffusers, transformers):
             library.utils.logging.set_verbosity_error()
             library.utils.logging.disable_progress_bar()

@@ -4,11 +4,12 @@
     python -m full_scale plan --gpus 1 --lora-rank 64 --gradient-accumulation-steps 64     LoRA on one GPU
     python -m full_scale plan --nodes 2 --gradient-accumulation-steps 4 --json plan.json   two nodes of eight GPUs
 
-All flags of the training are flags here, with the same meaning.  Text is encoded in every step unless --prompts holds
-few prompts or embeddings.  No weights, network or GPU are needed.
-Operations are those of one step with the timesteps that --seed draws.
+The training's flags have the same meaning here.  Text is encoded in every step unless --prompts holds few prompts or
+embeddings.  No weights, network or GPU are needed.  Operations are those of one step with the timesteps that --seed
+draws.
 """
 
+import argparse
 import math
 import tempfile
 from collections import Counter
@@ -18,11 +19,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
+import tyro
 from torch.profiler import record_function
 from tqdm import tqdm
 
+from beyond import DEFAULTS, Hyper
 from full_scale.models import FAMILIES
 from full_scale.pipeline import check_trainable
 from full_scale.prompts import few_prompts, read_prompts
@@ -31,10 +33,10 @@ from full_scale.transformer import EXPORT_FILE_BYTES, export_files
 from leap_align import require
 from runtime import processes
 from runtime.checkpoint import HOST_BYTES, checkpoint_bytes
-from runtime.command_line import check, choose
+from runtime.command_line import check, choose, parse
 from runtime.cost_counter import BETWEEN, FLOP, WITHIN
-from runtime.run_dir import write_json
-from train_leap_align import METHODS, Flags, TaskOptions, Trainer, parse, task_class
+from runtime.files import write_json
+from train_leap_align import METHODS, TASKS, Config, Flags, TaskOptions, Trainer, task_class
 
 GIB = 2**30
 RESERVED_GIB = 3.0  # an assumption: CUDA's context, NCCL's and cuBLAS's buffers, fragmentation
@@ -63,9 +65,20 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class PlanConfig(Config):
+    """The run; flags that do not matter to a plan are not offered."""
+
+    task: str = "flux"  # Model: flux (FLUX.1-dev), sd3 (SD3.5-M) or klein (FLUX.2-klein).
+    tracker: tyro.conf.Suppress[str | None] = None
+    out: tyro.conf.Suppress[Path | None] = None
+    resume: tyro.conf.Suppress[bool] = False
+
+
+@dataclass(frozen=True)
 class PlanFlags(Flags[TaskOptions]):
     """The training's flags and the machine."""
 
+    run: PlanConfig
     machine: Machine = Machine()
 
 
@@ -122,7 +135,7 @@ def simulate(flags: PlanFlags, title: str) -> Costs:
 def start_trainer(flags: PlanFlags, simulation: Simulation, folder: Path) -> Trainer:
     """The trainer of the run, whose networks have no values."""
     name, prompts = flags.run.task, folder / "prompts.txt"
-    write_json(folder / "model_index.json", {"_class_name": FAMILIES[name].pipeline_class.__name__})
+    write_json(folder / "model_index.json", {"_class_name": FAMILIES[name].pipeline_name})
     prompts.write_text("".join(f"prompt {i}\n" for i in range(10_000)))
     files = {"model": str(folder), "prompts": prompts, "evaluation_prompts": None}
     kind = simulated(task_class(name), flags.task.model, simulation, flags.machine.stored_embeddings)
@@ -248,8 +261,10 @@ def verdict(flags: PlanFlags, costs: Costs) -> str:
 # ------------------------------------------------------- Report ------------------------------------------------------
 def plan(arguments: list[str]) -> None:
     """Compute memory, time and traffic of a full-size run by executing its code on tensors without values."""
-    diffusers.utils.logging.set_verbosity_error()
     flags = read_flags(arguments)
+    import diffusers  # not for --help, which ends above
+
+    diffusers.utils.logging.set_verbosity_error()
     machine, costs = flags.machine, simulate(flags, "plan")
     values = numbers(costs, machine)
     print_tables(values["phases"])
@@ -263,13 +278,15 @@ def plan(arguments: list[str]) -> None:
 
 def read_flags(arguments: list[str]) -> PlanFlags:
     """The command line, for FLUX.1-dev if it names no task; refuses values that cannot work."""
-    if not any(argument.startswith("--task") for argument in arguments):
-        arguments = ["--task", "flux", *arguments]
-    flags = parse(arguments, PlanFlags, __doc__, "python -m full_scale plan")
+    ignored = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # a training's flags may be pasted
+    ignored.add_argument("--tracker"), ignored.add_argument("--out")
+    ignored.add_argument("--resume", action="store_true")
+    arguments, tasks = ignored.parse_known_args(arguments)[1], {name: TASKS[name] for name in FAMILIES}
+    program = "python -m full_scale plan"
+    flags = parse(arguments, PlanFlags, PlanConfig, Hyper, tasks, DEFAULTS, __doc__, program)
     run, task, machine = flags.run, flags.task, flags.machine
     if machine.json:
         require(machine.json.parent.is_dir(), f"json: {machine.json.parent} does not exist: make it first")
-    require(run.task in FAMILIES, f"task={run.task}: plan knows {', '.join(FAMILIES)}")
     published = task_class(run.task).Options.model
     if task.model != published:
         is_folder = (Path(task.model) / "model_index.json").is_file()

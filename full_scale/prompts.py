@@ -1,7 +1,6 @@
 """Prompts: read them, embed them, find their embeddings."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import chain
@@ -20,14 +19,25 @@ from full_scale.pipeline import (
     TEXT_SUBFOLDERS,
     Precision,
     check_sequence_length,
+    count_cut_prompts,
     family_of,
     gpu_or_cpu,
     open_pipeline,
     pipeline_folder,
 )
 from leap_align import BadInput, require
-from runtime.processes import barrier, one_line, rank, run_on_all_ranks, run_on_rank0, world_size
-from runtime.run_dir import atomic_file, claimed_output_folder, read_json, write_text
+from runtime.files import atomic_file, check_no_pipe, parse_json, read_json, write_text
+from runtime.processes import (
+    barrier,
+    is_first_of_node,
+    one_line,
+    printable,
+    rank,
+    run_on_all_ranks,
+    run_on_rank0,
+    world_size,
+)
+from runtime.run_dir import claimed_output_folder
 
 EMBED = "embed"  # the `tool` of settings.json, by which a folder of embeddings is recognised
 
@@ -49,16 +59,15 @@ def read_prompts(path: Path | None) -> list[str]:
 def is_json(text: str) -> bool:
     """Whether a text is a list or an object in JSON."""
     try:
-        return isinstance(json.loads(text), list | dict)
-    except (ValueError, RecursionError):
+        return isinstance(parse_json(text), list | dict)
+    except ValueError:
         return False
 
 
 def read_lines(file: Path) -> list[str]:
     """The lines of a text file that are not empty; only line feed and carriage return end a line."""
-    require(not file.exists() or file.is_file(), f"{file} is a pipe or a device, read once: write it to a file first")
     try:
-        text = file.read_text(encoding="utf-8-sig")  # without the mark that some editors put first
+        text = check_no_pipe(file).read_text(encoding="utf-8-sig")  # without the mark that some editors put first
     except (OSError, UnicodeDecodeError) as error:
         remedy = "give a text file with one prompt per line"
         raise BadInput(f"cannot read prompts from {file} ({one_line(error)}): {remedy}") from error
@@ -101,8 +110,9 @@ def embed(
     tokens = family.max_sequence_length if max_sequence_length is None else max_sequence_length
     check_sequence_length(tokens)
     pipeline = run_on_all_ranks(lambda: open_pipeline(family, folder, dtype, transformer=None, vae=None))
-    content = run_on_all_ranks(lambda: files_content(folder, *TEXT_SUBFOLDERS) if rank() == 0 else None)
-    settings = {"model": content, "prompts": prompts_content(texts), "precision": precision}
+    count_cut_prompts(pipeline, texts, tokens)
+    read = lambda: {"model": files_content(folder, *TEXT_SUBFOLDERS)} if is_first_of_node() else {}  # noqa: E731
+    settings = run_on_all_ranks(read) | {"prompts": prompts_content(texts), "precision": precision}
     settings |= {"max_sequence_length": tokens}
     with claimed_output_folder(out, EMBED, settings):
         # Classifier-free guidance also needs the empty prompt.
@@ -110,7 +120,7 @@ def embed(
         barrier()  # a training run that finds the list also finds every embedding
         run_on_rank0(lambda: write_text(out / "prompts.txt", "\n".join(texts) + "\n"))
     if rank() == 0:
-        print(f"the embeddings of {len(texts)} prompts are in {out}: train with --prompts {out}")
+        print(f"the embeddings of {len(texts)} prompts are in {printable(out)}: train with --prompts {printable(out)}")
 
 
 @torch.no_grad()
@@ -133,12 +143,16 @@ def read_embedding(path: Path) -> dict[str, Tensor]:
     """The text inputs of one prompt by name, on the CPU.  Raises BadInput if the file is missing or damaged."""
     remedy = "run the same `python -m full_scale embed` again, which makes it anew"
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(check_no_pipe(path), "pt") as file:
             embedding = {name: file.get_tensor(name) for name in file.keys()}
             content = (file.metadata() or {}).get("content")
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{path} is damaged ({one_line(error)}): {remedy}") from error
     require(content == tensors_content(embedding), f"{path} is damaged (its checksum differs): {remedy}")
+    for name, value in embedding.items():
+        is_kind = value.dtype in (torch.float32, torch.bfloat16) and value.numel() and value.isfinite().all()
+        kind = f"{tuple(value.shape)} of {value.dtype}"
+        require(is_kind, f"{path}: {name} {kind} holds no finite float32 or bfloat16 numbers: {remedy}")
     return embedding
 
 

@@ -17,8 +17,18 @@ from full_scale.pipeline import TEXT_SUBFOLDERS, Precision, pipeline_folder
 from full_scale.prompts import read_lines, read_prompts
 from full_scale.transformer import read_lora
 from leap_align import BadInput, require
-from runtime.processes import barrier, one_line, rank, run_on_all_ranks, run_on_rank0, world_size
-from runtime.run_dir import atomic_file, claimed_output_folder, write_text
+from runtime.files import atomic_file, parse_json, write_text
+from runtime.processes import (
+    barrier,
+    is_first_of_node,
+    one_line,
+    printable,
+    rank,
+    run_on_all_ranks,
+    run_on_rank0,
+    world_size,
+)
+from runtime.run_dir import claimed_output_folder
 
 
 @torch.no_grad()
@@ -71,7 +81,9 @@ def sample(
     settings |= {"width": width, "guidance": guidance, "batch_size": batch_size, "precision": precision}
     settings |= {"max_sequence_length": max_sequence_length}
     pipe = run_on_all_ranks(lambda: open_trained(model, transformer, lora, getattr(torch, precision)))
-    settings |= run_on_all_ranks(lambda: contents(model, transformer, lora) if rank() == 0 else {})
+    pipeline.check_positions(pipe.transformer, height, width)
+    pipeline.count_cut_prompts(pipe, layout.prompts, max_sequence_length)
+    settings |= run_on_all_ranks(lambda: contents(model, transformer, lora) if is_first_of_node() else {})
     with claimed_output_folder(out, "sample", settings):
         run_on_rank0(lambda: layout.write(out))
         pipe.to(pipeline.gpu_or_cpu())
@@ -81,7 +93,8 @@ def sample(
         barrier()
     if rank() == 0:
         count = sum(map(len, layout.files))
-        print(f"{count} images are in {out}: score them with python -m full_scale score --images {out} --out SCORES")
+        path = printable(out)
+        print(f"{count} images are in {path}: score them with python -m full_scale score --images {path} --out SCORES")
 
 
 def contents(model: str, transformer: Path | None, lora: Path | None) -> dict[str, str | None]:
@@ -144,7 +157,7 @@ def choose_layout(prompts: Path | None, geneval: Path | None, images_per_prompt:
 def read_geneval_line(path: Path, line: str) -> str:
     """The prompt in a line of GenEval's metadata."""
     try:
-        prompt = json.loads(line)["prompt"]
+        prompt = parse_json(line)["prompt"]
     except (ValueError, LookupError, TypeError):
         prompt = None
     is_text = isinstance(prompt, str)

@@ -15,8 +15,9 @@ from full_scale import rewards
 from full_scale.contents import prompts_content, reward_content
 from full_scale.pipeline import gpu_or_cpu, silence_other_ranks
 from leap_align import BadInput, require
-from runtime.processes import barrier, rank, run_on_all_ranks, run_on_rank0, world_size
-from runtime.run_dir import claimed_output_folder, digest, read_json, write_text
+from runtime.files import digest, parse_json, read_json, write_text
+from runtime.processes import barrier, is_first_of_node, printable, rank, run_on_all_ranks, run_on_rank0, world_size
+from runtime.run_dir import claimed_output_folder
 
 ROW = ("image", "prompt", "reward")  # what a log holds of each image
 
@@ -34,14 +35,14 @@ def score(images: Path, out: Path, reward: str = "hpsv2.1", reward_weights: tupl
     silence_other_ranks()
     prompts, device = run_on_all_ranks(lambda: read_image_prompts(images)), gpu_or_cpu()
     model = run_on_all_ranks(lambda: rewards.load(reward, reward_weights, device=device))
-    settings = run_on_all_ranks(lambda: contents(images, prompts, reward, model) if rank() == 0 else {})
+    settings = run_on_all_ranks(lambda: contents(images, prompts, reward, model) if is_first_of_node() else {})
     log = out / f"{images.resolve().name}_rewards_log.json"
     with claimed_output_folder(out, "score", settings):
         is_old = log.exists()
         if not is_old:
             score_images(model, images, prompts, log.with_suffix(".parts"), device)
             run_on_rank0(lambda: write_log(log, log.with_suffix(".parts"), prompts, reward))
-        run_on_rank0(lambda: print_result(log, model, reward, "already in" if is_old else "written to"))
+        run_on_rank0(lambda: print_result(log, model, prompts, reward, "already in" if is_old else "written to"))
 
 
 def contents(images: Path, prompts: dict[str, str], reward: str, model: nn.Module) -> dict[str, str]:
@@ -67,6 +68,7 @@ def check_image(path: Path) -> None:
 
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")  # others, such as EPS, would start other programs
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 MODES = dict.fromkeys("1 L LA P PA RGB RGBA CMYK YCbCr".split(), 1) | {"I;16": 257, "I;16B": 257}
 """The modes of PIL that are read, and how many of their steps are one of 8 bits."""
 
@@ -110,6 +112,10 @@ def read_image_prompts(images: Path) -> dict[str, str]:
     missing = [name for name in prompts if not (images / name).is_file()]
     message = f"{images} lacks {len(missing)} of {len(prompts)} images: finish `python -m full_scale sample`"
     require(prompts and not missing, message)
+    names = {str(file.relative_to(images)) for file in images.rglob("*") if file.suffix.lower() in SUFFIXES}
+    others = [name for name in names - prompts.keys() if not any(part[0] in ".@" for part in Path(name).parts)]
+    if others and rank() == 0:
+        tqdm.write(f"{printable(path)} names {len(prompts)} images; {len(others)} others are not scored")
     return prompts
 
 
@@ -118,7 +124,7 @@ def read_rows(rows_folder: Path) -> dict[str, dict[str, Any]]:
     rows = {}
     for line in (line for file in rows_folder.glob("[0-9]*.jsonl") for line in file.read_text().splitlines()):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             rows[row["image"]] = {name: row[name] for name in ROW}
         except (ValueError, LookupError, TypeError):
             continue
@@ -134,12 +140,15 @@ def write_log(log: Path, rows_folder: Path, prompts: dict[str, str], reward: str
     shutil.rmtree(rows_folder)
 
 
-def print_result(log: Path, model: rewards.Reward, reward: str, where: str) -> None:
+def print_result(log: Path, model: rewards.Reward, images: dict[str, str], reward: str, where: str) -> None:
     """Prints the mean in a log, and the means of groups of prompts if the reward knows any."""
     result = read_json(log)
-    is_whole = isinstance(result.get("mean"), float) and isinstance(result.get("images"), list)
+    rows = result.get("images")
+    is_table = isinstance(rows, list) and all(isinstance(row, dict) and row.keys() == set(ROW) for row in rows)
+    is_whole = is_table and {row["image"]: row["prompt"] for row in rows} == images and len(rows) == len(images)
+    is_whole = is_whole and isinstance(result.get("mean"), float)
     require(is_whole, f"{log} is damaged: delete it, and the same command scores the images again")
-    prompts, scores = zip(*((row["prompt"], row["reward"]) for row in result["images"]))
+    prompts, scores = zip(*((row["prompt"], row["reward"]) for row in rows))
     for group, mean in model.summary(prompts, scores).items():
         print(f"{group:20}{mean:8.3f}")
-    print(f"mean {reward} of {len(result['images'])} images: {result['mean']:.4f}; {where} {log}")
+    print(f"mean {reward} of {len(rows)} images: {result['mean']:.4f}; {where} {printable(log)}")

@@ -8,7 +8,6 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -23,16 +22,20 @@ def draw_sheet(images: Tensor, prompts: Sequence[str], columns: int = 4) -> Imag
 
     images: 8 bits, (P * n, 3, H, W), n for each of the P prompts, one prompt's after the other's.
     """
+    from torchvision.utils import make_grid
+
     enlarged = max(1, SMALLEST // images.shape[2])
     images = images.repeat_interleave(enlarged, 2).repeat_interleave(enlarged, 3)
     cells = [_draw_cell(group, prompt) for group, prompt in zip(images.chunk(len(prompts)), prompts)]
-    sheet = torchvision.utils.make_grid(cells, nrow=columns, padding=0, pad_value=255)
+    sheet = make_grid(cells, nrow=columns, padding=0, pad_value=255)
     return Image.fromarray(sheet.permute(1, 2, 0).numpy())
 
 
 def _draw_cell(images: Tensor, prompt: str) -> Tensor:
     """The images (n, 3, H, W) of one prompt in a row, the prompt, and a margin at the right and below; (3, h, w)."""
-    row = torchvision.utils.make_grid(images, nrow=len(images), padding=PADDING, pad_value=255)
+    from torchvision.utils import make_grid
+
+    row = make_grid(images, nrow=len(images), padding=PADDING, pad_value=255)
     font = ImageFont.truetype(str(FONT), max(10, images.shape[2] // 16))
     line_height = int(1.25 * font.size)
     characters = int((row.shape[2] - 2 * PADDING) / font.getlength("n"))

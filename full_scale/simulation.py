@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import patch
 
-import diffusers
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from full_scale.components import network_from_config
 from full_scale.rewards.hpsv2 import HPSv2
 from leap_align import Velocity
 from runtime.cost_counter import CostCounter
-from runtime.run_dir import read_json
+from runtime.files import read_json
 
 aten = torch.ops.aten
 FACTORIES = {
@@ -100,6 +99,8 @@ class WithoutWeights:
 
     def open_pipeline(self, text: bool) -> Any:
         """The pipeline, whose tokenizers know few words; without text encoders if embeddings are stored."""
+        import diffusers
+
         text, kind, empty = not self.stored_embeddings, self.family.pipeline_class, self.simulation.empty
         components: dict[str, Any] = dict.fromkeys(kind.__init__.__annotations__)
         components["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler.from_config(self.configs["scheduler"])

@@ -4,7 +4,6 @@ States x are the pipeline's latents, float32 whatever the networks compute in.
 """
 
 from abc import abstractmethod
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +21,8 @@ from full_scale.models import FAMILIES, Family
 from full_scale.prompts import embedding_folders, few_prompts, find_embedding, read_embedding, read_prompts
 from full_scale.sheet import draw_sheet
 from leap_align import require, rollout, shifted_times
+from runtime.files import atomic_file, read_json
 from runtime.processes import all_gather, rank, reshard, run_on_all_ranks, world_size
-from runtime.run_dir import atomic_file, atomic_folder, read_json
 from runtime.task import EVALUATION_SEED, Task
 
 IMAGES_PER_PROMPT = 2  # in an evaluation; the difference between them is the diversity
@@ -76,10 +75,10 @@ class DiffusersTask(Task):
     )
     held_out: ClassVar[dict[str, float]] = {"diversity": 0.02}
     step_metric_names: ClassVar[tuple[str, ...]] = ("saturated",)
-    changeable_on_resume: ClassVar[frozenset[str]] = frozenset(
-        "gradient_checkpointing compile model prompts evaluation_prompts reward_weights held_out_weights".split()
+    paths: ClassVar[frozenset[str]] = frozenset(
+        "model prompts evaluation_prompts reward_weights held_out_weights".split()
     )
-    """Options that change no result, and paths: `contents` shows whether what they lead to has changed."""
+    changeable_on_resume: ClassVar[frozenset[str]] = frozenset({"gradient_checkpointing", "compile", *paths})
 
     @classmethod
     def defaults(cls, reward: str | None) -> dict[str, Any]:
@@ -125,6 +124,7 @@ class DiffusersTask(Task):
         for module in self.frozen_modules():
             module.requires_grad_(False)
         self.model = self.build_transformer()
+        pipeline.check_positions(self.model, options.height, options.width)
         self.times, self.evaluation_times = self.times_of(T), self.times_of(T_in_evaluation)
 
     def times_of(self, T: int) -> Tensor:
@@ -156,7 +156,10 @@ class DiffusersTask(Task):
 
     def open_pipeline(self, text: bool) -> Any:
         """The pipeline without its transformer; without its text encoders unless text."""
-        return pipeline.open_pipeline(self.family, self.folder, self.dtype, text=text, transformer=None)
+        opened = pipeline.open_pipeline(self.family, self.folder, self.dtype, text=text, transformer=None)
+        prompts = list(dict.fromkeys([*self.prompts, *self.evaluation_prompts]))
+        pipeline.count_cut_prompts(opened, prompts if text else (), self.options.max_sequence_length)
+        return opened
 
     def frozen_modules(self) -> list[nn.Module]:
         """What training keeps besides the transformer: reward, VAE, and text encoders if they are needed all along."""
@@ -196,8 +199,7 @@ class DiffusersTask(Task):
         options, model = self.options, self.empty_transformer()
         transformer.set_checkpointing(model, options.gradient_checkpointing)
         if options.lora_rank:
-            alpha = options.lora_rank if options.lora_alpha is None else options.lora_alpha
-            transformer.add_lora(model, options.lora_rank, alpha, options.lora_targets, self.dtype)
+            transformer.add_lora(model, options.lora_rank, options.lora_alpha, options.lora_targets, self.dtype)
         return model
 
     def keep_reference(self) -> None:
@@ -250,13 +252,7 @@ class DiffusersTask(Task):
 
     def save(self, folder: Path) -> None:
         """Writes `transformer/` or `lora/` into the folder, as diffusers reads them."""
-        has_lora = transformer.has_lora(self.model)
-        path = folder / ("lora" if has_lora else "transformer")
-        with atomic_folder(path) if rank() == 0 else nullcontext(path) as temporary:
-            if has_lora:
-                transformer.export_lora(self.model, self.family, temporary)
-            else:
-                transformer.export_transformer(self.model, self.empty_transformer(), self.dtype, temporary)
+        transformer.export(self.model, self.family, self.empty_transformer(), self.dtype, folder)
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote."""
@@ -288,7 +284,11 @@ class DiffusersTask(Task):
         paths = [find_embedding(prompt, self.embedding_folders) for prompt in prompts]
         if all(paths):
             rows = [read_embedding(path) for path in paths]
-            return {name: torch.stack([row[name] for row in rows]).to(self.device, self.dtype) for name in rows[0]}
+            shapes = self.family.text_shapes(self.model.config, self.options.max_sequence_length)
+            for path, row in zip(paths, rows):
+                found = {name: tuple(value.shape) for name, value in row.items()}
+                require(found == shapes, f"{path} holds {found}, not {shapes}: delete it, and embed again")
+            return {name: torch.stack([row[name] for row in rows]).to(self.device, self.dtype) for name in shapes}
         if self.encoded_once:
             rows = [self.encoded_once[prompt] for prompt in prompts]
             return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}

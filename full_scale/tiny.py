@@ -12,7 +12,8 @@ from full_scale import rewards
 from full_scale.components import network_from_config
 from full_scale.models import FAMILIES
 from leap_align import require
-from runtime.run_dir import claimed_output_folder, write_errors_named
+from runtime.files import write_errors_named
+from runtime.run_dir import claimed_output_folder
 
 
 def tiny(

@@ -4,16 +4,14 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 import torch.distributed.checkpoint as dcp
-from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
-from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,11 +20,19 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from full_scale.components import LOADING_ERRORS, REMEDY, weight_files, weight_shapes
+from full_scale.components import (
+    LOADING_ERRORS,
+    MAIN_FILES,
+    REMEDY,
+    check_finite,
+    read_config,
+    weight_files,
+    weight_shapes,
+)
 from full_scale.pipeline import Family
 from leap_align import BadInput, require
+from runtime.files import atomic_folder, check_no_pipe, disk_remedy, write_errors_named, write_json
 from runtime.processes import full_value, one_line, rank, reshard, run_on_all_ranks, run_on_rank0, world_size
-from runtime.run_dir import read_json, write_errors_named, write_json
 
 EXPORT_FILE_BYTES = 2 * 10**9  # the most in a file of an export, unless a weight is larger; rank 0 holds one file
 NF4_BLOCKS = 64, 16  # weights that share a scale, scales that share one: their product divides the size of every layer
@@ -36,7 +42,7 @@ NF4_BLOCKS = 64, 16  # weights that share a scale, scales that share one: their 
 def empty_transformer(family: Family, folder: Path) -> nn.Module:
     """The transformer of the pipeline in a folder, on the meta device: architecture without memory."""
     kind, path = family.transformer_class, folder / "transformer" / "config.json"
-    config = read_json(path)
+    config = read_config(path.parent)
     try:
         with torch.device("meta"):
             return kind.from_config(config).eval()
@@ -52,10 +58,12 @@ def check_lora(lora_rank: int, lora_alpha: float | None) -> None:
         require(0 < lora_alpha < math.inf, f"lora_alpha={lora_alpha} must be positive and finite")
 
 
-def add_lora(model: nn.Module, lora_rank: int, lora_alpha: float, targets: Sequence[str], dtype: torch.dtype) -> None:
+def add_lora(
+    model: nn.Module, lora_rank: int, lora_alpha: float | None, targets: Sequence[str], dtype: torch.dtype
+) -> None:
     """Freezes the model in dtype and adds float32 adapters, W x + alpha / rank B A x, to some of its linear layers.
 
-    targets: the ends of these layers' names.
+    lora_alpha: None for the rank.  targets: the ends of these layers' names.
     """
     from peft import LoraConfig
 
@@ -68,7 +76,7 @@ def add_lora(model: nn.Module, lora_rank: int, lora_alpha: float, targets: Seque
     too_large = f"lora_rank={lora_rank} must be at most {width}, the width of the narrowest target layer"
     require(lora_rank <= width, too_large)
     nn.Module.to(model.requires_grad_(False), dtype)  # diffusers' own `to` prints a warning that concerns other models
-    model.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=list(targets)))
+    model.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_alpha or lora_rank, target_modules=list(targets)))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -165,6 +173,8 @@ def _free_memory(device: torch.device) -> float:
     """Bytes that this process can still allocate; the processes of a node share its main memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
     return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
@@ -212,7 +222,8 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         dcp.load(state, storage_reader=reader)
     except dcp.CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values()]
-        raise BadInput(f"cannot load the weights in {folder} ({one_line(causes[0])}): {REMEDY}") from error
+        raise BadInput(f"cannot load the weights in {folder} ({one_line(causes[0])}): {REMEDY}") from causes[0]
+    run_on_all_ranks(lambda: check_finite(state, folder))
 
 
 def check_weights(state: dict[str, Tensor], folder: Path) -> None:
@@ -243,9 +254,11 @@ def read_lora(path: Path) -> dict[str, Tensor]:
     """The adapters in a `lora/` folder, or in one file."""
     file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
     try:
-        return load_file(file)
+        adapters = load_file(check_no_pipe(file))
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{file} is missing or damaged ({one_line(error)}): restore it") from error
+    check_finite(adapters, file)
+    return adapters
 
 
 def _set_lora(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -254,6 +267,16 @@ def _set_lora(model: nn.Module, state: dict[str, Tensor]) -> None:
     require(state.keys() == names, f"adapters for {len(state)} layers do not fit the model's {len(names)}")
     reshard(model)
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
+
+
+def export(model: nn.Module, family: Family, empty: nn.Module, dtype: torch.dtype, folder: Path) -> None:
+    """Writes `transformer/` or `lora/` into the folder, as diffusers reads them; every rank calls it."""
+    path = folder / ("lora" if has_lora(model) else "transformer")
+    with atomic_folder(path) if rank() == 0 else nullcontext(path) as temporary:
+        if has_lora(model):
+            export_lora(model, family, temporary)
+        else:
+            export_transformer(model, empty, dtype, temporary)
 
 
 def export_lora(model: nn.Module, family: Family, folder: Path) -> None:
@@ -288,7 +311,7 @@ def export_transformer(model: nn.Module, empty: nn.Module, dtype: torch.dtype, f
         run_on_rank0(partial(_write_weights, weights, folder / file))
     if files.is_sharded:
         index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
-        run_on_rank0(lambda: write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index))
+        run_on_rank0(lambda: write_json(folder / f"{MAIN_FILES['diffusers']}.index.json", index))
 
 
 def _write_weights(weights: dict[str, Tensor], path: Path) -> None:
@@ -296,15 +319,17 @@ def _write_weights(weights: dict[str, Tensor], path: Path) -> None:
         with write_errors_named(path):
             save_file(weights, path, metadata={"format": "pt"})
     except OSError as error:
-        remedy = "free some space, then continue with --resume"
+        remedy = f"{disk_remedy(one_line(error))}, then continue with --resume"
         raise BadInput(f"cannot write {path} ({one_line(error)}): {remedy}") from error
 
 
-def export_files(empty: nn.Module, dtype: torch.dtype) -> StateDictSplit:
-    """Which weights an export of this transformer writes into which file; metadata["total_size"]: their bytes.
+def export_files(empty: nn.Module, dtype: torch.dtype) -> Any:
+    """Which weights an export of this transformer writes into which file, a StateDictSplit of huggingface_hub.
 
-    empty: on the meta device.
+    metadata["total_size"]: their bytes.  empty: on the meta device.
     """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
     weights = {name: value.to(dtype) for name, value in empty.state_dict().items()}
-    pattern = SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors")
+    pattern = MAIN_FILES["diffusers"].replace(".safetensors", "{suffix}.safetensors")
     return split_torch_state_dict_into_shards(weights, max_shard_size=EXPORT_FILE_BYTES, filename_pattern=pattern)

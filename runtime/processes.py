@@ -1,19 +1,21 @@
-"""Process group and ranks, signals, and how a process ends.
+"""Process group and ranks, and signals.
 
 Every function also works in a single process without a process group: that is rank 0 of 1.
 """
 
-import json
+import itertools
 import os
+import re
 import signal
+import socket
 import sys
+import threading
 import time
-import traceback
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -40,6 +42,7 @@ def world_size() -> int:
 
 GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """The environment variables that describe a process group; torchrun sets them."""
+GROUP_MINUTES = 30.0  # longer than a slow first iteration, or a checkpoint on a slow disk
 COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 """In which launchers say how many processes they start."""
 
@@ -49,15 +52,28 @@ def is_in_group() -> bool:
     return all(name in os.environ for name in GROUP)
 
 
-def init_process_group(backend: str | None = None) -> None:
+def is_first_of_node() -> bool:
+    """Whether no other process of this node has a lower rank."""
+    return not is_in_group() or int(os.environ["LOCAL_RANK"]) == 0
+
+
+def is_under_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def init_process_group(backend: str | None = None, minutes: float = GROUP_MINUTES) -> None:
     """Joins the process group that the environment describes, if it does.
 
+    minutes: how long a process waits for another one before it ends.
     Raises BadInput if a launcher started several processes, but does not say how they find each other.
     """
     if is_in_group():
         for name in (name for name in GROUP if name != "MASTER_ADDR"):
             require(os.environ[name].isdecimal(), f"{name}={os.environ[name]!r} in the environment is no number")
-        dist.init_process_group(backend)
+        require(0 < minutes < 1e6, f"process_group_timeout={minutes} must be positive and finite")
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+        _watch_next_rank()
         return
     missing = ", ".join(name for name in GROUP if name not in os.environ)
     for name in COUNTS:
@@ -66,8 +82,46 @@ def init_process_group(backend: str | None = None) -> None:
         require(is_alone, f"{name}={os.environ.get(name)}, but {missing} are not set: {remedy}")
 
 
-def device_mesh(device_type: str) -> DeviceMesh | None:
-    """A mesh of all ranks, or None without a process group."""
+BEAT_SECONDS, SILENT_SECONDS = 5, 60
+
+
+def _watch_next_rank() -> None:
+    """Starts `report_silence` in the background, with a connection of its own to the process group's store."""
+    address, other = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), (rank() + 1) % world_size()
+    store = dist.TCPStore(*address, is_master=False)
+    store.set_timeout(timedelta(seconds=BEAT_SECONDS))
+    store.set(_beat_of(rank()), "0")
+    host = all_gather(socket.gethostname())[other]  # from here on every rank's beat is there
+    names = f"rank {other} on {host}", "{} (port {}), where the processes meet,".format(*address)
+    threading.Thread(target=report_silence, args=(store, rank(), other, *names), daemon=True).start()
+
+
+def _beat_of(rank: int) -> str:
+    return f"leap_align/beat/{rank}"
+
+
+def report_silence(store: dist.Store, own: int, other: int, name: str, store_name: str) -> None:
+    """Shows in the store that rank `own` lives, and prints once when rank `other` no longer does the same.
+
+    So a node that is frozen is named, minutes before a collective call times out, which knows no names.
+    """
+    last, since = None, time.monotonic()
+    for number in itertools.count(1):
+        try:
+            store.set(_beat_of(own), str(number))
+            beat, silent = store.get(_beat_of(other)), name
+        except RuntimeError:  # of torch.distributed
+            beat, silent = last, store_name
+        if beat != last:
+            last, since = beat, time.monotonic()
+        elif time.monotonic() - since > SILENT_SECONDS:
+            tqdm.write(f"warning: {silent} has not answered for {SILENT_SECONDS} s", file=sys.stderr)
+            return
+        time.sleep(BEAT_SECONDS)
+
+
+def device_mesh(device_type: str, minutes: float = GROUP_MINUTES) -> DeviceMesh | None:
+    """A mesh of all ranks, or None without a process group; `minutes` as in init_process_group."""
     if not dist.is_initialized():
         return None
     ranks_per_node = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -75,7 +129,10 @@ def device_mesh(device_type: str) -> DeviceMesh | None:
         return init_device_mesh(device_type, (ranks_per_node,))
     # HSDP: sharded within a node, replicated across the slow links between nodes.
     shape = (world_size() // ranks_per_node, ranks_per_node)
-    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+    for group in mesh.get_all_groups():
+        dist.set_timeout(timedelta(minutes=minutes), group)
+    return mesh
 
 
 def barrier() -> None:
@@ -140,10 +197,10 @@ def run_on_all_ranks(action: Callable[[], Any]) -> Any:
     result, message = None, None
     try:
         result = action()
-    except BadInput as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename or 'a file'}: {one_line(error)}"
+    except (BadInput, OSError) as error:
+        if out_of_memory_reason(error):
+            raise
+        message = str(error) if isinstance(error, BadInput) else f"{error.filename or 'a file'}: {one_line(error)}"
     if messages := [text for text in all_gather(message) if text is not None]:
         raise RaisedOnAllRanks(messages[0])
     return result
@@ -154,10 +211,54 @@ def run_on_rank0(action: Callable[[], Any]) -> None:
     run_on_all_ranks(action if rank() == 0 else lambda: None)
 
 
+def check_same(values: dict[str, Any]) -> None:
+    """Refuses ranks whose values differ from rank 0's; every rank calls it.  Names that a rank lacks do not count.
+
+    Otherwise the other ranks would train something else, or wait for ever for a call that rank 0 never makes.
+    """
+    own = {name: str(value) for name, value in values.items()}
+    (_, first), *others = all_gather((socket.gethostname(), own))
+    for other, (host, theirs) in enumerate(others, 1):
+        names = sorted(name for name, value in first.items() if theirs.get(name, value) != value)
+        differences = "; ".join(f"{name} is {theirs[name]}, there {first[name]}" for name in names[:8])
+        if names:
+            remedy = "start every process with the same flags, files, code and packages"
+            raise RaisedOnAllRanks(f"rank {other} on {host} differs from rank 0: {differences}: {remedy}")
+
+
+class UserCodeError(Exception):
+    """Raised from an error of code that the user supplied; UserCodeError("your reward my_module:factory")."""
+
+
+OUT_OF_MEMORY = re.compile(
+    "out of memory|ALLOC_FAILED|ALLOCATION_FAILED|DefaultCPUAllocator|could not create a (memory object|primitive)|"
+    "Cannot allocate memory|failed to map",
+    re.IGNORECASE,
+)
+"""How CUDA's libraries, NCCL, torch's allocator, oneDNN, the system and its loader say that memory ran out."""
+
+
+def out_of_memory_reason(error: BaseException | None) -> str | None:
+    """What says that memory ran out: the error or, unless it is None, one that it was raised from."""
+    while error is not None:
+        is_of_library = not isinstance(error, BadInput | UserCodeError) and OUT_OF_MEMORY.search(str(error))
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or is_of_library:
+            return one_line(error) or "host memory"
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def one_line(error: BaseException) -> str:
-    """An error's message on one line of at most 200 characters."""
-    text = getattr(error, "strerror", None) or str(error)
-    return f"{' '.join(text.split()):.200}"
+    """An error's message on one line of at most 200 characters, without C++'s places and stack."""
+    text = (getattr(error, "strerror", None) or str(error)).split("Exception raised from")[0]
+    text = re.sub(r"^\[[^]]*\.cc:\d+\] ", "", text.rpartition("Last error:")[2].strip() or text)  # gloo's, NCCL's
+    return printable(f"{' '.join(text.split()):.200}")
+
+
+def printable(text: object) -> str:
+    """A text, such as a file's name, on one line: control characters, which steer a terminal, are escaped."""
+    shown = lambda c: c.isprintable() or unicodedata.category(c) == "Zs"  # noqa: E731  (spaces of any width)
+    return "".join(c if shown(c) else c.encode("unicode_escape").decode() for c in str(text))
 
 
 # ------------------------------------------------------ Signals ------------------------------------------------------
@@ -166,8 +267,8 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 
 @dataclass(eq=False)
-class StoppedBySignal(Exception):
-    """A signal asked the process to stop."""
+class StoppedBySignal(BaseException):
+    """A signal asked the process to stop.  Like KeyboardInterrupt, it passes through `except Exception`."""
 
     signal: int
     is_saved: bool  # whether the run has saved all that it did
@@ -178,17 +279,34 @@ class StopRequest:
     """Which signal asks this process to stop, and what it does then."""
 
     signal: int = 0  # 0 for none
-    is_deferred: bool = False  # the caller looks at `signal` when it can save; else StoppedBySignal is raised at once
+    is_deferred: bool = False  # the caller calls `check` when it can save; else StoppedBySignal is raised at once
+    parent: int = field(default_factory=os.getppid)  # torchrun, if that started this process
+
+    def check(self, *_: Any) -> None:
+        """Raises StoppedBySignal on every rank if one of them is to stop; all ranks call it equally often.
+
+        Without its torchrun a process stops as by SIGHUP.  Takes and ignores the arguments of a module's hook.
+        """
+        if not self.signal and is_under_torchrun() and os.getppid() != self.parent:
+            self.signal = signal.SIGHUP
+        number = torch.tensor(self.signal)
+        if world_size() > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        if number:
+            raise StoppedBySignal(int(number), is_saved=False)
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Yields a StopRequest that a stop signal fills.  The same signal a second time ends the process at once."""
+    """Yields a StopRequest that a stop signal fills.  The same signal a second time ends the process at once.
+
+    Under torchrun it is ignored: a scheduler may have sent it to every process, before torchrun passes it on.
+    """
     request = StopRequest()
 
     def handle(number: int, frame: Any) -> None:
         request.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_IGN if is_under_torchrun() else signal.SIG_DFL)
         if not request.is_deferred:
             raise StoppedBySignal(number, is_saved=False)
 
@@ -200,92 +318,3 @@ def stop_on_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-# -------------------------------------------------------- Exit -------------------------------------------------------
-PACKAGES = {name: name for name in "diffusers transformers peft accelerate sentencepiece safetensors".split()}
-PACKAGES |= {name: name for name in "torchvision tokenizers huggingface_hub matplotlib hpsv2 psutil".split()}
-PACKAGES |= {"sklearn": "scikit-learn", "open_clip": "open_clip_torch"}
-"""Packages that requirements.txt installs, by the name under which Python imports them."""
-
-
-class UserCodeError(Exception):
-    """Raised from an error of code that the user supplied; UserCodeError("your reward my_module:factory")."""
-
-
-@contextmanager
-def user_code(what: str) -> Iterator[None]:
-    """Raises UserCodeError(what) from any error of the code inside, apart from those that have a line of their own."""
-    try:
-        yield
-    except (BadInput, UserCodeError, StoppedBySignal, torch.OutOfMemoryError):
-        raise
-    except (Exception, SystemExit) as error:
-        raise UserCodeError(what) from error.with_traceback(error.__traceback__.tb_next)  # without this frame
-
-
-def exit_process(error: BaseException | None, continue_with: str, out_of_memory: str) -> None:
-    """Ends the process: one line on stderr if there is an error, and the exit status that fits it.
-
-    continue_with, out_of_memory: what a user can do after a failure, and when memory runs out.  In a group a failed
-    process exits at once.  Destroying the process group would wait for ranks that wait for this one, and gloo's threads
-    sometimes abort a regular interpreter exit (SIGABRT).
-    """
-    if dist.is_initialized() and not (is_in_group() and error is not None):
-        dist.destroy_process_group()
-    message = "" if error is None else _message(error, continue_with, out_of_memory)
-    # The shell's convention: 128 + n for signal n.
-    status = 128 + error.signal if isinstance(error, StoppedBySignal) else int(error is not None)
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()  # otherwise the message would follow an unfinished progress bar on the same line
-    if is_in_group():
-        _exit_in_group(error, message, status)
-    if isinstance(error, StoppedBySignal):
-        print(message, file=sys.stderr)
-        sys.exit(status)
-    if error is not None:
-        sys.exit(message)
-
-
-def _exit_in_group(error: BaseException | None, message: str, status: int) -> None:
-    this_rank = int(os.environ["RANK"])
-    message = message if this_rank == 0 else f"{message} (process {this_rank})"
-    if error is not None and (this_rank == 0 or not isinstance(error, RaisedOnAllRanks | StoppedBySignal)):
-        print(message, file=sys.stderr)
-        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun shows its message in a table at the end
-            content = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
-            Path(path).write_text(json.dumps({"message": content}))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def _message(error: BaseException, continue_with: str, out_of_memory: str) -> str:
-    """The line for an error that a user can act on; any other error is raised again, with its traceback."""
-    if isinstance(error, StoppedBySignal):
-        outcome = f"progress is saved: {continue_with}" if error.is_saved else "nothing new was saved"
-        return f"stopped by {signal.Signals(error.signal).name}, {outcome}"
-    if isinstance(error, BadInput):
-        return f"error: {error}"
-    if isinstance(error, UserCodeError):
-        cause, lines = error.__cause__, "".join(traceback.format_exception(error.__cause__)).rstrip()
-        return f"error: {error} raised {type(cause).__name__}: {one_line(cause)}; its traceback:\n{lines}"
-    if package := _missing_package(error):
-        return f"error: {package} is not installed: pip install -r requirements.txt"
-    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-        return f"error: out of memory ({one_line(error):.120}): {out_of_memory}"
-    if isinstance(error, OSError):
-        return f"error: {error.filename or 'writing a file'}: {one_line(error)}; then {continue_with}"
-    if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-        return f"error: lost another process ({one_line(error):.80}): {continue_with}"
-    raise error
-
-
-def _missing_package(error: BaseException | None) -> str | None:
-    """The package that an import did not find; diffusers and transformers raise errors of their own from that one."""
-    while error is not None:
-        name = str(getattr(error, "name", None)).split(".")[0]
-        if isinstance(error, ModuleNotFoundError) and name in PACKAGES and find_spec(name) is None:
-            return PACKAGES[name]
-        error = error.__cause__ or error.__context__
-    return None

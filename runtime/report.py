@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from torch import nn
+from tqdm import tqdm
 
 from runtime.checkpoint import Progress
-from runtime.processes import full_value, rank, world_size
-from runtime.run_dir import atomic_file, checkpoints, read_csv, write_json
+from runtime.files import atomic_file, read_csv, write_json
+from runtime.processes import RaisedOnAllRanks, full_value, printable, rank, world_size
+from runtime.run_dir import checkpoints
 from runtime.task import Task
 
 Evaluation = dict[str, float]  # `iteration` and the value of every evaluator
@@ -51,7 +53,7 @@ def announce(flags: Any, task: type[Task], method: Callable[..., Any], folder: P
     print(f"{config.task} is trained to lower {loss}{leash}: {sizes}, lr {config.lr:g}{''.join(done)}.")
     print((method.__doc__ or config.method).strip().splitlines()[0])
     evaluators = ", ".join(task.evaluators(flags.task)) or "none"
-    print(f"Training never sees these evaluators: {evaluators}. The folder is {folder}.")
+    print(f"Training never sees these evaluators: {evaluators}. The folder is {printable(folder)}.")
     precision = asdict(flags.task).get("precision", "float32")
     print(f"Processes: {world_size()}; device: {task.choose_device()}; precision: {precision}.", flush=True)
 
@@ -69,6 +71,23 @@ def not_finite_gradients(model: nn.Module) -> str:
     return f"not finite in {', '.join(broken[:3]) or 'no parameter'} ({len(broken)})"
 
 
+def skipped_step(model: nn.Module, loss: float, norm: float, progress: Progress, most: int) -> None:
+    """Prints an update whose loss or gradient is not finite; raises on every rank after `most` of them in a row."""
+    message = f"loss {loss:.3g}, gradient norm {norm:.3g}, {not_finite_gradients(model)}"
+    if rank() == 0:
+        tqdm.write(f"iteration {progress.iteration + 1}: {message}: this update is skipped")
+    if (skips := progress.consecutive_skips) >= most:
+        remedy = "start again in another --out with a lower --lr, or check the reward"
+        raise RaisedOnAllRanks(f"{skips} updates in a row skipped, now with {message}: {remedy}")
+
+
+def warn_of_zero_gradient(iteration: int) -> None:
+    """Prints, on rank 0, that nothing is trained."""
+    if rank() == 0:
+        reason = "the reward does not depend on the image, or the image not on the trained parameters"
+        tqdm.write(f"iteration {iteration}: the gradient is exactly zero: {reason}")
+
+
 def next_command(task: Task, lam: float | None, beta: float) -> str:
     """What to try after a run of this task with this hinge and leash."""
     return task.next_commands[min(2 if beta else int(lam is None), len(task.next_commands) - 1)]
@@ -84,7 +103,7 @@ def write_report(folder: Path, task: Task, progress: Progress, tracker: Any, fla
     print_summary(folder, evaluations, seconds, warnings)
     tracker.add_figures(progress.iteration)
     pictures = [*sorted(folder.glob("*.png")), *sorted(folder.glob("samples/*.png"))[-1:]]
-    print(f"look at {', '.join(map(str, pictures))}")
+    print(f"look at {', '.join(map(printable, pictures))}")
     print(f"next: {next_command(task, flags.method.lam, flags.run.beta)}")
 
 
@@ -114,7 +133,7 @@ def print_summary(folder: Path, evaluations: list[Evaluation], seconds: float, w
         print(f"{name:14}{before[name]:10.3f}{after[name]:10.3f}")
     for warning in warnings.values():
         print(warning)
-    print(f"{seconds:.1f} s of training; figures, metrics and weights are in {folder}")
+    print(f"{seconds:.1f} s of training; figures, metrics and weights are in {printable(folder)}")
 
 
 def _evaluators(row: Evaluation) -> dict[str, float]:
@@ -124,7 +143,7 @@ def _evaluators(row: Evaluation) -> dict[str, float]:
 class NoTracker(nullcontext):
     """Shows nothing."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, *_: Any) -> None:
         super().__init__(self)
 
     def ignore(self, *_: Any) -> None: ...

@@ -1,101 +1,34 @@
-"""A run's folder: files that are never half written, settings that cannot be mixed up, CSV logs."""
+"""A run's folder: who may write into it, on which disks, settings that cannot be mixed up, CSV logs."""
 
 import csv
-import hashlib
+import errno
 import json
 import os
 import re
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import secrets
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from leap_align import BadInput, require
-from runtime.processes import one_line, run_on_rank0
-
-
-# --------------------------------------------------- Atomic writes ---------------------------------------------------
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, renamed to it at the end: a reader never sees a half-written file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")  # one for each process
-    try:
-        with write_errors_named(path):
-            yield temporary
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder: yields an empty one that replaces `path` at the end."""
-    temporary = path.with_name(f"{path.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        with write_errors_named(path):
-            yield temporary
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def write_errors_named(path: Path) -> Iterator[None]:
-    """Adds this path to an operating system's error that names no file, such as a full disk's."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-    except Exception as error:
-        # Libraries written in Rust, such as safetensors, raise classes of their own.
-        if number := re.search(r"\(os error (\d+)\)", str(error)):
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically."""
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(text.encode())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes a CSV file atomically, with a column for every key of any row."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def digest(content: bytes | Path) -> str:
-    """BLAKE2b of some bytes or of a file's content, in hexadecimal."""
-    if isinstance(content, bytes):
-        return hashlib.blake2b(content).hexdigest()
-    with content.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
-
-
-def digest_files(folder: Path, files: Iterable[Path]) -> str:
-    """One digest of the names, from the folder on, and the contents of files."""
-    total = hashlib.blake2b()
-    for path in tqdm(sorted(files), f"reading {folder}", leave=False, delay=2, mininterval=1):
-        total.update(f"{path.relative_to(folder)} {digest(path)}\n".encode())
-    return total.hexdigest()
+from runtime.files import (
+    UNSUPPORTED,
+    atomic_file,
+    disk_remedy,
+    fsync,
+    numbered,
+    read_csv,
+    read_json,
+    write_errors_named,
+    write_text,
+)
+from runtime.processes import all_gather, check_same, printable, run_on_all_ranks, run_on_rank0
 
 
 # -------------------------------------------- Who may write into a folder --------------------------------------------
@@ -115,7 +48,8 @@ def check_run_folder(folder: Path, settings: dict[str, Any], resume: bool, chang
 
 def check_contents(folder: Path, contents: dict[str, str]) -> None:
     """Refuses to resume a run when the content of a file that it reads has changed."""
-    old = read_json(folder / "config.json").get("contents", {})
+    old = read_json(folder / "config.json").get("contents")
+    require(isinstance(old, dict), f"{folder / 'config.json'} is damaged (no `contents`): restore it")
     changed = ", ".join(sorted(name for name in contents if old.get(name) != contents[name]))
     require(not changed, f"{changed} changed since {folder} was started: restore it, or choose another --out")
 
@@ -125,16 +59,19 @@ def write_settings(path: Path, settings: dict[str, Any]) -> None:
     try:
         write_text(path, json.dumps(settings, indent=2, default=str) + "\n")
     except OSError as error:
-        raise BadInput(f"cannot write {path} ({error.strerror}): free some space, or choose another --out") from error
+        remedy = f"{disk_remedy(error.strerror)}, or choose another --out"
+        raise BadInput(f"cannot write {path} ({error.strerror}): {remedy}") from error
 
 
 @contextmanager
 def claimed_output_folder(folder: Path, tool: str, settings: dict[str, Any]) -> Iterator[None]:
     """A tool's folder, locked while the context lasts, with its settings in settings.json; every rank calls it.
 
+    Settings that only rank 0 has count, too.
     Refuses a folder that is not new, empty or filled by this tool with the same settings.
     """
     path, settings = folder / "settings.json", {"tool": tool, **settings}
+    check_same(settings)
 
     def check_and_write() -> None:
         changes = path.exists() and _changes(path, settings)
@@ -144,12 +81,6 @@ def claimed_output_folder(folder: Path, tool: str, settings: dict[str, Any]) -> 
     with locked_folder(folder, path.name, tool):
         run_on_rank0(check_and_write)
         yield
-
-
-def check_shared_folder(folder: Path) -> None:
-    """Refuses a folder that the nodes do not share: each node would keep its own part of a checkpoint."""
-    shared = (folder / LOCK).exists()
-    require(shared, f"{folder} is not the same on every node: give an --out on a disk that all nodes share")
 
 
 def check_not_removed(path: Path) -> None:
@@ -164,53 +95,145 @@ LOCK = ".lock"  # the file in a folder that the process which writes into it has
 def locked_folder(folder: Path, settings_file: str, tool: str) -> Iterator[None]:
     """Rank 0 locks the folder while the context lasts; every rank calls it.  A process that dies leaves no lock.
 
-    Refuses a folder with content that is not the tool's, whose settings file has "tool": tool.
+    Refuses a folder with content that is not the tool's, whose settings file has "tool": tool, a folder with links,
+    and a disk that does not do what a run needs.
     """
-    lock = FileLock(folder / LOCK, blocking=False)
-    run_on_rank0(lambda: _lock_own(lock, folder, folder / settings_file, tool))
-    try:
+    with ExitStack() as locks:
+        run_on_rank0(lambda: _lock_own(locks, folder, folder / settings_file, tool))
+        run_on_rank0(lambda: _check_no_links(folder))
+        _check_disk(folder)
         yield
-    finally:
-        lock.release()
 
 
-def _lock_own(lock: FileLock, folder: Path, settings_file: Path, tool: str) -> None:
+# What a process that died before it wrote its settings may have left, and what operating systems leave.
+LEFT = re.compile(r"\.lock.*|(config|settings)\.json\.\d+\.part|\._.*|\.DS_Store|Thumbs\.db|desktop\.ini|@eaDir")
+
+
+def _lock_own(locks: ExitStack, folder: Path, settings_file: Path, tool: str) -> None:
+    require(
+        printable(folder) == str(folder),
+        f"{str(folder)!a} has characters that cannot be printed: choose another folder",
+    )
     require(folder.is_dir() or not folder.exists(), f"{folder} is a file: choose another folder")
     own = settings_file.is_file() and read_json(settings_file).get("tool") == tool
-    # What a process that died before it wrote its settings may have left, and what operating systems leave.
-    left = re.compile(r"\.lock|(config|settings)\.json\.\d+\.part|\._.*|\.DS_Store|Thumbs\.db|desktop\.ini|@eaDir")
-    own = own or not folder.exists() or all(left.fullmatch(file.name) for file in folder.iterdir())
+    own = own or not folder.exists() or all(LEFT.fullmatch(file.name) for file in folder.iterdir())
     require(own, f"{folder} is not empty, and {tool} did not fill it: choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _lock(locks, folder)
+    except OSError as error:
+        path = error.filename or folder
+        raise BadInput(f"cannot write to {path} ({error.strerror}): choose another --out") from error
+
+
+def _lock(locks: ExitStack, folder: Path) -> None:
+    lock, marker = FileLock(folder / LOCK, blocking=False, fallback_to_soft=False), folder / f"{LOCK}.json"
+    try:
         lock.acquire()
+        locks.callback(lock.release)
     except Timeout as error:
         raise BadInput(f"{folder} is in use by another process: wait until it ends, or choose another --out") from error
     except OSError as error:
-        raise BadInput(f"cannot write to {folder} ({error.strerror}): choose another --out") from error
+        if error.errno not in (*UNSUPPORTED, errno.ENOLCK):
+            raise
+        _write_marker(marker)
+        locks.callback(marker.unlink, missing_ok=True)
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """A run's checkpoints, the newest last."""
+def _write_marker(marker: Path) -> None:
+    """Locks a folder on a disk without locks, by a file that names this process; replaces that of an ended one."""
+    own = {"host": _host(), "pid": os.getpid(), "started": _started(os.getpid())}
+    if marker.exists():
+        holder = {}
+        with suppress(BadInput):
+            holder = read_json(marker)
+        who = f"process {holder.get('pid')!a:.20} on {holder.get('host')!a:.80}"
+        remedy = f"wait until it ends; if it has ended, delete {marker}"
+        require(_has_ended(holder), f"{marker.parent} is in use by {who}: {remedy}")
+        marker.unlink(missing_ok=True)
+    with marker.open("x") as file:
+        json.dump(own, file)
+    time.sleep(0.2)  # another process may have found the same ended one, and replaced this marker as well
+    require(read_json(marker) == own, f"{marker.parent} is in use by another process: wait until it ends")
+
+
+def _has_ended(holder: dict[str, Any]) -> bool:
+    """Whether the process that a marker names ran on this host, and is known to have ended."""
+    pid, host, started = holder.get("pid"), holder.get("host"), holder.get("started")
+    if host != _host() or not isinstance(pid, int) or pid < 1:
+        return False
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return error.errno == errno.ESRCH  # not EPERM: another user's
+    return _started(pid) not in ("", started)
+
+
+def _host() -> str:
+    """This host and, in a container, the space in which its processes are numbered."""
+    try:
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _started(pid: int) -> str:
+    """When a process started, by which it differs from a later one of the same number; empty if that is unknown."""
+    try:
+        status, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+    return "ended" if status in "ZX" else f"{boot} {fields[18]}"
+
+
+def _check_no_links(folder: Path) -> None:
+    """Refuses links and devices in a folder: what is written there would end elsewhere."""
+    for parent, folders, files in os.walk(folder):
+        if "wandb" in folders and Path(parent) == folder and not (folder / "wandb").is_symlink():
+            folders.remove("wandb")  # it links to its newest log
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            mode = path.lstat().st_mode
+            require(stat.S_ISREG(mode) or stat.S_ISDIR(mode), f"{path} is a link or a device: move it out of {folder}")
+
+
+def _check_disk(folder: Path) -> None:
+    """Refuses a disk that cannot do what a run needs, or that the nodes do not share; every rank calls it.
+
+    A node with a disk of its own would keep its own part of a checkpoint.
+    """
+    nonce = all_gather(secrets.token_hex(8))[0]
+    probe = folder / f"{LOCK}.{nonce}"  # a new name, because network disks remember that a file was missing
+
+    def write() -> None:
+        try:
+            with atomic_file(probe) as temporary, temporary.open("w") as file:
+                file.write(nonce)
+                file.flush()
+                fsync(temporary)  # which reads a file that is being written, as a checkpoint reads the log
+        except OSError as error:
+            fault = f"the disk of {folder} cannot write, read back and rename a file ({error.strerror})"
+            raise BadInput(f"{fault}: choose an --out on another disk") from error
+
+    def read() -> None:
+        is_shared = probe.is_file() and probe.read_text() == nonce
+        require(is_shared, f"{folder} is not the same on every node: give an --out on a disk that all nodes share")
+
+    run_on_rank0(write)
+    try:
+        run_on_all_ranks(read)
+    finally:
+        run_on_rank0(lambda: probe.unlink(missing_ok=True))
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The folders of a run's checkpoints, finished or not, the newest last."""
     return [path for path in numbered(folder / "checkpoint").values() if path.is_dir()]
 
 
-def numbered(folder: Path, suffix: str = "") -> dict[int, Path]:
-    """Iteration -> what has its number as name, in their order.  Other names in the folder do not count."""
-    paths = [path for path in folder.glob(f"*{suffix}") if re.fullmatch(r"\d{6,}", path.name.removesuffix(suffix))]
-    return {int(path.stem): path for path in sorted(paths, key=lambda path: int(path.stem))}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        fault = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({one_line(error)})"
-        raise BadInput(f"{path} {fault}: restore it, or choose another folder") from error
-    kind = type(value).__name__
-    require(isinstance(value, dict), f"{path} must hold a JSON object, not a {kind}: restore it")
-    return value
+def checkpoints(folder: Path) -> list[Path]:
+    """A run's finished checkpoints, the newest last: state.json is written last."""
+    return [path for path in checkpoint_folders(folder) if (path / "state.json").exists()]
 
 
 def _changes(path: Path, settings: dict[str, Any], ignored: frozenset[str] = frozenset()) -> str:
@@ -231,6 +254,7 @@ class CsvLog:
             rows = [row for row in rows if int(row["iteration"]) <= iteration]
         except (ValueError, TypeError) as error:
             raise BadInput(f"{path} has a damaged row ({error}): move it away, or choose another --out") from error
+        path.unlink(missing_ok=True)  # a copy of the folder by hard links keeps its log
         self.file = path.open("w", newline="")
         self.writer = csv.DictWriter(self.file, ("iteration", *columns), restval="", extrasaction="ignore")
         self.writer.writeheader()
@@ -240,17 +264,6 @@ class CsvLog:
     def add(self, row: dict[str, float]) -> None:
         """Appends a row; a column without a value stays empty."""
         check_not_removed(self.path)
-        self.writer.writerow(row)
-        self.file.flush()
-
-
-def read_csv(path: Path, columns: tuple[str, ...] | None = None) -> list[dict[str, str]]:
-    """The rows of a CSV file, which must have these columns; None allows any."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            same = columns is None or tuple(reader.fieldnames or ()) == columns
-            require(same, f"{path} has other columns than a run's log: move it away, or choose another --out")
-            return list(reader)
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not a CSV file: move it away, or choose another --out") from error
+        with write_errors_named(self.path):
+            self.writer.writerow(row)
+            self.file.flush()

@@ -5,6 +5,7 @@ class has defaults for the rest.  The functions below refuse a task that does no
 """
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from leap_align import BadInput, Velocity, require, rollout
+from runtime.files import atomic_file
 from runtime.processes import RaisedOnAllRanks, reshard, world_size
-from runtime.run_dir import atomic_file
 
 EVALUATION_SEED = 1_000_003
 WEIGHTS = "model/weights.safetensors"
@@ -37,6 +38,7 @@ class Task(ABC):
 
     Options: ClassVar[type] = NoOptions  # a dataclass of the task's own flags
     changeable_on_resume: ClassVar[frozenset[str]] = frozenset()  # options that affect speed or memory, never results
+    paths: ClassVar[frozenset[str]] = frozenset()  # options that lead to files, of which only `contents` counts
     held_out: ClassVar[dict[str, float]] = {}
     """Evaluators that training never sees, with the drop that brings a warning; negative where lower is better."""
     step_metric_names: ClassVar[tuple[str, ...]] = ()  # the columns that step_metrics adds to metrics.csv
@@ -203,11 +205,13 @@ def check_step_metrics(name: str, task: Task, values: dict[str, float]) -> dict[
     return values
 
 
-def check_evaluation(name: str, task: Task, values: dict[str, float]) -> dict[str, float]:
-    """What a task's evaluate() returned, if it is a dict of numbers with `reward` and all of held_out."""
+def check_evaluation(name: str, task: Task, values: dict[str, float], iteration: int) -> None:
+    """Refuses what a task's evaluate() returned unless it is finite numbers by name: `reward`, and all of held_out."""
     expected = ["reward", *task.held_out]
     is_dict = isinstance(values, dict) and all(isinstance(value, int | float) for value in values.values())
     require(is_dict, f"task {name}: evaluate must return a dict of numbers, {', '.join(expected)} among them")
     missing = ", ".join(key for key in expected if key not in values)
     require(not missing, f"task {name}: evaluate returns no {missing}: give `reward` and all of held_out")
-    return values
+    if broken := [name for name, value in values.items() if not math.isfinite(value)]:
+        remedy = "start again with a lower --lr" if iteration else "check the reward and the task's flags"
+        raise RaisedOnAllRanks(f"{', '.join(broken)} not finite at iteration {iteration}: {remedy}")

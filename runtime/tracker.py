@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 
 from leap_align import BadInput
+from runtime.files import read_csv, write_text
 from runtime.processes import one_line
-from runtime.run_dir import read_csv, write_text
 
 
 class Tracker(AbstractContextManager):
@@ -85,7 +85,7 @@ class WandB(Tracker):
         import wandb
 
         id_file, self.folder, self.Image = folder / "wandb_id.txt", folder, wandb.Image
-        known_id = id_file.read_text() if settings["resume"] and id_file.exists() else None
+        known_id = id_file.read_text(errors="replace") if settings["resume"] and id_file.exists() else None
         names = {"project": os.environ.get("WANDB_PROJECT", settings["tool"]), "name": folder.name, "id": known_id}
         config = json.loads(json.dumps(settings, default=str))
         try:

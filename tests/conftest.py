@@ -49,13 +49,18 @@ def models(tmp_path_factory):
     return write_models(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture
-def one_process():
-    """One thread, and no process group outlives its test."""
-    torch.set_num_threads(1)
-    yield
+def leave_group():
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@pytest.fixture
+def one_process():
+    """One thread, and no process group before this test or after it."""
+    torch.set_num_threads(1)
+    leave_group()
+    yield
+    leave_group()
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,10 @@ import ctypes
 import math
 import os
 import random
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,8 +28,8 @@ from tqdm import tqdm
 
 import train_leap_align as trainer
 from runtime import checkpoint
-from runtime.run_dir import checkpoints
-from tests.toy_runs import ROOT, TORCHRUN, before_every_step, flip_a_bit, metrics, result, without_figures
+from runtime.run_dir import checkpoint_folders, checkpoints
+from tests.toy_runs import ROOT, TORCHRUN, before_every_step, flip_a_bit, limit_disks, metrics, result, without_figures
 from toy.modes import Modes
 
 FLAGS = "--pretrain-steps 300 --reward-steps 300 --evaluation-samples 160 --T 12 --batch-size 64".split()
@@ -39,8 +41,8 @@ tqdm.monitor_interval = 0  # its thread may hold tqdm's lock at a fork, and the 
 
 
 def arguments(out: Path) -> list[str]:
-    """Flags that start the run, or resume it if it has a checkpoint."""
-    return [*FLAGS, "--out", str(out), *(["--resume"] if checkpoints(out) else [])]
+    """Flags that start the run, or continue it: --resume is always given, as by a cluster that starts a job again."""
+    return [*FLAGS, "--out", str(out), "--resume"]
 
 
 def train(out: Path, before: Callable) -> None:
@@ -100,19 +102,19 @@ def stop_after(out: Path, iterations: int) -> Path:
 
 def killed(out: Path, expected: tuple, during_checkpoint: bool = False, kills: int = 1) -> bool:
     """SIGKILL, at any moment or while a checkpoint is written."""
-    part, fsync = out / "checkpoint" / "part", checkpoint.fsync
+    fsync, has_half = checkpoint.fsync, lambda: len(checkpoint_folders(out)) > len(checkpoints(out))
     # A slow fsync keeps a checkpoint half written for longer, so that a kill can hit it.
     slow = partial(setattr, checkpoint, "fsync", lambda *paths: (time.sleep(0.01), fsync(*paths)))
     for _ in range(kills):
         process = start(out, slow if during_checkpoint else lambda: None)
         time.sleep(DRAW.uniform(0, 1))
-        while during_checkpoint and not part.exists() and process.is_alive():
+        while during_checkpoint and not has_half() and process.is_alive():
             time.sleep(0.0005)
         time.sleep(DRAW.uniform(0, 0.02) if during_checkpoint else 0)
         process.kill()
         if exit_status(process) == 0:
             break  # the run finished first
-        if during_checkpoint and part.exists():
+        if during_checkpoint and has_half():
             INTERRUPTED.append(out)
     return ((out / "result.json").exists() and outcome(out) == expected) or recovers(out, expected)
 
@@ -194,20 +196,114 @@ def poisoned(out: Path, expected: tuple) -> bool:
     return skipped == bad and all(torch.tensor(weight).isfinite().all() for weight in weights.values())
 
 
+def launch(out: Path, *flags: str, launcher_flags: tuple[str, ...] = ()) -> subprocess.Popen:
+    """The run in two processes; their messages go to out.log."""
+    command = [*TORCHRUN[:-1], *launcher_flags, TORCHRUN[-1], *arguments(out), *flags]
+    with out.with_suffix(".log").open("w") as log:
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+
+
+def launch_and_wait(out: Path, *flags: str, **options) -> tuple[subprocess.Popen, list[int]]:
+    """Starts two processes and waits for a random row of their log, then a moment; returns torchrun and them."""
+    launched, log, rows = launch(out, *flags, **options), out / "metrics.csv", DRAW.randrange(2, 40)
+    while launched.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > rows):
+        time.sleep(0.01)
+    time.sleep(DRAW.uniform(0, 0.1))
+    children = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text()
+    return launched, [int(pid) for pid in children.split()]
+
+
+def recovers_in_two(out: Path, expected: tuple) -> bool:
+    return launch(out).wait() == 0 and outcome(out) == expected
+
+
 def lost_rank(out: Path, expected: tuple) -> bool:
     """SIGKILL for one of two processes; a run of two processes then resumes."""
-    while not (out / "result.json").exists():
-        is_first, command = not checkpoints(out), [*TORCHRUN, *arguments(out)]
-        launched = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        if is_first:
-            while not checkpoints(out):
-                time.sleep(0.01)
-            time.sleep(DRAW.uniform(0, 0.5))
-            workers = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
-            os.kill(int(DRAW.choice(workers)), signal.SIGKILL)
-        if (launched.wait() == 0) == is_first or not checkpoints(out):
-            return False
-    return outcome(out) == expected
+    launched, workers = launch_and_wait(out)
+    os.kill(DRAW.choice(workers), signal.SIGKILL)
+    return launched.wait() != 0 and recovers_in_two(out, expected)
+
+
+def signalled_launcher(out: Path, expected: tuple, number: int, ends: str, to_all: bool = False) -> bool:
+    """A signal to torchrun, or to its processes as well: they save, end by the signal `ends`, and leave no lock."""
+    flags = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",) if ends == "SIGUSR1" else ()
+    launched, workers = launch_and_wait(out, launcher_flags=flags)
+    for pid in [*(workers if to_all else []), launched.pid]:
+        os.kill(pid, number)
+    launched.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        time.sleep(0.01)
+    is_saved = f"stopped by {ends}, progress is saved" in out.with_suffix(".log").read_text()
+    return is_saved and recovers_in_two(out, expected)
+
+
+def frozen(out: Path, expected: tuple) -> bool:
+    """SIGSTOP for one of two processes: a warning names its rank, and after the group's timeout the other one ends."""
+    launched, workers = launch_and_wait(out, "--process-group-timeout", "1.5")
+    worker = DRAW.choice(workers)
+    (rank,) = re.findall(r"\0RANK=(\d)", Path(f"/proc/{worker}/environ").read_text())
+    os.kill(worker, signal.SIGSTOP)
+    launched.wait()  # it ends the frozen one
+    text = out.with_suffix(".log").read_text()
+    told = f"warning: rank {rank} on " in text and "error: waited too long for another process" in text
+    return told and recovers_in_two(out, expected)
+
+
+def unlike(out: Path, expected: tuple) -> bool:
+    """The second process has another flag: both are refused, nothing is written, and the same command then works."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    group |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    flag = DRAW.choice(["--lr=0.1", "--seed=1", "--iterations=70", "--checkpoint-every=7", "--alpha=0.5", "--T=13"])
+    command = [sys.executable, "train_leap_align.py", *arguments(out)]
+    ranks = [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    both = [
+        subprocess.Popen([*command, *flags], cwd=ROOT, env=os.environ | own, stderr=subprocess.PIPE, text=True)
+        for own, flags in zip(ranks, ([], [flag]))
+    ]
+    (line, other) = (process.communicate()[1].splitlines() for process in both)
+    told = line[-1].startswith("error: rank 1 on ") and "differs from rank 0" in line[-1] and not other
+    return told and [process.returncode for process in both] == [1, 1] and not out.exists() and recovers(out, expected)
+
+
+def limited_disk(out: Path, expected: tuple) -> bool:
+    """SIGKILL on a disk without locks, fsync and renames of folders: the run's lock stays, and is broken."""
+    limit = partial(limit_disks, PATCH)
+    process = start_and_wait(out, DRAW.randrange(45), limit)
+    process.kill()
+    has_left_lock = exit_status(process) == -signal.SIGKILL and (out / ".lock.json").exists()
+    return has_left_lock and exit_status(start(out, limit)) == 0 and outcome(out) == expected
+
+
+def copied_to_nodes(out: Path, expected: tuple) -> bool:
+    """A stopped run, copied to the own disk of a second node and resumed on both: refused, and nothing is lost."""
+    stop_after(out, DRAW.randrange(12, 55))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        group["MASTER_PORT"] = str(free.getsockname()[1])
+    nodes = [out, shutil.copytree(out, out.with_name("copy"))]
+    ranks = [start(node, partial(os.environ.update, group, RANK=str(i))) for i, node in enumerate(nodes)]
+    refused = [exit_status(process) for process in ranks] == [1, 1] and "is not the same on every node" in last_line(
+        out
+    )
+    return refused and recovers(out, expected)
+
+
+def linked(out: Path, expected: tuple) -> bool:
+    """A part of a stopped run's folder is a link: refused, and nothing changes where it points."""
+    stop_after(out, DRAW.randrange(12, 55))
+    path, elsewhere = out / DRAW.choice(["checkpoint", "metrics.csv", "config.json"]), out.with_name("elsewhere")
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    changed = lambda: {file: file.stat().st_mtime_ns for file in (elsewhere, *elsewhere.rglob("*"))}  # noqa: E731
+    before = changed()
+    refused = exit_status(start(out)) == 1 and f"{path} is a link" in last_line(out)
+    refused = refused and before == changed()
+    path.unlink()
+    elsewhere.rename(path)
+    return refused and recovers(out, expected)
 
 
 SIGNALS = ("SIGTERM", "SIGINT (Ctrl-C)", "SIGHUP (closed terminal)", "SIGUSR1 (Slurm)")
@@ -226,7 +322,18 @@ FAULTS = {  # each fault, and how often it is injected
     "disk full during a checkpoint": (filled, 5),
     "NaN from the reward": (poisoned, 5),
     "one of two processes killed": (lost_rank, 3),
+    "SIGKILL, disk without locks": (limited_disk, 5),
+    "two nodes, each with a copy": (copied_to_nodes, 3),
+    "link in the folder": (linked, 5),
+    "one of two processes frozen": (frozen, 1),
+    "two processes with other flags": (unlike, 1),
+    "SIGTERM to torchrun": (partial(signalled_launcher, number=signal.SIGTERM, ends="SIGTERM"), 1),
+    "SIGTERM to torchrun and workers": (partial(signalled_launcher, number=15, ends="SIGTERM", to_all=True), 1),
+    "SIGUSR1 to torchrun, handled": (partial(signalled_launcher, number=signal.SIGUSR1, ends="SIGUSR1"), 1),
+    "SIGUSR1 to torchrun, not handled": (partial(signalled_launcher, number=signal.SIGUSR1, ends="SIGHUP"), 1),
+    "SIGKILL of torchrun": (partial(signalled_launcher, number=signal.SIGKILL, ends="SIGHUP"), 1),
 }
+IN_TWO = [name for name in FAULTS if "torchrun" in name or name.startswith("one of two")]
 SHORT = ("SIGKILL at any moment", "SIGKILL during a checkpoint", "disk full during a checkpoint", "NaN from the reward")
 
 
@@ -237,14 +344,14 @@ def main() -> None:
     faults = {name: (FAULTS[name][0], 1) for name in SHORT} if parser.parse_args().short else FAULTS
     home = Path(tempfile.mkdtemp())
     exit_status(start(home / "undisturbed"))
-    expected = {fault: outcome(home / "undisturbed") for fault, _ in faults.values()}
-    if lost_rank in expected:
-        subprocess.run([*TORCHRUN, *arguments(home / "two")], cwd=ROOT, capture_output=True, check=True)
-        expected[lost_rank] = outcome(home / "two")
+    expected = dict.fromkeys(faults, outcome(home / "undisturbed"))
+    if of_two := [name for name in faults if name in IN_TWO]:
+        launch(home / "two").wait()
+        expected |= dict.fromkeys(of_two, outcome(home / "two"))
     survived = {name: [] for name in faults}
     for name in tqdm([name for name, (_, times) in faults.items() for _ in range(times)], "faults"):
         fault, out = faults[name][0], Path(tempfile.mkdtemp(dir=home)) / "run"
-        survived[name].append(fault(out, expected[fault]))
+        survived[name].append(fault(out, expected[name]))
         if survived[name][-1] is False:
             tqdm.write(f"lost: {name}, see {out}")
     print(f"| {'fault':32}| times | survived | lost |\n|{'-' * 33}|-------|----------|------|")

@@ -68,15 +68,24 @@ state-not-advanced ~ self.generator.set_state(generator.get_state()) ~ pass ~ tr
 gradient-not-cleared ~ self.optimizer.zero_grad() ~ pass ~ trainer not_finite
 leash-without-weight ~ (x_0, gradient, weight, before ~ (x_0, gradient, torch.ones_like(weight), before ~ trainer leash
 runtime/command_line.py: batch-of-ranks ~ % (world_size * config ~ % (1 * config ~ trainer all_ranks
-runtime/checkpoint.py: digest-not-checked ~ digest(path / name) == ~ "" != ~ checkpoint reported
-state-not-synced ~ fsync(part / "state.json", part) ~ fsync(part) ~ checkpoint newest
-rename-not-synced ~ fsync(part.parent) ~ pass ~ checkpoint newest
+train_leap_align.py: unfinished-draws ~ self.generator.clone_state() ~ self.generator ~ checkpoint next_call
+unfinished-gradients ~ trainer.optimizer.zero_grad() ~ pass ~ checkpoint next_call
+signal-waits-for-the-iteration ~ pre_hook(stop_request.check, ~ pre_hook(lambda *_: None, ~ checkpoint next_call
+runtime/checkpoint.py: digest-not-checked ~ if digest(path / name) != ~ if "" == ~ checkpoint reported
+shards-not-synced ~ : fsync(*files)) ~ : None) ~ checkpoint on_the_disk
+state-not-synced ~ fsync(path / "state.json", path, path.parent) ~ fsync(path, path.parent) ~ checkpoint on_the_disk
+name-not-synced ~ state.json", path, path.parent) ~ state.json") ~ checkpoint on_the_disk
+shards-not-counted ~ values == tensor.numel() ~ True ~ disks damaged or shard
+new-optimizer-counts-a-step ~ values["step"].zero_() ~ pass ~ checkpoint next_call
 generator-not-restored ~ generator.set_state( ~ torch.tensor( ~ checkpoint uninterrupted
-checkpoint-copied ~ os.replace(part, path) ~ shutil.copytree(part, path) ~ checkpoint newest
 runtime/run_dir.py: names-not-in-digest ~ f"{path.relative_to(folder)} {digest(path)}\n" ~ f"{digest(path)}\n" ~ runtime
 log-keeps-all-rows ~ (row["iteration"]) <= iteration] ~ (row["iteration"]) >= 0] ~ runtime
 not-locked ~ lock.acquire() ~ pass ~ runtime
+nonce-not-read ~ = probe.is_file() and probe.read_text() == nonce ~ = True ~ disks nodes
+lock-of-a-living-process ~ not in ("", started) ~ != "" ~ disks may_live
 runtime/processes.py: sum-over-ranks ~ (values / world_size()) ~ values ~ trainer two_processes
+ranks-not-compared ~ theirs.get(name, value) != value ~ False ~ processes settings
+cublas-forgotten ~ out of memory|ALLOC_FAILED| ~ out of memory| ~ processes one_line
 ignored-signal-handled ~ if signal.getsignal(number) != signal.SIG_IGN] ~ ] ~ checkpoint hangup
 runtime/ema.py: ema-not-swapped-back ~ average.copy_(own) ~ average.copy_(parameter) ~ runtime
 runtime/report.py: hacking-direction ~ if now[ ~ if direction > 0 and now[ ~ runtime

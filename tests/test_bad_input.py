@@ -108,6 +108,11 @@ REFUSALS = [
         for name in METHODS
         for solver in SOLVERS
     ),
+    *(
+        ("the velocity gave a tuple: return its tensor", partial(method, name, v=lambda x, t: (X,), solver=solver))
+        for name in METHODS
+        for solver in SOLVERS
+    ),
     *((f"a time of shape {shape} must be", la.leap, X, X, torch.ones(shape), 0) for shape in ((2,), (3, 1), (1,))),
     ("times of torch.float64 would promote states of torch.float32", la.leap, X.float(), X.float(), randn(B), 0),
     ("x_hat of shape (3, 1) and x of shape (3, 2) must agree", la.connect, X_1, X),

@@ -14,10 +14,11 @@ import pytest
 from safetensors.torch import load_file
 
 import train_leap_align as trainer
-from runtime import checkpoint
+from runtime import checkpoint, files
 from runtime.processes import stop_on_signals
 from tests.toy_runs import ROOT, TORCHRUN, before_every_step, checkpoints, error_line, flip_a_bit, metrics, result, run
 from toy.modes import Modes
+from toy.nets import VelocityNet
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 EACH = ["--checkpoint-every", "1"]
@@ -45,20 +46,19 @@ def test_a_checkpoint_is_written_after_so_many_minutes_or_iterations(tmp_path, m
     assert checkpoints(tmp_path) == ["000002", "000004"]
 
 
-def test_the_newest_checkpoint_is_on_the_disk_before_its_rename_and_that_before_the_oldest_goes(tmp_path, monkeypatch):
-    """By inodes, which a rename keeps, and by this module's own calls: torch syncs the shards as well, today."""
-    events, rmtree = [], shutil.rmtree
-    own = {"fsync": lambda descriptor: events.append(os.fstat(descriptor).st_ino)}
-    own["replace"] = lambda source, target: events.append(f"rename to {target}") or os.replace(source, target)
-    monkeypatch.setattr(checkpoint, "os", SimpleNamespace(**vars(os) | own))
+def test_a_checkpoint_is_on_the_disk_before_its_state_and_that_before_the_oldest_goes(tmp_path, monkeypatch):
+    """By inodes, and by this project's own calls; each with whether state.json was there."""
+    events, rmtree, newest = [], shutil.rmtree, tmp_path / "checkpoint" / "000002"
+    state = newest / "state.json"
+    own = {"fsync": lambda descriptor: events.append((os.fstat(descriptor).st_ino, state.exists()))}
+    monkeypatch.setattr(files, "os", SimpleNamespace(**vars(os) | own))
     monkeypatch.setattr(shutil, "rmtree", lambda path, **how: events.append(f"remove {path}") or rmtree(path, **how))
     run(tmp_path, "--iterations", "2", *EACH, "--checkpoints-total-limit", "1")
     assert checkpoints(tmp_path) == ["000002"]
-    newest = tmp_path / "checkpoint" / "000002"
-    renamed = events.index(f"rename to {newest}")
-    removed = events.index(f"remove {newest.with_name('000001')}", renamed)
-    assert {path.stat().st_ino for path in (newest, *newest.iterdir())} <= set(events[:renamed])
-    assert newest.parent.stat().st_ino in events[renamed:removed]
+    before_removal = set(events[: events.index(f"remove {newest.with_name('000001')}")])
+    first = {(path.stat().st_ino, False) for path in (newest, *newest.glob("*.safetensors"))}
+    last = {(path.stat().st_ino, True) for path in (state, newest, newest.parent)}
+    assert len(first) == 2 and first | last <= before_removal
 
 
 @pytest.mark.parametrize("pattern", ["*.safetensors", "state.json"])
@@ -125,7 +125,7 @@ def test_a_removed_folder_is_not_created_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_a_signal_ends_the_iteration_saves_and_sets_the_exit_status(reference, tmp_path, monkeypatch, capsys, number):
+def test_a_signal_saves_and_sets_the_exit_status(reference, tmp_path, monkeypatch, capsys, number):
     handler = signal.getsignal(number)
 
     def send(iteration):
@@ -137,8 +137,56 @@ def test_a_signal_ends_the_iteration_saves_and_sets_the_exit_status(reference, t
         before_every_step(patch, send)
         run(tmp_path)
     assert stop.value.code == 128 + number and "continue with --resume" in capsys.readouterr().err
-    assert checkpoints(tmp_path) == ["000002"] and signal.getsignal(number) == handler
+    assert checkpoints(tmp_path) == ["000001"] and signal.getsignal(number) == handler
     assert_resumes(tmp_path, reference)
+
+
+PARTS = ["--gradient-accumulation-steps", "2", "--evaluate-every", "2"]
+EVALUATION, ITERATION = 25 + 2, 2 * 21  # calls of the model: 25 steps and the two leaps of a figure; two microbatches
+MOMENTS = {  # the call of the model during which a signal arrives, and the checkpoint that it leaves
+    "the first evaluation": (5, None),
+    "the first call of iteration 1": (EVALUATION + 1, "000000"),
+    "the second microbatch of iteration 1": (EVALUATION + 21 + 5, "000000"),
+    "iteration 2": (EVALUATION + ITERATION + 5, "000001"),
+    "the last call of iteration 1": (EVALUATION + ITERATION, "000001"),
+    "the evaluation of iteration 2": (EVALUATION + 2 * ITERATION + 5, "000002"),
+    "iteration 3": (2 * EVALUATION + 2 * ITERATION + 5, "000002"),
+    "the last evaluation": (2 * EVALUATION + 4 * ITERATION + 5, "000004"),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed run of two microbatches."""
+    out = tmp_path_factory.mktemp("run") / "whole"
+    run(out, *PARTS)
+    return out
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_saves_the_last_finished_iteration_before_the_models_next_call(whole, tmp_path, monkeypatch, moment):
+    """An iteration may take longer than a cluster gives.  Two signals, and the run ends like the undisturbed one."""
+    out, (number, newest), calls = tmp_path / "run", MOMENTS[moment], []
+
+    def forward(*inputs, forward=VelocityNet.forward):
+        calls.append(inputs)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(*inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VelocityNet, "forward", forward)
+        for _ in range(2):  # once more in the first call of the resumed run
+            with pytest.raises(SystemExit) as stop:
+                run(out, *PARTS, "--resume")
+            assert stop.value.code == 128 + signal.SIGTERM and len(calls) == number
+            assert newest is None or checkpoints(out)[-1] == newest
+            number = len(calls) + 1
+    assert newest or not (out / "checkpoint").exists()
+    run(out, *PARTS, "--resume")
+    assert metrics(out) == metrics(whole) and result(out)["after"] == result(whole)["after"]
+    for name in ("evaluations.csv", "model/weights.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

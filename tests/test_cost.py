@@ -12,7 +12,7 @@ from beyond import DEFAULTS, Hyper
 from leap_align import METHODS, uniform_times
 from runtime.backward import Leash, SplitVelocity
 from runtime.cost_counter import flop_count
-from runtime.run_dir import read_csv
+from runtime.files import read_csv
 from tests.problems import seeded
 from toy.laboratory import cost
 from toy.laboratory.cost import SHARES, SMOKE, bare_step, floor_flop_count, method_cost, representative_seeds

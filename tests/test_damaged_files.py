@@ -1,6 +1,8 @@
 """A damaged, incomplete or foreign file: one line names it, before anything is trained, drawn or printed."""
 
+import json
 import os
+import re
 import shutil
 
 import pytest
@@ -11,6 +13,7 @@ pytest.importorskip("diffusers")
 
 import train_leap_align as trainer
 from full_scale import __main__ as tools
+from full_scale.contents import tensors_content
 from tests.tiny_pipelines import PROMPTS, embedding, flags, refusal, sampling, scoring, tool, train
 from tests.toy_runs import flip_a_bit
 
@@ -28,6 +31,7 @@ def whole(models, tmp_path_factory):
     train(folder / "run", flags(models, "flux", "--iterations", "1", "--lora-rank", "2"))
     (folder / "run" / "lora").rename(folder / "lora")
     shutil.copytree(folder / "flux" / "transformer", folder / "trained")
+    shutil.copytree(folder / "flux" / "reward", folder / "reward")
     tool(*embedding(models, folder / "e"))
     tool(*sampling(models, folder / "images"))
     tool(*scoring(models, folder / "images", folder / "scores"))
@@ -53,7 +57,7 @@ def commands(whole, copy):
         "lora's file": (tools.main, [*drawing, "--lora", copy / "lora" / LORA]),
         "trained": (tools.main, [*drawing, "--transformer", copy / "trained"]),
         "trained's file": (tools.main, [*drawing, "--transformer", copy / "trained" / "config.json"]),
-        "score": (tools.main, scoring(copy, copy / "images", new)),
+        "score": (tools.main, [*scoring(copy, copy / "images", new), "--reward-weights", copy / "reward"]),
         "score again": (tools.main, scoring(whole, whole / "images", copy / "scores")),
     }
 
@@ -65,7 +69,48 @@ def change(path, more):
     save_file(load_file(path) | {"another.weight": torch.ones(2)} if more else weights, path, metadata={"format": "pt"})
 
 
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def spoil(path, value):
+    """Puts a number into one weight."""
+    weights = load_file(path)
+    weights[sorted(weights)[len(weights) // 2]].view(-1)[0] = value
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def pickle(path):
+    """The same weights as torch.save writes them."""
+    names = {WEIGHTS: "diffusion_pytorch_model.bin", "model.safetensors": "pytorch_model.bin"}
+    torch.save(load_file(path), path.with_name(names[path.name]))
+    path.unlink()
+
+
+def point_outside(path):
+    """An index in place of the weights, which names a file outside of the pipeline's folder."""
+    path.unlink()
+    names = {"weight": "../../outside/x.safetensors"}
+    path.with_name(f"{path.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+def replace_by_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGES = {
+    "pipe": replace_by_pipe,
+    "deep": lambda path: path.write_text('{"a":' * 5000 + "1" + "}" * 5000),
+    "surrogate": lambda path: path.write_text('{"00000_0.png": "\\ud800"}'),
+    "quantised": lambda path: edit(path, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+    "euler": lambda path: edit(path, _class_name="EulerDiscreteScheduler"),
+    "rows": lambda path: edit(path, images=json.loads(path.read_text())["images"][::2]),
+    "nan": lambda path: spoil(path, float("nan")),
+    "inf": lambda path: spoil(path, float("inf")),
+    "pickled": pickle,
+    "fp16": lambda path: path.rename(path.with_suffix(".fp16.safetensors")),
+    "outside": point_outside,
     "half": lambda path: os.truncate(path, path.stat().st_size // 2),
     "empty": lambda path: path.write_bytes(b""),
     "flipped": lambda path: flip_a_bit(path, -5),
@@ -78,8 +123,27 @@ DAMAGES = {
 }
 """Any other damage is the file's new text."""
 CONFIGS = " ".join(f"flux/{name}/config.json" for name in ("transformer", "vae", "text_encoder", "text_encoder_2"))
+WEIGHTS_OF_PARTS = f"flux/transformer/{WEIGHTS} flux/vae/{WEIGHTS} flux/text_encoder/M flux/text_encoder_2/M"
 SETTINGS = f"flux/model_index.json flux/scheduler/scheduler_config.json {CONFIGS}"
 TABLE = f"""
+outside ~ {WEIGHTS_OF_PARTS} ~ names '../../outside/x.safetensors', which is not in its folder ~ train, sample
+pickled ~ {WEIGHTS_OF_PARTS} ~ if you trust it, convert it: python -c ~ train, sample
+fp16 ~ {WEIGHTS_OF_PARTS} ~ .fp16.safetensors, but no ~ train, sample
+nan ~ {WEIGHTS_OF_PARTS} ~ FILE: ~ train, sample
+inf ~ flux/transformer/{WEIGHTS} flux/text_encoder/M ~ holds NaN or infinite numbers ~ train, sample
+nan ~ lora/{LORA} ~ FILE: ~ lora, lora's file
+nan ~ trained/{WEIGHTS} ~ FILE: ~ trained
+pipe ~ flux/vae/config.json flux/tokenizer/tokenizer.json flux/text_encoder/M ~ FILE is a pipe or a device ~ train
+pipe ~ {WEIGHTS_OF_PARTS} ~ FILE is a pipe or a device, read once: write it to a file first ~ sample
+pipe ~ flux/transformer/{WEIGHTS} ~ FILE is a pipe ~ train
+pipe ~ lora/{LORA} ~ FILE is a pipe ~ lora, lora's file
+pipe ~ images/prompts.json reward/open_clip_model.safetensors ~ FILE is a pipe ~ score
+deep ~ {SETTINGS} flux/tokenizer/tokenizer.json ~ FILE is damaged (nested too deeply) ~ train, sample
+deep surrogate ~ images/prompts.json ~ FILE is damaged ~ score
+deep rows ~ {LOG} ~ {LOG} is damaged ~ score again
+deep ~ e/settings.json ~ FILE is damaged (nested too deeply) ~ train on e
+quantised ~ {CONFIGS} ~ holds quantised weights ~ train, sample
+euler ~ flux/scheduler/scheduler_config.json ~ holds a EulerDiscreteScheduler, not a FlowMatchEuler ~ train, sample
 half ~ {SETTINGS} flux/tokenizer/tokenizer.json ~ FILE is damaged ~ train, sample
 half ~ flux/transformer/{WEIGHTS} flux/vae/{WEIGHTS} flux/text_encoder/M ~ FILE is damaged ~ train, sample
 binary ~ flux/model_index.json {CONFIGS} ~ FILE is damaged ~ train, sample
@@ -144,6 +208,45 @@ def test_a_damaged_embedding_is_named_and_embed_makes_it_anew(whole, copy, comma
     program([*map(str, arguments), "--iterations", "1"])
 
 
+NO_NUMBERS = {
+    "half precision": lambda value: value.half(),
+    "none": lambda value: value[:0],
+    "bool": lambda value: value > 0,
+    "complex": lambda value: value.cfloat(),
+    "whole": lambda value: value.int(),
+    "nan": lambda value: value * float("nan"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_NUMBERS)
+def test_embeddings_that_are_no_finite_numbers_are_refused_and_made_anew(whole, copy, commands, kind):
+    for path in (copy / "e").glob("*.safetensors"):
+        values = {name: NO_NUMBERS[kind](value).contiguous() for name, value in load_file(path).items()}
+        save_file(values, path, {"content": tensors_content(values)})
+    program, arguments = commands["train on e"]
+    line = refusal(arguments, program)
+    assert "holds no finite float32 or bfloat16 numbers: run the same `python -m full_scale embed` again" in line
+    tool(*embedding(copy, copy / "e"))
+    for path in (copy / "e").glob("*.safetensors"):
+        assert path.read_bytes() == (whole / "e" / path.name).read_bytes()
+
+
+def test_embeddings_of_another_shape_are_refused(copy, commands):
+    for path in (copy / "e").glob("*.safetensors"):
+        values = {name: value[..., :-1].contiguous() for name, value in load_file(path).items()}
+        save_file(values, path, {"content": tensors_content(values)})
+    program, arguments = commands["train on e"]
+    assert "{'encoder_hidden_states': (512, 31), 'pooled_projections': (31,)}, not " in refusal(arguments, program)
+
+
+def test_pickled_weights_are_converted_by_the_command_that_the_line_names(copy, commands):
+    program, arguments = commands["sample"]
+    for file in (f"flux/transformer/{WEIGHTS}", "flux/text_encoder_2/model.safetensors"):
+        pickle(copy / file)
+        exec(re.search('python -c "(.*)"$', refusal(arguments, program))[1])
+    program(list(map(str, arguments)))
+
+
 @pytest.mark.parametrize("damage", ["half", "flipped", "binary", "empty"])
 def test_a_damaged_image_is_drawn_and_scored_again(whole, copy, commands, damage):
     file = copy / "images" / "00001_0.png"
@@ -159,14 +262,17 @@ def test_a_removed_log_is_made_again_and_rows_that_are_no_rows_do_not_count(whol
     (copy / LOG).unlink()
     parts = (copy / LOG).with_suffix(".parts")
     parts.mkdir()
-    no_rows = '5\n[1]\n{"image": "00000_0.png"}\n{"image": ["x"], "prompt": "a", "reward": 1}\n{"im'
+    no_rows = "[" * 5000 + '\n5\n[1]\n{"image": "00000_0.png"}\n{"image": ["x"], "prompt": "a", "reward": 1}\n{"im'
     (parts / "3.jsonl").write_text(no_rows)
     tool(*commands["score again"][1])
     assert (copy / LOG).read_text() == (whole / LOG).read_text()
 
 
-@pytest.mark.parametrize("line", ['{"prompt": 5}', "[1]", "5", "{", '{"tag": "colors"}', '"a cat"'])
+LINES = ['{"prompt": 5}', "[1]", "5", "{", '{"tag": "colors"}', '"a cat"', '{"prompt": "\\ud800"}', "[" * 5000]
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line[:20])
 def test_a_damaged_line_of_geneval(models, tmp_path, line):
     (tmp_path / "metadata.jsonl").write_text(f'{{"prompt": "a photo of a dog"}}\n{line}\n')
     command = ["sample", "--model", models / "flux", "--geneval", tmp_path / "metadata.jsonl", "--out", tmp_path / "i"]
-    assert f"metadata.jsonl: the line {line!r} must be a JSON object" in refusal(command, tools.main)
+    assert f"metadata.jsonl: the line {line!r:.60} must be a JSON object" in refusal(command, tools.main)

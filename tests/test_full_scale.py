@@ -12,6 +12,7 @@ import sys
 import weakref
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import psutil
 import pytest
@@ -28,33 +29,47 @@ from full_scale.components import weight_shapes
 from full_scale.models import FAMILIES, Family
 from full_scale.score import read_image
 from leap_align import BadInput
-from tests.tiny_pipelines import PROMPTS, ROOT, TASKS, every_task, flags, options_of, sampling, task_of, tool, train
+from tests.tiny_pipelines import (
+    PROMPTS,
+    ROOT,
+    TASKS,
+    every_task,
+    flags,
+    options_of,
+    sampling,
+    slow,
+    task_of,
+    tool,
+    train,
+)
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
-def test_the_whole_path_on_two_processes_and_on_one(tmp_path):
+@pytest.mark.parametrize("others", [(), slow(("two",))])
+def test_the_whole_path_on_one_process_and_on_two(tmp_path, others):
     """tiny -> embed -> train -> export -> sample -> score."""
     tool("tiny", tmp_path / "flux")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     tool(*tiny.embedding(tmp_path, tmp_path / "embeddings"))
     training = [*flags(tmp_path, "flux", "--width", 32, "--T", 4), "--prompts", tmp_path / "embeddings"]
     train(tmp_path / "one", training)
-    tiny.torchrun("train_leap_align.py", *training, "--out", tmp_path / "two")
-    tiny.assert_same_run(tmp_path / "one", tmp_path / "two")
-    images, logs, trained = [], [], ["--transformer", tmp_path / "two" / "transformer", "--images-per-prompt", 3]
-    for run, start in (("one", tool), ("two", lambda *command: tiny.torchrun("-m", "full_scale", *command))):
-        out = tmp_path / run
+    for run in others:
+        tiny.torchrun("train_leap_align.py", *training, "--out", tmp_path / run)
+        tiny.assert_same_run(tmp_path / "one", tmp_path / run)
+    images, logs, trained = [], [], ["--transformer", tmp_path / "one" / "transformer", "--images-per-prompt", 3]
+    for run in ("one", *others):
+        out, start = tmp_path / run, tool if run == "one" else partial(tiny.torchrun, "-m", "full_scale")
         start(*sampling(tmp_path, out / "images", "--steps", 2, *trained))
         start(*tiny.scoring(tmp_path, out / "images", out / "scores"))
         images.append({path.name: path.read_bytes() for path in (out / "images").glob("*.png")})
         logs.append(tiny.read(out / "scores" / "images_rewards_log.json"))
-    assert images[0] == images[1] and len(images[0]) == len(set(images[0].values())) == 3 * len(PROMPTS)
-    assert logs[0] == logs[1] and [row["image"] for row in logs[0]["images"]] == sorted(images[0])
+    assert images[0] == images[-1] and len(images[0]) == len(set(images[0].values())) == 3 * len(PROMPTS)
+    assert logs[0] == logs[-1] and [row["image"] for row in logs[0]["images"]] == sorted(images[0])
     assert logs[0]["mean"] == pytest.approx(sum(row["reward"] for row in logs[0]["images"]) / len(images[0]))
 
 
-@every_task
+@pytest.mark.parametrize("name", ["flux", slow("sd3"), slow("klein")])
 def test_a_pipeline_of_the_real_size_trains_and_samples(tmp_path, monkeypatch, name):
     """The path of `tiny --full-size`, with fewer and narrower blocks in place of the real ones."""
     networks = FAMILIES[name].configs
@@ -218,19 +233,20 @@ def test_score_continues_where_it_stopped(models, tmp_path, monkeypatch, capsys)
 
     def interrupted(path):
         calls.append(path)
-        if len(calls) == 6:
+        if len(calls) in (6, 6 + 15 + 6):  # while the images are checked, then while they are scored
             os.kill(os.getpid(), signal.SIGINT)
         return read_image(path)
 
     monkeypatch.setattr("full_scale.score.read_image", interrupted)
-    with pytest.raises(SystemExit, match="130"):
-        tool(*command)
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "stopped by SIGINT, progress is saved: the same command continues from here"
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="130"):
+            tool(*command)
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last == "stopped by SIGINT, progress is saved: the same command continues from here"
     part = tmp_path / "resumed" / "i_rewards_log.parts" / "0.jsonl"
     part.write_text(part.read_text()[:-9])  # cut off in the middle of a row
     tool(*command)
-    assert len(calls) == 6 + 15 - 4
+    assert len(calls) == 6 + (15 + 6) + 15 + (15 - 4)
     a, b = ((tmp_path / name / "i_rewards_log.json").read_text() for name in ("uninterrupted", "resumed"))
     assert a == b and not part.parent.exists()
 

@@ -63,7 +63,7 @@ def odd(models, tmp_path_factory):
 
 
 DISTILLED = "holds a model that is distilled to few steps: train its base model, such as black-forest-labs/FLUX."
-ANOTHER = "choose the weights of this pipeline's kind"
+ANOTHER = "choose the files of this pipeline's kind"
 REFUSALS = """
 train --height 500                      | height=500 must be a multiple of 16
 train --prompts {odd}/empty.txt         | empty.txt holds no prompt
@@ -107,7 +107,7 @@ train --load-in-4bit --lora-rank 2 --compile | torch cannot compile these weight
 plan --load-in-4bit --lora-rank 64 --gpus 2  | load_in_4bit does not shard the weights: start one process
 plan --task klein --model {odd}/klein   | {odd}/klein {DISTILLED}2-klein-base-4B
 plan --prompts /nowhere                 | cannot read prompts from /nowhere
-plan --task toy                         | plan knows flux, sd3, klein
+plan --task digits                      | unknown task 'digits': choose from flux, sd3, klein
 plan --reward pickscore                 | reward=pickscore
 plan --model /nowhere                   | model=/nowhere: give a pipeline's folder
 plan --json /nowhere/plan.json          | json: /nowhere does not exist
@@ -119,6 +119,9 @@ sample --height 500                     | height=500 must be a multiple of 16
 sample --guidance inf                   | guidance=inf must be at least 0 for FLUX.1-dev, and finite
 sample --model {models}/sd3 --guidance 0.5   | guidance=0.5 must be at least 1 for SD3.5-M, and finite
 sample --model {odd}/flux --guidance 3.5     | guidance=3.5, but {odd}/flux is distilled to few steps and has none
+sample --model {models}/sd3 --height 1552    | height=1552 must be at most 1536, the largest size that this model
+sd3 --width 1552                        | width=1552 must be at most 1536, the largest size that this model knows
+plan --task sd3 --height 6160           | height=6160 must be at most 6144
 sample --steps 0                        | steps=0 must be at least 1
 sample --geneval {odd}/mine.txt         | give either --prompts FILE or --geneval
 sample --lora {odd}/run/lora            | lora does not fit the model: transformer_blocks.
@@ -211,6 +214,9 @@ def test_a_model_that_the_hub_does_not_give(models, tmp_path, monkeypatch, error
     monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=error))
     line = refusal([*flags(models, "flux"), "--model", "black-forest-labs/FLUX.1-dev", "--out", tmp_path / "run"])
     assert all(words in line for words in ("black-forest-labs/FLUX.1-dev", cause, remedy))
+    if "hf download" in line:  # the files that a run reads, and no copies of them
+        patterns = ("'transformer/*'", "'vae/*'", "'text_encoder_[23]/*'", "'model_index.json'")
+        assert all(f"--include {pattern}" in line for pattern in patterns) and "--exclude '*.fp16.*'" in line
 
 
 def test_a_local_path_asks_no_network(models, monkeypatch):
@@ -363,7 +369,20 @@ def test_the_same_command_continues_only_from_the_same_content(filled, tmp_path,
     assert content_of(tmp_path) == before
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out"), RuntimeError("DefaultCPUAllocator: can't")])
+def taken_for_damage(error):
+    """The error as the cause of one that advises to download a file again."""
+    damaged = BadInput("x is damaged: restore it, or download it again")
+    damaged.__cause__ = error
+    return damaged
+
+
+NO_MEMORY = [torch.OutOfMemoryError("CUDA out"), RuntimeError("DefaultCPUAllocator: can't"), MemoryError()]
+NO_MEMORY += [RuntimeError(f"could not create a {name}") for name in ("memory object", "primitive")]
+NO_MEMORY += [OSError(12, "Cannot allocate memory"), ImportError("x.so: failed to map segment from shared object")]
+NO_MEMORY += [taken_for_damage(error) for error in NO_MEMORY]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: f"{error!r} {error.__cause__!r}")
 def test_a_tool_that_runs_out_of_memory_advises_only_what_it_has(monkeypatch, tmp_path, error):
     """And does so on a line of its own, below the progress bar of a loop that the error leaves."""
     output = io.StringIO()

@@ -20,24 +20,20 @@ import train_leap_align as trainer
 from full_scale import transformer
 from full_scale.sheet import draw_sheet
 from leap_align import rollout
+from runtime.files import read_csv
 from runtime.processes import full_value
-from runtime.run_dir import read_csv
-from tests.tiny_pipelines import PROMPTS, TASKS, assert_close, every_task, flags, seeded, task_of, tool, train
+from tests.tiny_pipelines import PROMPTS, TASKS, assert_close, every_task, flags, seeded, slow, task_of, tool, train
 
 pytestmark = pytest.mark.usefixtures("one_process")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 IN_4BIT = "--lora-rank 2 --load-in-4bit"
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
 @pytest.mark.parametrize(
     ("name", "more", "nodes"),
     [
         ("flux", "--lora-rank 2 --gradient-accumulation-steps 2", 2),
-        ("klein", "--lora-rank 2", 1),
+        slow("klein", "--lora-rank 2", 1),
         slow("sd3", "", 1),
         slow("klein", "", 1),
         slow("flux", "--method stratified --gradient-accumulation-steps 2", 2),
@@ -222,6 +218,49 @@ def test_the_export_is_the_average_of_the_weights(models, tmp_path):
     expected = {name: 0.25 * start[name] + 0.25 * one[name] + 0.5 * two[name] for name in start}
     assert_close(average, expected, 0, 1e-6)
     assert max((two[name] - expected[name]).abs().max() for name in start) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "more"), [("flux", "--precision bfloat16"), ("sd3", ""), ("klein", "--lora-rank 2 --lora-alpha 6")]
+)
+def test_export_gives_the_raw_and_the_averaged_weights_of_any_checkpoint(models, tmp_path, name, more):
+    """What the checkpoint's files hold; the last average is, with every other file, what the run's end wrote."""
+    run, kind = tmp_path / "run", "lora" if "lora" in more else "transformer"
+    train(run, flags(models, name, *"--iterations 2 --checkpoint-every 1 --ema-decay 0.5".split(), *more.split()))
+    for choice in ([], ["--raw"], ["--iteration", 1, "--raw"]):
+        out, checkpoint = tmp_path / f"{choice}", run / "checkpoint" / f"00000{2 - (1 in choice)}"
+        tool("export", "--run", run, "--out", out, *choice)
+        stored = {k: v for file in checkpoint.glob("*.safetensors") for k, v in load_file(file).items()}
+        prefix, found = "model." if "--raw" in choice else "average.", tiny.exported(out)
+        expected = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+        if "bfloat16" in more:
+            expected = {k: v.bfloat16() for k, v in expected.items()}
+        if kind == "lora":
+            expected = {f"transformer.{k.replace('.default', '')}": v for k, v in expected.items()}
+            expected = {k: 3 * v if ".lora_B." in k else v for k, v in expected.items()}  # alpha over rank
+        assert_close({k: v for k, v in found.items() if k != "pos_embed.pos_embed"}, expected, 0, 0)
+        assert tiny.content_of(out / kind).keys() == tiny.content_of(run / kind).keys()
+        assert all(torch.equal(found[k], v) for k, v in tiny.exported(run).items()) == (not choice)
+
+
+@pytest.mark.parametrize(
+    ("more", "settings", "message"),
+    [
+        ("--iteration 7", {}, "iteration=7: {run} has checkpoints of 1"),
+        ("", {"task": "toy"}, "run={run} is no run with an image model (flux, sd3, klein)"),
+        ("", {"task": "flux"}, "{run}/checkpoint/000001 is damaged (state.json is not what was written"),
+        ("--iteration 2", None, "{run}/config.json is missing"),
+    ],
+)
+def test_export_refuses_what_is_no_checkpoint_of_an_image_model(models, tmp_path, more, settings, message):
+    run = tmp_path / "run"
+    (run / "checkpoint" / "000001").mkdir(parents=True)
+    (run / "checkpoint" / "000001" / "state.json").touch()
+    if settings is not None:
+        known = {"task": "flux", "model": str(models / "flux"), "precision": "float32", "lora_rank": 0}
+        (run / "config.json").write_text(json.dumps(known | settings))
+    line = tiny.refusal(["export", "--run", run, "--out", tmp_path / "out", *more.split()])
+    assert message.format(run=run) in line
 
 
 FOUR_BITS = pytest.param({"lora_rank": 2, "load_in_4bit": True}, marks=tiny.needs_torchao)

@@ -25,16 +25,16 @@ from full_scale.models import FAMILIES
 from full_scale.simulation import Simulation
 from leap_align import BadInput
 from runtime.cost_counter import BETWEEN, FLOP, WITHIN, CostCounter, flop_count
-from runtime.run_dir import read_csv
-from tests.tiny_pipelines import TASKS, needs_torchao, options_of, read, refusal, small_config, task_of, tool
+from runtime.files import read_csv
+from tests.tiny_pipelines import TASKS, needs_torchao, options_of, read, refusal, slow, small_config, task_of, tool
 from train_leap_align import Config, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
 LORA = '{"precision": "bfloat16", "lora_rank": 4}'
 FOUR_BITS = pytest.param("flux", LORA.replace("}", ', "load_in_4bit": true}'), marks=needs_torchao)
-CASES = [("flux", '{"precision": "bfloat16"}'), ("flux", LORA), ("sd3", "{}"), ("klein", LORA), FOUR_BITS]
-STRATIFIED = ("flux", '{"method": "stratified"}')  # evaluates earlier leaps again after the endpoint's backward
+CASES = [("flux", '{"precision": "bfloat16"}'), ("flux", LORA), ("sd3", "{}"), slow("klein", LORA), FOUR_BITS]
+STRATIFIED = slow("flux", '{"method": "stratified"}')  # evaluates earlier leaps again after the endpoint's backward
 
 
 @cache
@@ -232,6 +232,17 @@ def test_the_configs_have_the_numbers_of_weights_of_the_published_models(task, n
     network = network_from_config(FAMILIES[task].configs[name])
     for each in (network, Simulation().empty(network, torch.bfloat16)):
         assert sum(p.numel() for p in each.parameters()) == parameters
+
+
+def test_a_plan_offers_no_flag_that_does_not_matter_to_it_but_takes_a_command_of_the_training(capsys):
+    with pytest.raises(SystemExit):
+        plan.read_flags(["--help"])
+    shown = capsys.readouterr().out
+    assert "--task STR" in shown and "--lora-rank" in shown and "--gpus" in shown
+    assert not re.search(r"--out|--resume|--tracker|toy|digits", shown)
+    training = "--task sd3 --out runs/x --resume --lora-rank 8 --tracker wandb --seed 3".split()
+    run = plan.read_flags(training).run
+    assert (run.task, run.seed, run.out, run.resume) == ("sd3", 3, None, False)
 
 
 def small_step(folder, task="flux", checkpointing="on"):

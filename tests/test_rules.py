@@ -62,7 +62,7 @@ MAY_IMPORT = {
     "runtime/": {"leap_align", "runtime"},
     "full_scale/": {"leap_align", "runtime", "full_scale"},
     "full_scale/benchmark.py": {"leap_align", "beyond", "runtime", "full_scale", "flux_adapter", "train_leap_align"},
-    "full_scale/plan.py": {"leap_align", "runtime", "full_scale", "train_leap_align"},
+    "full_scale/plan.py": {"leap_align", "beyond", "runtime", "full_scale", "train_leap_align"},
     "toy/": {"leap_align", "runtime", "toy"},
     "toy/laboratory/": {"leap_align", "beyond", "runtime", "toy", "train_leap_align"},
     "flux_adapter.py": {"leap_align", "runtime", "full_scale"},
@@ -158,13 +158,37 @@ def test_no_branch_over_the_method_and_no_inference_mode(path):
     assert not names(TREES[path]) & {"inference_mode"}
 
 
-@pytest.mark.parametrize("modules", ["leap_align", "train_leap_align, toy.modes, toy.digits", "full_scale.rewards"])
+LARGE = "diffusers transformers open_clip hpsv2 peft torchvision huggingface_hub tokenizers accelerate".split()
+
+
+@pytest.mark.parametrize("modules", ["leap_align", "train_leap_align, toy.modes, toy.digits"])
 def test_importing_these_needs_no_large_library(modules):
     script = f"import sys, {modules}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    large = {"diffusers", "transformers", "open_clip", "hpsv2", "peft", "torchvision", "huggingface_hub"}
-    assert not set(done.stdout.split()) & {*large, "tensorboard", "wandb", "runtime.tracker"}
+    assert not set(done.stdout.split()) & {*LARGE, "tensorboard", "wandb", "runtime.tracker"}
+
+
+def test_help_and_the_list_of_tools_need_no_large_library():
+    """Neither does importing the rewards, which `python -m full_scale --help` does."""
+    script = f"""
+import sys
+sys.modules |= dict.fromkeys({[*LARGE, "psutil"]})  # importing one raises ModuleNotFoundError
+import train_leap_align
+from full_scale.__main__ import TOOLS, main
+from full_scale.models import FAMILIES
+programs = [(main, []), *((train_leap_align.main, ["--task", task]) for task in FAMILIES)]
+programs += [(main, [name]) for name in TOOLS] + [(main, ["plan", "--task", task]) for task in FAMILIES]
+for program, words in programs:
+    try:
+        program([*words, "--help"])
+    except SystemExit as stop:
+        print("status", *words, stop.code)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    statuses = [line.split() for line in done.stdout.splitlines() if line.startswith("status ")]
+    assert done.returncode == 0 and len(statuses) >= 17, done.stderr
+    assert [row for row in statuses if row[-1] != "0"] == []
 
 
 # The layout

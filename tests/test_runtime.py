@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from leap_align import BadInput
-from runtime import processes, run_dir
+from runtime import files, processes, run_dir
 from runtime.ema import EMA
 from runtime.processes import RaisedOnAllRanks, all_gather, one_line, run_on_all_ranks, run_on_rank0
 from runtime.report import reward_hacking_warnings
@@ -21,9 +21,9 @@ def enter(context):
         pass
 
 
-@pytest.mark.parametrize("atomic", [run_dir.atomic_file, run_dir.atomic_folder])
+@pytest.mark.parametrize("atomic", [files.atomic_file, files.atomic_folder])
 def test_a_file_or_folder_is_replaced_whole_or_not_at_all(tmp_path, atomic):
-    path, content = tmp_path / "new" / "name", "" if atomic is run_dir.atomic_file else "content"
+    path, content = tmp_path / "new" / "name", "" if atomic is files.atomic_file else "content"
     for text in ("old", "new"):
         with atomic(path) as temporary:
             (temporary / content).write_text(text)
@@ -36,17 +36,19 @@ def test_a_file_or_folder_is_replaced_whole_or_not_at_all(tmp_path, atomic):
 
 def test_digests_are_those_of_contents_and_names(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"content")
-    assert run_dir.digest(tmp_path / "a.bin") == run_dir.digest(b"content") != run_dir.digest(b"contents")
-    first = run_dir.digest_files(tmp_path, tmp_path.glob("*.bin"))
+    assert files.digest(tmp_path / "a.bin") == files.digest(b"content") != files.digest(b"contents")
+    first = files.digest_files(tmp_path, tmp_path.glob("*.bin"))
     (tmp_path / "a.bin").write_bytes(b"another")
-    second = run_dir.digest_files(tmp_path, tmp_path.glob("*.bin"))
+    second = files.digest_files(tmp_path, tmp_path.glob("*.bin"))
     (tmp_path / "a.bin").rename(tmp_path / "b.bin")
-    assert len({first, second, run_dir.digest_files(tmp_path, tmp_path.glob("*.bin"))}) == 3
+    assert len({first, second, files.digest_files(tmp_path, tmp_path.glob("*.bin"))}) == 3
 
 
 def test_only_the_names_of_checkpoints_count(tmp_path):
     for name in ("000100", "000099", "1000000", "000100-mine", "9notes", "part", "99"):
         (tmp_path / "checkpoint" / name).mkdir(parents=True)
+        (tmp_path / "checkpoint" / name / "state.json").touch()
+    (tmp_path / "checkpoint" / "000200").mkdir()  # not finished
     assert [path.name for path in run_dir.checkpoints(tmp_path)] == ["000099", "000100", "1000000"]
 
 
@@ -92,24 +94,29 @@ def test_other_settings_contents_or_files_are_refused(refused, words, tmp_path):
         enter(run_dir.claimed_output_folder(tmp_path, "sample", {"lr": 1.0}))
     run_dir.write_settings(tmp_path / "config.json", settings | {"contents": {"prompts": "a", "model": "b"}})
     (tmp_path / "checkpoint" / "000001").mkdir(parents=True)
+    (tmp_path / "checkpoint" / "000001" / "state.json").touch()
     run_dir.check_run_folder(tmp_path, settings | {"iterations": 4}, True, CHANGEABLE)
     run_dir.check_contents(tmp_path, {"prompts": "a", "model": "b"})
     with pytest.raises(BadInput) as stop:
         refused(tmp_path)
     assert words in str(stop.value) and "\n" not in str(stop.value)
-    assert run_dir.read_json(tmp_path / "settings.json")["lr"] == 1.0
+    assert files.read_json(tmp_path / "settings.json")["lr"] == 1.0
 
 
-DAMAGED = [("config.json", content) for content in (b"{", b"[]", b"\xff\xfe", b"3")]
-DAMAGED += [("metrics.csv", content) for content in (b"a,b\n1,2\n", b"\xff\xfe\x00", b"", b"iteration,reward\nxx,1\n")]
+DAMAGED = [("config.json", content) for content in (b"{", b"[]", b"\xff\xfe", b"3", b'{"a":"\\udc80"}')]
+DAMAGED += [("config.json", opening * 10_000) for opening in (b"[", b'{"a":')]
+DAMAGED += [
+    ("metrics.csv", content)
+    for content in (b"a,b\n1,2\n", b"\xff\xfe\x00", b"", b"iteration,reward\nxx,1\n", b"x" * 200_000)
+]
 
 
-@pytest.mark.parametrize(("name", "content"), DAMAGED)
+@pytest.mark.parametrize(("name", "content"), DAMAGED, ids=lambda value: str(value)[:30])
 def test_a_damaged_or_foreign_file_is_refused_by_name(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     words = "is damaged|must hold a JSON object|has other columns|is not a CSV file|has a damaged row"
     with pytest.raises(BadInput, match=rf"^\S*{name} ({words})[^\n]*$"):
-        run_dir.read_json(tmp_path / name) if name == "config.json" else run_dir.CsvLog(tmp_path / name, ("reward",), 0)
+        files.read_json(tmp_path / name) if name == "config.json" else run_dir.CsvLog(tmp_path / name, ("reward",), 0)
     assert (tmp_path / name).read_bytes() == content
 
 
@@ -119,9 +126,9 @@ def test_a_log_drops_the_rows_after_its_checkpoint(tmp_path):
     for iteration in (1, 2, 3):
         log.add({"iteration": iteration, "reward": iteration / 2, "not_a_column": 1})
     run_dir.CsvLog(path, ("reward", "d_j"), 2).add({"iteration": 3, "d_j": 7})
-    rows = run_dir.read_csv(path, ("iteration", "reward", "d_j"))
+    rows = files.read_csv(path, ("iteration", "reward", "d_j"))
     assert [list(row.values()) for row in rows] == [["1", "0.5", ""], ["2", "1.0", ""], ["3", "", "7"]]
-    run_dir.write_csv(path, [{"a": 1}, {"b": 2.5, "a": 3}])
+    files.write_csv(path, [{"a": 1}, {"b": 2.5, "a": 3}])
     assert path.read_text().split() == ["a,b", "1,", "3,2.5"]  # a column for every key
 
 

@@ -22,7 +22,7 @@ from full_scale.shapes.judge import Judge, read_scene, shows
 from full_scale.shapes.scenes import Caption, Item, Placed
 from full_scale.shapes.train import save_state, spoiled
 from leap_align import BadInput
-from runtime.run_dir import read_csv
+from runtime.files import read_csv
 from tests.tiny_pipelines import tool, train
 from tests.toy_runs import ROOT
 
@@ -123,6 +123,7 @@ def test_spoiled_captions_differ_in_one_respect():
     assert swapped in found and {len(other.items) for other in found} == {1, 2, 3}
 
 
+@pytest.mark.slow
 def test_an_interrupted_build_continues_to_the_bit(tmp_path, monkeypatch):
     """Stopped after the second of three steps of the VAE, then of the pipeline, then of the reward."""
     monkeypatch.setattr("full_scale.shapes.train.SAVE_EVERY", 2)

@@ -17,7 +17,7 @@ from full_scale import rewards
 from full_scale.shapes import build, scenes
 from full_scale.shapes.judge import Judge
 from leap_align import rollout
-from runtime.run_dir import read_csv
+from runtime.files import read_csv
 from runtime.task import EVALUATION_SEED
 from tests.tiny_pipelines import seeded, tool, train
 from tests.toy_runs import ROOT

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.run_dir import read_csv
+from runtime.files import read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 LABORATORY = ROOT / "toy" / "laboratory"

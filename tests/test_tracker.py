@@ -13,7 +13,7 @@ from PIL import Image
 
 import train_leap_align as trainer
 from runtime import report
-from runtime.run_dir import read_csv
+from runtime.files import read_csv
 from tests.toy_runs import before_every_step, error_line, metrics, result, run, without_figures
 
 EVERY_2 = ["--checkpoint-every", "2", "--evaluate-every", "2"]

@@ -10,7 +10,8 @@ from torch import nn
 import train_leap_align as trainer
 from full_scale import __main__ as tools
 from leap_align import BadInput, uniform_times
-from runtime.processes import StoppedBySignal, UserCodeError, user_code
+from runtime.exit import exit_process, user_code
+from runtime.processes import StoppedBySignal, UserCodeError
 from runtime.task import Task
 from tests.tiny_rewards import refusal
 from tests.toy_runs import ROOT
@@ -82,6 +83,7 @@ NO_NUMBERS = "evaluate must return a dict of numbers, reward, spread among them"
         ("__init__", lambda self, *_: setattr(self, "times", uniform_times(4)), "task mine lacks model: see the class"),
         ("__init__", lambda self, *_: setattr(self, "model", nn.Linear(2, 2)), "task mine lacks times: see the class"),
         ("velocity_of", lambda self, model, inputs: lambda x, t: model(x).detach(), f"velocity {NO_GRADIENT}"),
+        ("velocity_of", lambda self, model, inputs: lambda x, t: (model(x),), "the velocity gave a tuple: return its"),
         ("decode", lambda self, x_0: 2 * x_0.detach(), f"task mine: decode {NO_GRADIENT}"),
         ("reward", lambda self, sample, _: sample.sum(1).tolist(), "a reward of type list must be a tensor (B,)"),
         ("evaluate", lambda *_: None, NO_NUMBERS),
@@ -130,6 +132,21 @@ def test_an_exception_in_a_reward_is_shown_below_a_line_that_names_it(models, tm
         assert traceback[0].startswith("Traceback") and 'returns(lambda images: {}["x"])' in "\n".join(traceback)
 
 
+FORGED = "x\x1b[2K\rerror: fine\nerror: \u202e\x9b\udcff"
+"""A text that clears its line on a terminal and writes others."""
+
+
+@pytest.mark.parametrize("error", [BadInput(FORGED), OSError(5, "x", FORGED), UserCodeError(FORGED)])
+def test_no_message_steers_the_terminal_or_forges_a_line(error):
+    if isinstance(error, UserCodeError):
+        error.__cause__ = ValueError(FORGED)
+    with pytest.raises(SystemExit) as stop:
+        exit_process(error, "", "")
+    first, *traceback = stop.value.code.split("\n")
+    assert r"x\x1b[2K\rerror: fine\n" in first and all(line.isprintable() for line in (first, *traceback))
+    assert bool(traceback) == isinstance(error, UserCodeError)
+
+
 OWN_LINE = [BadInput("x"), torch.OutOfMemoryError("x"), StoppedBySignal(15, False)]
 
 
@@ -142,21 +159,24 @@ def test_an_exception_of_user_code_becomes_a_user_code_error_unless_it_has_a_lin
     assert found is error if error in OWN_LINE else wrapped
 
 
+MODEL = "--model full_scale/shapes/trained --prompts full_scale/shapes/trained/prompts.txt --out {out}"
+
+
 @pytest.mark.parametrize(
     ("module", "package", "program", "arguments"),
     [
-        ("diffusers", "diffusers", "train_leap_align", "--task flux --help"),
-        ("accelerate", "accelerate", "train_leap_align", "--task flux --help"),  # diffusers has an error of its own
+        ("diffusers", "diffusers", "train_leap_align", f"--task flux {MODEL}"),
+        ("accelerate", "accelerate", "full_scale.__main__", f"sample {MODEL}"),  # diffusers has an error of its own
         ("sklearn", "scikit-learn", "train_leap_align", "--task digits"),
-        ("transformers", "transformers", "full_scale.__main__", "--help"),
+        ("transformers", "transformers", "full_scale.__main__", "plan"),
         ("transformers", "transformers", "full_scale.__main__", "check-reward imagereward --reward-weights tests"),
         ("open_clip", "open_clip_torch", "full_scale.__main__", "check-reward hpsv2.1 --reward-weights tests"),
     ],
 )
-def test_a_missing_package_is_named_with_the_command_that_installs_it(module, package, program, arguments):
-    if arguments.endswith("--help"):  # imports diffusers
-        pytest.importorskip("diffusers")
-    script = f"import sys; sys.modules[{module!r}] = None\nimport {program} as t; t.main({arguments.split()})"
+def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, module, package, program, arguments):
+    pytest.importorskip("diffusers")
+    words = arguments.format(out=tmp_path / "out").split()
+    script = f"import sys; sys.modules[{module!r}] = None\nimport {program} as t; t.main({words})"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last_line = done.stderr.splitlines()[-1]  # libraries may warn before it

@@ -1,5 +1,7 @@
 """Images and prompts as other programs leave them."""
 
+import json
+import logging
 import os
 import shutil
 import zlib
@@ -115,3 +117,45 @@ def test_what_operating_systems_leave_in_a_folder_changes_nothing(models, tmp_pa
     tiny.tool(*tiny.sampling(tmp_path, tmp_path / "images"))
     leave(tmp_path / "images")
     tiny.tool(*tiny.scoring(tmp_path, tmp_path / "images", tmp_path / "scores"))
+
+
+def test_images_that_prompts_json_does_not_name_are_counted(models, tmp_path, capfd):
+    tiny.tool(*tiny.sampling(models, tmp_path / "images"))
+    rows = tiny.read(tmp_path / "images" / "prompts.json")
+    (tmp_path / "images" / "prompts.json").write_text(json.dumps(dict(list(rows.items())[:2])))
+    (tmp_path / "images" / "@eaDir").mkdir()
+    shutil.copy(tmp_path / "images" / "00000_0.png", tmp_path / "images" / "@eaDir")
+    images = (tmp_path / "images").rename(tmp_path / "im\x1b[31m\nages")
+    tiny.tool(*tiny.scoring(models, images, tmp_path / "scores"))
+    output = "".join(capfd.readouterr())
+    assert output.count(r"im\x1b[31m\nages/prompts.json names 2 images; 3 others are not scored") == 1
+    assert "\x1b[31m" not in output
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "klein"])
+def test_prompts_that_a_tokenizer_cuts_are_counted_once(models, tmp_path, capfd, name):
+    """And not printed by the libraries, in full and at every step."""
+    (tmp_path / "prompts.txt").write_text(f"a cat\n{'cut me ' * 40}\n{'cut me ' * 90}\n")
+    logged, handler = [], logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())
+    tokens = ["--max-sequence-length", "512"]
+    training = [*tiny.flags(models, name), *tokens, "--prompts", tmp_path / "prompts.txt", "--iterations", "1"]
+    prompts = [*tokens, "--prompts", tmp_path / "prompts.txt"]
+    commands = {
+        "flux": [*training, "--out", tmp_path / "run"],
+        "sd3": tiny.sampling(models, tmp_path / "images", *prompts, "--model", models / "sd3"),
+        "klein": tiny.embedding(models, tmp_path / "embedded", *prompts, name="klein"),
+    }
+    words = {"flux": ["2 of 3 prompts are cut: tokenizer reads 77 tokens", "1 of 3", "tokenizer_2 reads 512 tokens"]}
+    words["sd3"] = [*words["flux"][:2], "2 of 3 prompts are cut: tokenizer_2 reads 77", "tokenizer_3 reads 512 tokens"]
+    words["klein"] = ["1 of 3 prompts are cut: tokenizer reads 512 tokens"]
+    for library in ("diffusers", "transformers"):
+        logging.getLogger(library).addHandler(handler)
+    try:
+        tiny.start(commands[name])
+    finally:
+        for library in ("diffusers", "transformers"):
+            logging.getLogger(library).removeHandler(handler)
+    output = "".join(capfd.readouterr())
+    assert all(output.count(text) == 1 for text in words[name]) and "cut me" not in output
+    assert not [text for text in logged if "truncated" in text or "sequence length" in text]

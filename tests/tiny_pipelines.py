@@ -8,6 +8,7 @@ import pkgutil
 import socket
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
 from unittest.mock import patch
 
@@ -30,6 +31,7 @@ from tests.toy_runs import metrics as read_metrics
 PROMPTS = ["a red cube", "two dogs on a beach", "an old clock in the rain", "a photo of a bench", "a"]
 TASKS = {name: pkgutil.resolve_name(trainer.TASKS[name]) for name in FAMILIES}
 every_task = pytest.mark.parametrize("name", TASKS)
+slow = partial(pytest.param, marks=pytest.mark.slow)
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 SAMPLING = "--height 32 --width 48 --steps 2 --images-per-prompt 3 --batch-size 2 --precision float32".split()
 

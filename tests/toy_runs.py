@@ -1,6 +1,10 @@
 """Short toy runs through the trainer's command line, and readers of their files."""
 
+import errno
+import fcntl
 import json
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import train_leap_align as trainer
-from runtime.run_dir import read_csv
+from runtime.files import read_csv
 
 TOYS = ["toy", "digits"]
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +52,29 @@ def flip_a_bit(path, position):
 
 def checkpoints(out):
     return sorted(folder.name for folder in (out / "checkpoint").iterdir())
+
+
+def failing(function, number, fails):
+    """An operating system's function that answers with this error where fails(argument)."""
+
+    def call(first, *others, **named):
+        if fails(first):
+            raise OSError(number, os.strerror(number))
+        return function(first, *others, **named)
+
+    return call
+
+
+def is_folder(path_or_descriptor):
+    return stat.S_ISDIR(os.stat(path_or_descriptor).st_mode)
+
+
+def limit_disks(monkeypatch, number=errno.ENOTSUP):
+    """Disks that have no locks, flush nothing and rename files only: gcsfuse, CIFS, some FUSE."""
+    monkeypatch.setattr(fcntl, "flock", failing(fcntl.flock, number, lambda _: True))
+    monkeypatch.setattr(os, "fsync", failing(os.fsync, number, lambda _: True))
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, failing(getattr(os, name), number, is_folder))
 
 
 def error_line(*flags):

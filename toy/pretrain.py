@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm, trange
 
 from leap_align import interpolate
+from runtime.files import atomic_file
 from runtime.processes import run_on_rank0
-from runtime.run_dir import atomic_file
 from toy.nets import RewardNet, VelocityNet
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"

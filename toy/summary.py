@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from leap_align import BadInput, require
-from runtime.run_dir import read_json
+from runtime.files import read_json
 
 # Settings in which the runs of one table may differ: their seeds, and what never changes a result.
 MAY_DIFFER = set("seed out resume gradient_accumulation_steps evaluate_every checkpoint_every".split())
@@ -59,7 +59,9 @@ def _result(folder: Path) -> dict[str, dict[str, float]]:
     path = folder / "result.json"
     require(path.exists(), f"{folder} holds no finished run: result.json is missing")
     result = read_json(path)
-    require({"before", "after"} <= result.keys(), f"{path} is not that of a run: it has no `before` and `after`")
+    figures = [result.get(when) for when in ("before", "after")]
+    whole = all(isinstance(row, dict) and all(isinstance(x, int | float) for x in row.values()) for row in figures)
+    require(whole, f"{path} is not that of a run: it has no `before` and `after` with numbers")
     return result
 
 

@@ -5,13 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import tokenizers
 import torch
-import transformers
 from torch import Tensor, nn
 
-from runtime.run_dir import read_json
+from runtime.files import read_json
 
 Config = dict[str, Any]
 
@@ -23,8 +20,8 @@ class Family:
     name: str  # of the task
     title: str  # the model's name, for people
     model: str  # the hub id of the published pipeline
-    pipeline_class: Any
-    transformer_class: Any
+    pipeline_name: str  # of its class in diffusers
+    transformer_name: str  # of its class in diffusers
     encode_text: Callable[[Any, list[str], torch.device, int], dict[str, Tensor]]
     """(pipeline, prompts, device, max_sequence_length) to the transformer's text inputs by name, each (B, ...)."""
     text_shapes: Callable[[Config, int], dict[str, tuple[int, ...]]]
@@ -36,6 +33,20 @@ class Family:
     max_sequence_length: int = 512  # of the largest text encoder, in tokens, as in the pipeline
     guidance: float = 3.5  # the usual guidance scale
     guidance_is_input: bool = False  # whether the transformer reads the scale; otherwise guidance is classifier-free
+
+    @property
+    def pipeline_class(self) -> Any:
+        """The class in diffusers, imported only now: --help needs no large library."""
+        import diffusers
+
+        return getattr(diffusers, self.pipeline_name)
+
+    @property
+    def transformer_class(self) -> Any:
+        """The class in diffusers, imported only now."""
+        import diffusers
+
+        return getattr(diffusers, self.transformer_name)
 
     @property
     def configs(self) -> dict[str, Config]:
@@ -51,6 +62,9 @@ def text_shapes(config: Config, tokens: int) -> dict[str, tuple[int, ...]]:
 
 def tiny_text(t5_width: int, clip_widths: Sequence[int]) -> dict[str, Any]:
     """A CLIP's config for each width, which reads bytes, and a T5 that reads characters, with their tokenizers."""
+    import tokenizers
+    import transformers
+
     characters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     words = [*characters, *(f"{c}</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
     clip = transformers.CLIPTokenizer({word: i for i, word in enumerate(words)}, [], model_max_length=77)
@@ -71,6 +85,8 @@ def tiny_text(t5_width: int, clip_widths: Sequence[int]) -> dict[str, Any]:
 
 def tiny_vae(scaling: float, shift: float) -> nn.Module:
     """A VAE with the latents of the real one: 16 channels, an eighth of the size."""
+    import diffusers
+
     return diffusers.AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
         block_out_channels=[8] * 4, layers_per_block=1, norm_num_groups=4, latent_channels=16,

@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from torch import Tensor, nn
 
 from full_scale.models.family import Family, text_shapes, tiny_text, tiny_vae
@@ -19,6 +17,9 @@ def encode_text(pipeline: Any, prompts: list[str], device: torch.device, max_seq
 
 def tiny(t5_width: int = 32, clip_widths: Sequence[int] = (32,), **networks: nn.Module) -> Any:
     """FLUX.1-dev's pipeline with one double and two single blocks."""
+    import diffusers
+    import transformers
+
     text = tiny_text(t5_width, clip_widths)
     transformer = diffusers.FluxTransformer2DModel(
         patch_size=1, in_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=16,
@@ -40,8 +41,8 @@ FAMILY = Family(
     name="flux",
     title="FLUX.1-dev",
     model="black-forest-labs/FLUX.1-dev",
-    pipeline_class=diffusers.FluxPipeline,
-    transformer_class=diffusers.FluxTransformer2DModel,
+    pipeline_name="FluxPipeline",
+    transformer_name="FluxTransformer2DModel",
     encode_text=encode_text,
     text_shapes=text_shapes,
     tiny=tiny,

@@ -6,10 +6,7 @@ and Qwen3-4B, of which the pipeline joins three layers: 3 x 2560 is the transfor
 
 from typing import Any
 
-import diffusers
-import tokenizers
 import torch
-import transformers
 from torch import Tensor, nn
 
 from full_scale.models.family import Family
@@ -29,6 +26,9 @@ def encode_text(pipeline: Any, prompts: list[str], device: torch.device, max_seq
 
 def tiny_qwen3(width: int) -> dict[str, nn.Module]:
     """A Qwen3 that reads bytes, and its tokenizer.  The pipeline reads the hidden states after layer 27."""
+    import tokenizers
+    import transformers
+
     words = [*sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     config = transformers.Qwen3Config(
         vocab_size=len(words), hidden_size=width, intermediate_size=32, num_hidden_layers=28, num_attention_heads=2,
@@ -43,6 +43,8 @@ def tiny_qwen3(width: int) -> dict[str, nn.Module]:
 
 def tiny_vae() -> nn.Module:
     """A VAE with the latents of the real one: 32 channels, an eighth of the size; its batch norm changes them."""
+    import diffusers
+
     vae = diffusers.AutoencoderKLFlux2(block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4)
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2)
@@ -51,6 +53,8 @@ def tiny_vae() -> nn.Module:
 
 def tiny(qwen3_width: int = 16, **networks: nn.Module) -> Any:
     """FLUX.2-klein's pipeline with one double and two single blocks."""
+    import diffusers
+
     text = tiny_qwen3(qwen3_width)
     transformer = diffusers.Flux2Transformer2DModel(
         in_channels=128, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
@@ -65,8 +69,8 @@ FAMILY = Family(
     name="klein",
     title="FLUX.2-klein",
     model="black-forest-labs/FLUX.2-klein-base-4B",
-    pipeline_class=diffusers.Flux2KleinPipeline,
-    transformer_class=diffusers.Flux2Transformer2DModel,
+    pipeline_name="Flux2KleinPipeline",
+    transformer_name="Flux2Transformer2DModel",
     encode_text=encode_text,
     text_shapes=lambda config, tokens: {"encoder_hidden_states": (tokens, config["joint_attention_dim"])},
     tiny=tiny,

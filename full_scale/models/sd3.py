@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from torch import Tensor, nn
 
 from full_scale.models.family import Family, text_shapes, tiny_text, tiny_vae
@@ -20,6 +18,9 @@ def encode_text(pipeline: Any, prompts: list[str], device: torch.device, max_seq
 
 def tiny(t5_width: int = 64, clip_widths: Sequence[int] = (32, 32), **networks: nn.Module) -> Any:
     """SD3.5-M's pipeline with two blocks, the first with dual attention."""
+    import diffusers
+    import transformers
+
     text = tiny_text(t5_width, clip_widths)
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=32, patch_size=2, in_channels=16, num_layers=2, attention_head_dim=8, num_attention_heads=4,
@@ -43,8 +44,8 @@ FAMILY = Family(
     name="sd3",
     title="SD3.5-M",
     model="stabilityai/stable-diffusion-3.5-medium",
-    pipeline_class=diffusers.StableDiffusion3Pipeline,
-    transformer_class=diffusers.SD3Transformer2DModel,
+    pipeline_name="StableDiffusion3Pipeline",
+    transformer_name="SD3Transformer2DModel",
     encode_text=encode_text,
     text_shapes=lambda config, tokens: text_shapes(config, 77 + tokens),
     tiny=tiny,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leap_align import BadInput, require
-from runtime.processes import user_code
+from runtime.exit import user_code
 
 TEXT_CACHE_SIZE = 4096  # the number of prompts whose text features a reward keeps
 CHANGES_IMAGES = "changes its images in place: let it work on images.clone()"
@@ -184,7 +184,8 @@ def _rules(reward: Reward, images: Tensor, prompts: list[str], tolerance: float)
     before, (scores, leaf) = images.clone(), try_out(reward, images, prompts)
     yield scores.dtype == torch.float32, f"the score is {scores.dtype}, not float32"
     has_graph = reward(images, prompts).requires_grad
-    yield not has_graph, "the score requires grad although the images do not: encode the text under no_grad"
+    remedy = "call requires_grad_(False) on every network that the reward uses, and encode the text under no_grad"
+    yield not has_graph, f"the score requires grad although the images do not: {remedy}"
     transposed = reward(images.transpose(2, 3), prompts)
     yield transposed.isfinite().all(), "it fails on images of another shape"
     with torch.no_grad():

@@ -9,7 +9,7 @@ from torch import Tensor
 from full_scale.rewards.contract import TextCachingReward
 from full_scale.rewards.images import letterbox, normalise
 from full_scale.rewards.weights import check_keys, download, local_path, read_state_dict
-from runtime.run_dir import read_json
+from runtime.files import read_json
 
 REPOSITORY, CHECKPOINT = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 

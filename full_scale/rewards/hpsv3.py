@@ -10,7 +10,7 @@ from full_scale.rewards.contract import TextCachingReward
 from full_scale.rewards.images import normalise, resize_like_pil
 from full_scale.rewards.weights import check_keys, load_pretrained, locate_files, read_state_dict, rename_keys
 from leap_align import require
-from runtime.run_dir import read_json
+from runtime.files import read_json
 
 REPOSITORY, CHECKPOINT = "MizzenAI/HPSv3", "HPSv3.safetensors"
 TOKENIZER_REPOSITORY = "Qwen/Qwen2-VL-7B-Instruct"

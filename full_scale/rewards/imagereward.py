@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from full_scale.rewards.contract import TextCachingReward
 from full_scale.rewards.images import crop, normalise
 from full_scale.rewards.weights import check_keys, locate_files, read_state_dict, rename_keys
-from runtime.run_dir import read_json
+from runtime.files import read_json
 
 REPOSITORY, CHECKPOINT = "THUDM/ImageReward", "ImageReward.pt"
 TOKENIZER_REPOSITORY = "google-bert/bert-base-uncased"

@@ -10,7 +10,7 @@ from torch import Tensor
 from full_scale.rewards.contract import TextCachingReward
 from full_scale.rewards.images import crop, normalise
 from full_scale.rewards.weights import load_pretrained, locate_files, read_state_dict
-from runtime.run_dir import read_json
+from runtime.files import read_json
 
 REPOSITORY, CHECKPOINT = "yuvalkirstain/PickScore_v1", "model.safetensors"
 TOKENIZER_REPOSITORY = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"

@@ -16,7 +16,8 @@ from full_scale.rewards.hpsv3 import HPSv3
 from full_scale.rewards.imagereward import ImageReward
 from full_scale.rewards.pickscore import PickScore
 from leap_align import BadInput, require
-from runtime.processes import UserCodeError, one_line, user_code
+from runtime.exit import user_code
+from runtime.processes import UserCodeError, one_line
 
 REWARDS = {"hpsv2.1": HPSv2, "pickscore": PickScore, "hpsv3": HPSv3, "imagereward": ImageReward}
 PRESETS: dict[str, dict[str, float]] = {

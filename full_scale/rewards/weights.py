@@ -1,6 +1,7 @@
 """Weights and tokenizers from a local path or the Hugging Face hub, and the check that weights fit their model."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from leap_align import BadInput, require
+from runtime.files import check_no_pipe
 from runtime.processes import one_line
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")  # the suffixes of weights files
+
+IGNORED = ["*.fp16.*", "*.gguf"]  # what no program here reads
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
 
@@ -22,21 +26,28 @@ def local_path(weights: str | Path | None) -> Path | None:
     path = Path(weights)
     is_hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(weights)) and path.suffix not in SUFFIXES
     require(path.exists() or is_hub_id, f"{weights} does not exist: give a file, a folder or a hub id (owner/name)")
+    for file in path.iterdir() if path.is_dir() else ():
+        check_no_pipe(file)
     return path if path.exists() else None
 
 
-def download(repository: str, *files: str, flag: str = "--reward-weights") -> Path:
+def download(
+    repository: str, *files: str, flag: str = "--reward-weights", by_hand: Sequence[str] | None = None
+) -> Path:
     """Downloads files (patterns) of a hub repository and returns their folder.
 
-    flag: the option that takes a local path instead, for the error message.
+    For the error message: the option that takes a local path instead, and what to download then, if it is not `files`.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    by_hand = f"run `hf download {repository} --local-dir DIR` where there is a network, and give {flag} DIR"
-    unreachable = f"the Hugging Face hub cannot be reached for {repository}: check the network, or {by_hand}"
+    # Other files of a repository, such as a second copy of the weights, would only cost time.
+    patterns = [f"--include '{file}'" for file in by_hand or files] + [f"--exclude '{file}'" for file in IGNORED]
+    command = f"`hf download {repository} {' '.join(patterns)} --local-dir DIR`"
+    remedy = f"check the network, or run {command} where there is one, and give {flag} DIR"
+    unreachable = f"the Hugging Face hub cannot be reached for {repository}: {remedy}"
     try:
-        return Path(snapshot_download(repository, allow_patterns=files, ignore_patterns=["*.fp16.*", "*.gguf"]))
+        return Path(snapshot_download(repository, allow_patterns=files, ignore_patterns=IGNORED))
     except GatedRepoError as error:
         remedy = f"accept its licence at https://huggingface.co/{repository}, then log in with `hf auth login`"
         raise BadInput(f"{repository} is gated: {remedy}") from error
@@ -71,7 +82,7 @@ def locate_files(
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The state dict in a safetensors file or in a torch.save file; pickled code is refused."""
-    require(path.exists(), f"{path} does not exist: a folder of weights must hold {path.name}")
+    require(check_no_pipe(path).exists(), f"{path} does not exist: a folder of weights must hold {path.name}")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

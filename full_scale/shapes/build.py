@@ -4,18 +4,17 @@ import shutil
 from itertools import zip_longest
 from pathlib import Path
 from random import Random
-from typing import Annotated
+from typing import Annotated, Any
 
-import open_clip
 import torch
 import tyro
 from safetensors.torch import save_file
 from torch import nn
 
-from full_scale.shapes import networks
-from full_scale.shapes.scenes import BY_TEXT, SIZE, captions
+from full_scale.shapes.scenes import BY_TEXT, SIZE, TOKENS, captions
 from full_scale.shapes.train import fit_pipeline, fit_reward, fit_vae
-from runtime.run_dir import atomic_folder, claimed_output_folder, write_errors_named, write_json, write_text
+from runtime.files import atomic_folder, write_errors_named, write_json, write_text
+from runtime.run_dir import claimed_output_folder
 
 STEPS = {"vae": 900, "pipeline": 5000, "reward": 1500}
 HELD_OUT, TRAINED = 10, 48  # prompts of a kind, at most; of the held-out ones also at most a third of the kind
@@ -43,6 +42,10 @@ def shapes(folder: Annotated[Path, tyro.conf.Positional], seed: int = 0, smoke: 
 
 def build(folder: Path, seed: int, steps: dict[str, int]) -> None:
     """Trains and writes everything.  An interrupted training continues from the folder training/."""
+    import open_clip
+
+    from full_scale.shapes import networks
+
     torch.manual_seed(seed)
     pipeline, reward = networks.pipeline(), networks.reward()
     tokenize = open_clip.SimpleTokenizer(context_length=reward.context_length)
@@ -56,7 +59,7 @@ def build(folder: Path, seed: int, steps: dict[str, int]) -> None:
     for network in (pipeline.vae, pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, reward):
         nn.Module.to(network, torch.bfloat16)
     pipeline.save_pretrained(folder)
-    save_reward(reward, folder / "reward")
+    save_reward(reward, networks.REWARD, folder / "reward")
     for name, texts in prompts().items():
         write_text(folder / name, "\n".join(texts) + "\n")
 
@@ -66,7 +69,7 @@ def recommended_run(folder: Path) -> str:
     words = [
         f"python train_leap_align.py --task flux --model {folder} --prompts {folder}/prompts.txt",
         f"--reward-weights {folder}/reward --held-out shapes --evaluation-prompts {folder}/held-out.txt",
-        f"--evaluation-images 78 --height {SIZE} --width {SIZE} --max-sequence-length {networks.TOKENS}",
+        f"--evaluation-images 78 --height {SIZE} --width {SIZE} --max-sequence-length {TOKENS}",
         "--precision float32 --gradient-checkpointing off --lam None --beta 0.1 --lr 3e-4 --T 8 --solver ab2",
         "--batch-size 32 --iterations 200 --out runs/shapes",
     ]
@@ -84,8 +87,8 @@ def prompts() -> dict[str, list[str]]:
     return {name: [text for turn in zip_longest(*rows) for text in turn if text] for name, rows in files.items()}
 
 
-def save_reward(model: nn.Module, folder: Path) -> None:
+def save_reward(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
     """Writes a CLIP in open_clip's layout."""
     with atomic_folder(folder) as temporary:
-        write_json(temporary / "open_clip_config.json", {"model_cfg": networks.REWARD})
+        write_json(temporary / "open_clip_config.json", {"model_cfg": config})
         save_file(model.state_dict(), temporary / "open_clip_model.safetensors")

@@ -8,9 +8,8 @@ import tokenizers
 import transformers
 from torch import nn
 
-from full_scale.shapes.scenes import BY_TEXT, SIZE
+from full_scale.shapes.scenes import BY_TEXT, SIZE, TOKENS
 
-TOKENS = 10  # of a caption: eight words at most, the end, and one to spare
 WIDTH, TEXT_WIDTH, CHANNELS = 96, 64, 8  # of the transformer, of both text encoders, of the VAE's latents
 WORDS = sorted({word for text in BY_TEXT for word in text.split()}, key=lambda word: (-len(word), word))
 REWARD = {

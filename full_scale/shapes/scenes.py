@@ -24,6 +24,7 @@ GROUND = 245  # the grey level of the background
 RADII = (5.0, 6.2)  # pixels
 JITTER = 1.0  # pixels by which a centre moves at most, in x and in y
 COUNTS = {"two": 2, "three": 3}
+TOKENS = 10  # of a caption: eight words at most, the end, and one to spare
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # the first's side, (x, y)
 KINDS = ("single object", "two objects", "counting", "colors", "position", "color attribution")
 

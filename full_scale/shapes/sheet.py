@@ -12,7 +12,7 @@ from full_scale.score import read_image, read_image_prompts
 from full_scale.shapes.judge import Judge
 from full_scale.shapes.scenes import KINDS, read_caption
 from leap_align import require
-from runtime.run_dir import atomic_file
+from runtime.files import atomic_file
 
 FRAMES = {1.0: ("#0072B2", "-"), 0.0: ("#D55E00", (0, (1.5, 1.5)))}  # color and line of right and of wrong images
 COLUMNS, ROWS = 12, 3  # prompts, and images of each, at most

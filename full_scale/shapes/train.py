@@ -20,12 +20,11 @@ from tqdm import trange
 
 from full_scale.rewards.images import letterbox, normalise
 from full_scale.shapes.judge import Judge, shows
-from full_scale.shapes.networks import TOKENS
-from full_scale.shapes.scenes import BY_TEXT, COLORS, SHAPES, SIZE, Caption, Scene, captions, draw, place, spoil
+from full_scale.shapes.scenes import BY_TEXT, COLORS, SHAPES, SIZE, TOKENS, Caption, Scene, captions, draw, place, spoil
 from leap_align import BadInput
 from runtime.ema import EMA
+from runtime.files import atomic_file
 from runtime.processes import one_line
-from runtime.run_dir import atomic_file
 
 SAVE_EVERY = 250  # steps
 SCENES, WRONG = 20_000, 0.3  # of pre-training, and the share of them that are not what their captions say

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from leap_align import require
-from runtime.run_dir import atomic_file, write_csv, write_text
+from runtime.files import atomic_file, write_csv, write_text
 from toy.laboratory.method_measurements import evaluation_count
 from toy.laboratory.result_cache import Function, Key, ResultCache, Settings
 from toy.laboratory.tables import Row, directions_table
@@ -46,7 +46,7 @@ class Scale:
 
 SMOKE = Scale(
     tasks=("toy",), seeds=(0, 1), tuning_seeds=(100,), more_tuning_seeds=(100,), learning_rates=(1e-4, 1e-3),
-    budgets={"small": 1, "large": 8}, ablation_iterations=(1, 2), step_counts=(3, 5), training_step_counts=(25,),
+    budgets={"small": 1, "large": 4}, ablation_iterations=(1, 2), step_counts=(3, 5), training_step_counts=(25,),
     training_stages=(0, 2), shapes_iterations=1, shapes_seeds=(0, 1), shapes_learning_rates=(1e-4,), max_draws=4,
     batch_size=8, smoke=True,
 )  # fmt: skip

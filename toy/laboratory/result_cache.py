@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from leap_align import BadInput
-from runtime.run_dir import digest, read_json, write_json
+from runtime.files import digest, read_json, write_json
 
 Function = Callable[..., dict]  # of JSON, to JSON; worker processes must be able to import it
 Settings = dict[str, Any]

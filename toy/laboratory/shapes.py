@@ -47,7 +47,7 @@ def settings() -> list[Setting]:
 
 def run(lab: Laboratory) -> None:
     """Trains every setting to equal iterations and to equal evaluations, with the rate that other seeds chose."""
-    rows, n = settings()[:: 5 if lab.scale.smoke else 1], lab.scale.shapes_iterations
+    rows, n = settings()[:: 9 if lab.scale.smoke else 1], lab.scale.shapes_iterations
     costs = evaluations(lab, rows)
     equal = {s: round(n * costs["leap_align", STEPS] / costs[s.method, s.T]) for s in rows}
     ends = {s: {"iterations": n, "evaluations": equal[s]} for s in rows}
