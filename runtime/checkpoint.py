@@ -220,7 +220,7 @@ def _is_evaluation(row: Any) -> bool:
 
 
 IS_RIGHT = {
-    **dict.fromkeys(("iteration", "consecutive_skips"), lambda value: isinstance(value, int)),
+    **dict.fromkeys(("iteration", "updates", "consecutive_skips"), lambda value: isinstance(value, int)),
     **dict.fromkeys(LOGS, lambda value: isinstance(value, str)),
     "seconds": lambda value: isinstance(value, float),
     "evaluations": lambda value: isinstance(value, list) and all(map(_is_evaluation, value)),
