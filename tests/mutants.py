@@ -78,8 +78,8 @@ name-not-synced ~ fsync(path, path.parent) ~ fsync(path) ~ checkpoint on_the_dis
 shards-not-counted ~ values == tensor.numel() ~ True ~ disks damaged or shard
 new-optimizer-counts-a-step ~ values["step"].zero_() ~ pass ~ checkpoint next_call
 generator-not-restored ~ generator.set_state( ~ torch.tensor( ~ checkpoint uninterrupted
-runtime/run_dir.py: names-not-in-digest ~ f"{path.relative_to(folder)} {digest(path)}\n" ~ f"{digest(path)}\n" ~ runtime
-log-keeps-all-rows ~ (row["iteration"]) <= iteration] ~ (row["iteration"]) >= 0] ~ runtime
+runtime/files.py: names-not-in-digest ~ f"{path.relative_to(folder)} {digest(path)}\n" ~ f"{digest(path)}\n" ~ runtime
+runtime/run_dir.py: log-keeps-all-rows ~ (row["iteration"]) <= iteration] ~ (row["iteration"]) >= 0] ~ runtime
 not-locked ~ FileLock(folder / LOCK, ~ FileLock(folder / f"{LOCK}.{os.getpid()}", ~ runtime
 nonce-not-read ~ = probe.is_file() and probe.read_text() == nonce ~ = True ~ disks nodes
 runtime/processes.py: sum-over-ranks ~ (values / world_size()) ~ values ~ trainer two_processes
@@ -152,22 +152,8 @@ def run_pytest(copy: Path, room: str, expression: str) -> None:
     sys.path[0] = str(copy)
     del sys.modules["tests"]
     os.dup2(os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-    sys.exit(
-        pytest.main(
-            [
-                "-x",
-                "-q",
-                "--tb=no",
-                "-p",
-                "no:cacheprovider",
-                "-m",
-                "slow or not slow",
-                f"tests/test_{room}.py",
-                "-k",
-                expression,
-            ]
-        )
-    )
+    options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-m", "slow or not slow"]
+    sys.exit(pytest.main([*options, f"tests/test_{room}.py", "-k", expression]))
 
 
 def run(copy: Path, tests: str) -> tuple[int | None, str]:
