@@ -268,7 +268,7 @@ def build_task(flags: Flags) -> Task:
 def train(trainer: Trainer, folder: Path, stop_request: processes.StopRequest, tracker: Any) -> None:
     """Iterates, evaluating and saving as often as the configuration says; saves the averaged model at the end.
 
-    A stop request ends it before the model's next evaluation, and saves the last finished iteration.
+    A stop request ends it before the model's next forward pass, and saves the last finished iteration.
     """
     config, task, progress, is_rank0 = trainer.config, trainer.task, trainer.progress, rank() == 0
     saved_at, saved = time.monotonic(), progress.iteration if progress.evaluations else None  # the newest checkpoint

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from leap_align import BadInput, require
 from runtime.ema import EMA
-from runtime.files import digest, disk_remedy, fsync, parse_json, write_text
+from runtime.files import atomic_file, digest, disk_remedy, fsync, parse_json, write_text
 from runtime.processes import (
     RaisedOnAllRanks,
     all_gather,
@@ -89,6 +89,7 @@ def checkpoint_bytes(parameters: Iterable[nn.Parameter]) -> int:
 def save_checkpoint(folder: Path, state: TrainingState, progress: Progress, limit: int) -> None:
     """Writes checkpoint/ITERATION, keeps the newest `limit`; every rank raises BadInput if one of them cannot write."""
     path = folder / "checkpoint" / f"{progress.iteration:06d}"
+    run_on_rank0(lambda: check_not_removed(folder / "config.json"))
     try:
         run_on_rank0(lambda: _make_room(folder, path))
         tensors = training_tensors(state.model, state.optimizer, state.ema)
@@ -109,7 +110,6 @@ def save_checkpoint(folder: Path, state: TrainingState, progress: Progress, limi
 
 def _make_room(folder: Path, path: Path) -> None:
     """Removes what runs that were killed left of checkpoints, and a damaged one in place of the new one."""
-    check_not_removed(folder / "config.json")
     finished = checkpoints(folder)
     for old in checkpoint_folders(folder):
         if old == path or old not in finished:
@@ -141,8 +141,10 @@ def _publish(folder: Path, path: Path, content: dict[str, Any], limit: int) -> N
     """Finishes a checkpoint by its state.json, then removes the oldest ones."""
     text = json.dumps(content | {name: (folder / name).read_bytes().decode() for name in ("config.json", *LOGS)})
     fsync(path)
-    (path / "state.json").write_text(f"{digest(text.encode())}\n{text}")
-    fsync(path / "state.json", path, path.parent)
+    with atomic_file(path / "state.json") as temporary:
+        temporary.write_text(f"{digest(text.encode())}\n{text}")
+        fsync(temporary)
+    fsync(path, path.parent)
     # A higher number is a damaged checkpoint, before which the run resumed: it does not count towards the limit.
     for old in [old for old in checkpoints(folder) if int(old.name) <= content["iteration"]][:-limit]:
         shutil.rmtree(old, ignore_errors=True)

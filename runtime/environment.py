@@ -13,9 +13,7 @@ from runtime.task import Task
 
 
 def environment(task: type[Task]) -> dict[str, str]:
-    """Processes a node, kind of device, versions of packages, and `sources`, by name; nothing for a single process."""
-    if world_size() == 1:
-        return {}
+    """Processes a node, kind of device, versions of packages, and `sources`, by name."""
     node = {"processes a node": os.environ.get("LOCAL_WORLD_SIZE", "1"), "device": task.choose_device().type}
     return node | {name: _version(name) for name in ("torch", "numpy", *PACKAGES.values())} | sources()
 
@@ -28,7 +26,7 @@ def _version(package: str) -> str:
 
 
 def sources() -> dict[str, str]:
-    """A short digest of the code of each imported module that was not installed: the project's and the user's."""
+    """A short digest of the code of each imported module that was not installed; for a single process nothing."""
     if world_size() == 1:
         return {}
     files = {name: Path(getattr(module, "__file__", None) or "") for name, module in list(sys.modules.items())}
@@ -36,7 +34,6 @@ def sources() -> dict[str, str]:
 
 
 def _is_own(file: Path) -> bool:
-    is_installed = {"site-packages", "dist-packages"} & {*file.parts} or file.is_relative_to(
-        sysconfig.get_path("stdlib")
-    )
+    is_of_python = file.is_relative_to(sysconfig.get_path("stdlib"))
+    is_installed = is_of_python or {"site-packages", "dist-packages"} & {*file.parts}
     return file.suffix == ".py" and not is_installed and file.is_file()  # some modules only claim to have one

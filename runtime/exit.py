@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -79,7 +79,8 @@ def _exit_in_group(error: BaseException | None, message: str, status: int) -> No
         print(message, file=sys.stderr)
         if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun shows its message in a table at the end
             content = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
-            Path(path).write_text(json.dumps({"message": content}))
+            with suppress(OSError):
+                Path(path).write_text(json.dumps({"message": content}))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -4,6 +4,7 @@ Every function also works in a single process without a process group: that is r
 """
 
 import itertools
+import math
 import os
 import re
 import signal
@@ -43,7 +44,7 @@ def world_size() -> int:
 GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """The environment variables that describe a process group; torchrun sets them."""
 GROUP_MINUTES = 30.0  # longer than a slow first iteration, or a checkpoint on a slow disk
-COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 """In which launchers say how many processes they start."""
 
 
@@ -71,6 +72,10 @@ def init_process_group(backend: str | None = None, minutes: float = GROUP_MINUTE
     if is_in_group():
         for name in (name for name in GROUP if name != "MASTER_ADDR"):
             require(os.environ[name].isdecimal(), f"{name}={os.environ[name]!r} in the environment is no number")
+        _, size, _, on_node, _, port = (os.environ[name] for name in GROUP)
+        is_whole = 0 < int(on_node) and int(size) % int(on_node) == 0
+        require(is_whole, f"WORLD_SIZE={size} must be a multiple of LOCAL_WORLD_SIZE={on_node}: start all processes")
+        require(int(port) < 65536, f"MASTER_PORT={port} must be less than 65536")
         require(0 < minutes < 1e6, f"process_group_timeout={minutes} must be positive and finite")
         dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
         _watch_next_rank()
@@ -101,7 +106,7 @@ def _beat_of(rank: int) -> str:
 
 
 def report_silence(store: dist.Store, own: int, other: int, name: str, store_name: str) -> None:
-    """Shows in the store that rank `own` lives, and prints once when rank `other` no longer does the same.
+    """Shows in the store that rank `own` lives, and prints when rank `other` no longer does the same.
 
     So a node that is frozen is named, minutes before a collective call times out, which knows no names.
     """
@@ -116,7 +121,7 @@ def report_silence(store: dist.Store, own: int, other: int, name: str, store_nam
             last, since = beat, time.monotonic()
         elif time.monotonic() - since > SILENT_SECONDS:
             tqdm.write(f"warning: {silent} has not answered for {SILENT_SECONDS} s", file=sys.stderr)
-            return
+            since = math.inf  # until it answers again
         time.sleep(BEAT_SECONDS)
 
 

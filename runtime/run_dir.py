@@ -6,15 +6,13 @@ import json
 import os
 import re
 import secrets
-import socket
 import stat
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 from leap_align import BadInput, require
 from runtime.files import (
@@ -127,64 +125,20 @@ def _lock_own(locks: ExitStack, folder: Path, settings_file: Path, tool: str) ->
 
 
 def _lock(locks: ExitStack, folder: Path) -> None:
-    lock, marker = FileLock(folder / LOCK, blocking=False, fallback_to_soft=False), folder / f"{LOCK}.json"
+    lock, advice = FileLock(folder / LOCK, blocking=False, fallback_to_soft=False), ""
     try:
-        lock.acquire()
-        locks.callback(lock.release)
+        try:
+            locks.enter_context(lock)
+        except OSError as error:
+            if error.errno not in (*UNSUPPORTED, errno.ENOLCK):
+                raise
+            # A disk without locks: a file that names its process, and is replaced once that has ended on this host.
+            lock = SoftFileLock(folder / f"{LOCK}.soft", blocking=False)
+            advice = f"; if process {lock.pid} has ended on its host, delete {lock.lock_file}"
+            locks.enter_context(lock)
     except Timeout as error:
-        raise BadInput(f"{folder} is in use by another process: wait until it ends, or choose another --out") from error
-    except OSError as error:
-        if error.errno not in (*UNSUPPORTED, errno.ENOLCK):
-            raise
-        _write_marker(marker)
-        locks.callback(marker.unlink, missing_ok=True)
-
-
-def _write_marker(marker: Path) -> None:
-    """Locks a folder on a disk without locks, by a file that names this process; replaces that of an ended one."""
-    own = {"host": _host(), "pid": os.getpid(), "started": _started(os.getpid())}
-    if marker.exists():
-        holder = {}
-        with suppress(BadInput):
-            holder = read_json(marker)
-        who = f"process {holder.get('pid')!a:.20} on {holder.get('host')!a:.80}"
-        remedy = f"wait until it ends; if it has ended, delete {marker}"
-        require(_has_ended(holder), f"{marker.parent} is in use by {who}: {remedy}")
-        marker.unlink(missing_ok=True)
-    with marker.open("x") as file:
-        json.dump(own, file)
-    time.sleep(0.2)  # another process may have found the same ended one, and replaced this marker as well
-    require(read_json(marker) == own, f"{marker.parent} is in use by another process: wait until it ends")
-
-
-def _has_ended(holder: dict[str, Any]) -> bool:
-    """Whether the process that a marker names ran on this host, and is known to have ended."""
-    pid, host, started = holder.get("pid"), holder.get("host"), holder.get("started")
-    if host != _host() or not isinstance(pid, int) or pid < 1:
-        return False
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return error.errno == errno.ESRCH  # not EPERM: another user's
-    return _started(pid) not in ("", started)
-
-
-def _host() -> str:
-    """This host and, in a container, the space in which its processes are numbered."""
-    try:
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
-
-
-def _started(pid: int) -> str:
-    """When a process started, by which it differs from a later one of the same number; empty if that is unknown."""
-    try:
-        status, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-    return "ended" if status in "ZX" else f"{boot} {fields[18]}"
+        remedy = f"wait until it ends, or choose another --out{advice}"
+        raise BadInput(f"{folder} is in use by another process: {remedy}") from error
 
 
 def _check_no_links(folder: Path) -> None:
@@ -249,7 +203,7 @@ class CsvLog:
 
     def __init__(self, path: Path, columns: tuple[str, ...], iteration: int) -> None:
         self.path = path
-        rows = read_csv(path, ("iteration", *columns)) if path.exists() else []
+        rows = read_csv(path, ("iteration", *columns)) if iteration and path.exists() else []
         try:
             rows = [row for row in rows if int(row["iteration"]) <= iteration]
         except (ValueError, TypeError) as error:

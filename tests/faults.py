@@ -272,7 +272,7 @@ def limited_disk(out: Path, expected: tuple) -> bool:
     limit = partial(limit_disks, PATCH)
     process = start_and_wait(out, DRAW.randrange(45), limit)
     process.kill()
-    has_left_lock = exit_status(process) == -signal.SIGKILL and (out / ".lock.json").exists()
+    has_left_lock = exit_status(process) == -signal.SIGKILL and (out / ".lock.soft").exists()
     return has_left_lock and exit_status(start(out, limit)) == 0 and outcome(out) == expected
 
 

@@ -56,9 +56,9 @@ def test_a_checkpoint_is_on_the_disk_before_its_state_and_that_before_the_oldest
     run(tmp_path, "--iterations", "2", *EACH, "--checkpoints-total-limit", "1")
     assert checkpoints(tmp_path) == ["000002"]
     before_removal = set(events[: events.index(f"remove {newest.with_name('000001')}")])
-    first = {(path.stat().st_ino, False) for path in (newest, *newest.glob("*.safetensors"))}
-    last = {(path.stat().st_ino, True) for path in (state, newest, newest.parent)}
-    assert len(first) == 2 and first | last <= before_removal
+    first = {(path.stat().st_ino, False) for path in (newest, state, *newest.glob("*.safetensors"))}
+    last = {(path.stat().st_ino, True) for path in (newest, newest.parent)}
+    assert len(first) == 3 and first | last <= before_removal
 
 
 @pytest.mark.parametrize("pattern", ["*.safetensors", "state.json"])

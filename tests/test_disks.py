@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from unittest.mock import Mock
 
 import pytest
@@ -215,62 +216,26 @@ def test_links_to_the_folder_and_of_wandb_serve_and_a_hard_link_keeps_its_conten
     assert (stopped / "metrics.csv").read_bytes() == before
 
 
-# Locks of disks without locks
-@pytest.fixture
-def no_locks(monkeypatch):
+# Disks without locks
+HOLDER = """
+from filelock import SoftFileLock
+import sys, time
+lock = SoftFileLock(sys.argv[1])
+lock.acquire()
+print(flush=True)
+time.sleep(100)
+"""
+
+
+def test_the_lock_of_a_disk_without_locks_is_taken_over_when_its_process_has_ended(tmp_path, monkeypatch):
     limit_disks(monkeypatch, errno.ENOSYS)
-
-
-@pytest.fixture
-def process():
-    """A process that does nothing."""
-    process = subprocess.Popen(["sleep", "100"])
-    yield process
-    process.kill()
-    process.wait()
-
-
-def lock(folder):
-    with run_dir.locked_folder(folder, "config.json", "train"):
-        assert (folder / ".lock.json").exists()
-    assert not (folder / ".lock.json").exists()
-
-
-def mark(folder, process, **other):
-    pid = process.pid
-    owner = {"host": run_dir._host(), "pid": pid, "started": run_dir._started(pid)}
-    (folder / ".lock.json").write_text(json.dumps(owner | other))
-
-
-@pytest.mark.parametrize("state", ["ended", "not yet reaped", "number given to another process"])
-def test_the_lock_of_a_process_that_has_ended_is_broken(no_locks, process, tmp_path, state):
-    mark(tmp_path, process, **({"started": "before"} if state.startswith("number") else {}))
-    if not state.startswith("number"):
-        process.kill()
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    if state == "ended":
-        process.wait()
-    lock(tmp_path)
-
-
-@pytest.mark.parametrize("other", [{}, {"host": "node7"}, {"pid": "1"}, {"pid": 0}, {"pid": None}])
-def test_the_lock_of_a_process_that_may_live_is_named(no_locks, process, tmp_path, other):
-    mark(tmp_path, process, **other)
-    with pytest.raises(BadInput, match=r"is in use by process .* on .*if it has ended, delete \S*/\.lock\.json$"):
-        lock(tmp_path)
-    assert (tmp_path / ".lock.json").exists()
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}"])
-def test_a_lock_that_names_nobody_is_named(no_locks, tmp_path, content):
-    (tmp_path / ".lock.json").write_text(content)
-    with pytest.raises(BadInput, match=r"delete \S*/\.lock\.json$"):
-        lock(tmp_path)
-
-
-# Names
-@pytest.mark.parametrize("name", ["a\0b", "a\udc80", "a\nerror: b", "\x1b[2J"])
-def test_a_folder_with_an_unprintable_name_is_refused(tmp_path, name):
-    line = error_line("--out", str(tmp_path / name))
-    assert "characters that cannot be printed" in line and line.isprintable()
-    assert list(tmp_path.iterdir()) == []
+    path = tmp_path / ".lock.soft"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, path], stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        words = rf"in use by another process: .*; if process {holder.pid} has ended on its host, delete {path}$"
+        with pytest.raises(BadInput, match=words), run_dir.locked_folder(tmp_path, "config.json", "train"):
+            raise AssertionError
+        holder.kill()
+    with run_dir.locked_folder(tmp_path, "config.json", "train"):
+        assert path.exists()
+    assert not path.exists()

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
@@ -121,7 +121,7 @@ class Clock:
 
 
 class Store(dict):
-    """In place of torch's store; rank 1 lives for two minutes, and so does the store."""
+    """In place of torch's store, in which rank 1, or the store itself, lives for two minutes."""
 
     def __init__(self, clock, mortal):
         super().__init__()
@@ -141,11 +141,11 @@ def test_a_rank_that_falls_silent_is_named(mortal, monkeypatch, capsys):
     clock = Clock()
     store = Store(clock, mortal)
     monkeypatch.setattr(processes, "time", clock)
-    with nullcontext() if mortal else pytest.raises(TimeoutError):
+    with pytest.raises(TimeoutError):
         processes.report_silence(store, 0, 1, "rank 1", "store")
-    assert capsys.readouterr().err == (f"warning: {mortal} has not answered for 60 s\n" if mortal else "")
-    assert not mortal or 180 <= clock.now <= 200
-    assert int(store["leap_align/beat/0"]) >= 24
+    said = capsys.readouterr().err
+    assert said == (f"warning: {mortal} has not answered for 60 s\n" if mortal else "")  # once
+    assert int(store["leap_align/beat/0"]) >= (24 if mortal == "store" else 120)  # and its own beat goes on
 
 
 def in_group(work, *arguments):

@@ -24,7 +24,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from leap_align import BadInput
+from leap_align import BadInput, require
+from runtime.processes import init_process_group, world_size
 from runtime.run_dir import claimed_output_folder
 from toy.laboratory import ablations, beyond, compare, cost, gradient_experiments, leash, shapes
 from toy.laboratory.laboratory import SMOKE, Laboratory, Scale
@@ -62,6 +63,8 @@ def main(
         sys.exit(f"error: workers={workers} must be at least 1")
     lab = Laboratory(out, ResultCache(out / "cache", workers), SMOKE if smoke else Scale())
     try:
+        init_process_group()
+        require(world_size() == 1, "the laboratory starts its own --workers: start it once, without a launcher")
         with claimed_output_folder(out, "toy.laboratory", {"scale": "smoke" if smoke else "full"}):
             for experiment in ALL if name == "all" else [name]:
                 EXPERIMENTS[experiment](lab)
