@@ -138,7 +138,7 @@ def out(stopped, tmp_path):
     return shutil.copytree(stopped, tmp_path / "run")
 
 
-NAMES = ["iteration", "consecutive_skips", "seconds", "evaluations", "warnings", "digests", "generator"]
+NAMES = ["iteration", "updates", "consecutive_skips", "seconds", "evaluations", "warnings", "digests", "generator"]
 NAMES += ["metrics.csv", "evaluations.csv"]
 WRONG = [(name, value) for name in NAMES for value in (None, "x\ud800", [None], {"a": None}, ...)]
 WRONG += [("evaluations", [{"iteration": 1}]), ("generator", [300] * 5056), ("digests", {"a/b": "c"})]
