@@ -133,17 +133,7 @@ def test_files_that_are_no_text_are_no_prompts(tmp_path):
     assert read_prompts(tmp_path / "fine.txt") == ["[a cat]", "{x} dogs"]
 
 
-LEFT = (
-    "config (1).json",
-    "config copy.json",
-    "notes.txt",
-    "._config.json",
-    "._diffusion_pytorch_model.safetensors",
-    ".DS_Store",
-    "Thumbs.db",
-    "desktop.ini",
-    "@eaDir",
-)
+LEFT = ("._config.json", "._diffusion_pytorch_model.safetensors", ".DS_Store", "Thumbs.db", "desktop.ini", "@eaDir")
 
 
 def test_what_operating_systems_leave_in_a_folder_changes_nothing(models, tmp_path):
