@@ -88,7 +88,12 @@ def write_broken_image(path, damage):
         path.write_bytes(content[:start] + chunk + zlib.crc32(chunk).to_bytes(4) + content[start + size + 8 :])
 
 
-REASONS = {"cut": "truncated", "pixels": "broken", "eps": "cannot identify", "gif": "cannot identify"}
+REASONS = {
+    "cut": "truncated",
+    "pixels": "unknown compression method",
+    "eps": "cannot identify",
+    "gif": "cannot identify",
+}
 
 
 @pytest.mark.parametrize("damage, reason", (REASONS | {"bomb": "Image size .400000000 pixels. exceeds limit"}).items())
@@ -134,6 +139,7 @@ def test_files_that_are_no_text_are_no_prompts(tmp_path):
 
 
 LEFT = ("._config.json", "._diffusion_pytorch_model.safetensors", ".DS_Store", "Thumbs.db", "desktop.ini", "@eaDir")
+COPIES = ("config (1).json", "config copy.json", "tokenizer-old.json", "notes.txt", "a.model.safetensors.index.json")
 
 
 def test_what_operating_systems_leave_in_a_folder_changes_nothing(models, tmp_path):
@@ -143,12 +149,14 @@ def test_what_operating_systems_leave_in_a_folder_changes_nothing(models, tmp_pa
     shutil.copy(models / "prompts.txt", tmp_path)
     content = files_content(whole, "*")
 
-    def leave(*folders):
-        for folder, name in product(folders, LEFT):
+    def leave(*folders, names=LEFT):
+        for folder, name in product(folders, names):
             folder.mkdir(exist_ok=True)
             (folder / name).mkdir(exist_ok=True) if name == "@eaDir" else (folder / name).write_bytes(b"\0\xff")
 
-    leave(whole, *(path for path in whole.iterdir() if path.is_dir()), tmp_path / "run", tmp_path / "images")
+    parts = [path for path in whole.iterdir() if path.is_dir()]
+    leave(*parts, names=COPIES)
+    leave(whole, *parts, tmp_path / "run", tmp_path / "images")
     assert files_content(whole, "*") == content
     tiny.train(tmp_path / "run", tiny.flags(tmp_path, "flux", "--iterations", "1"))
     leave(tmp_path / "run" / "checkpoint" / "000001")
