@@ -88,12 +88,9 @@ def write_broken_image(path, damage):
         path.write_bytes(content[:start] + chunk + zlib.crc32(chunk).to_bytes(4) + content[start + size + 8 :])
 
 
-REASONS = {
-    "cut": "truncated",
-    "pixels": "unknown compression method",
-    "eps": "cannot identify",
-    "gif": "cannot identify",
-}
+REASONS = {"cut": "truncated", "pixels": "unknown compression method"} | dict.fromkeys(
+    ["eps", "gif"], "cannot identify"
+)
 
 
 @pytest.mark.parametrize("damage, reason", (REASONS | {"bomb": "Image size .400000000 pixels. exceeds limit"}).items())
