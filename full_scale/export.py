@@ -15,13 +15,7 @@ from runtime.files import digest, read_json
 from runtime.processes import printable, world_size
 from runtime.run_dir import checkpoints, claimed_output_folder
 
-SETTINGS = {
-    "model": str,
-    "precision": str,
-    "lora_rank": int,
-    "lora_alpha": float | int | None,
-    "lora_targets": list | None,
-}
+SETTINGS = {"model": str, "precision": str, "lora_rank": int, "lora_alpha": float | None, "lora_targets": list | None}
 """What an export reads in a run's config.json, beside the task."""
 
 

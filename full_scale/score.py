@@ -134,7 +134,7 @@ def score_images(
         file.write("\n")  # ends a row that was cut off
         names = [name for name in list(prompts)[rank() :: world_size()] if name not in scored]
         for name in tqdm(names, "score", mininterval=1, disable=rank() > 0):
-            value = model(read_image(images / name).to(device), [prompts[name]]).item()
+            value = float(model(read_image(images / name).to(device), [prompts[name]]))
             file.write(json.dumps(dict(zip(ROW, (name, prompts[name], value)))) + "\n")
             file.flush()
     barrier()
