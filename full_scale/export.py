@@ -51,7 +51,7 @@ def export(run: Path, out: Path, iteration: int | None = None, raw: bool = False
     load_tensors(path, {f"{'model' if raw else 'average'}.{name}": p.data for name, p in trained.items()})
     with claimed_output_folder(out, "export", {"checkpoint": digest(path / "state.json"), "raw": raw}):
         transformer.export(model, family, empty, dtype, out)
-    print(f"{printable(out)} holds the {'raw' if raw else 'averaged'} weights of {printable(path)}")
+    print(f"{out} holds the {'raw' if raw else 'averaged'} weights of {printable(path)}")
 
 
 def choose_checkpoint(run: Path, iteration: int | None) -> Path:
