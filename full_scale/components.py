@@ -29,7 +29,7 @@ def loading(what: str) -> Iterator[None]:
     """Turns whatever diffusers and transformers raise for unexpected content into one line that starts with a text."""
     try:
         yield
-    except (BadInput, MemoryError, torch.OutOfMemoryError):
+    except (BadInput, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise BadInput(f"{what} ({one_line(error)}): {REMEDY}") from error

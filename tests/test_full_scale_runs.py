@@ -164,7 +164,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(models, tmp_path, monkeypatch
     assert on_resume or resumed == once
 
 
-@every_task
+@pytest.mark.parametrize("name", ["flux", slow("sd3"), slow("klein")])
 def test_a_run_may_move_from_text_to_embeddings_and_to_another_place_on_resume(models, tmp_path, name):
     """Neither files beside those that diffusers reads count, nor, with embeddings, missing text encoders."""
     more = ["--lora-rank", "2", "--evaluation-prompts", models / "prompts.txt"]

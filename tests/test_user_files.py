@@ -44,20 +44,20 @@ def test_images_whose_range_is_unknown_are_refused(tmp_path, kind):
         check_image(tmp_path / "image.tiff")
 
 
-def write_png(path, rows, interlace=0):
+def write_png(path, rows):
     """A grey image of 8x8 pixels with a right header and right checksums, which ends after some bytes of rows."""
-    header = b"IHDR" + bytes([0, 0, 0, 8, 0, 0, 0, 8, 8, 0, 0, 0, interlace])
+    header = b"IHDR" + bytes([0, 0, 0, 8, 0, 0, 0, 8, 8, 0, 0, 0, 0])
     chunks = header, b"IDAT" + zlib.compress(bytes(rows)), b"IEND"
     packed = [(len(chunk) - 4).to_bytes(4) + chunk + zlib.crc32(chunk).to_bytes(4) for chunk in chunks]
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
 
 
-@pytest.mark.parametrize("interlace, size", [(0, 8 * 9), (1, 2 + 2 + 3 + 2 * 3 + 2 * 5 + 4 * 5 + 4 * 9)])
-def test_a_png_with_fewer_rows_than_its_header_says_is_refused(tmp_path, interlace, size):
-    write_png(tmp_path / "whole.png", size, interlace)
+def test_a_png_with_fewer_rows_than_its_header_says_is_refused(tmp_path):
+    size = 8 * 9
+    write_png(tmp_path / "whole.png", size)
     check_image(tmp_path / "whole.png")
     for rows in (size - 1, size // 2, 0):
-        write_png(tmp_path / "image.png", rows, interlace)
+        write_png(tmp_path / "image.png", rows)
         with pytest.raises(
             BadInput, match=r"image\.png cannot be read as PNG, .* \(it lacks rows of pixels\): replace"
         ):
