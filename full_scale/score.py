@@ -67,9 +67,9 @@ def contents(images: Path, prompts: dict[str, str], reward: str, model: nn.Modul
 
 
 def check_image(path: Path) -> None:
-    """Refuses a file that is no whole image, or has wrong checksums; a JPEG that was ended too early is not noticed.
+    """Refuses a file that is no whole image, or has wrong checksums.  PIL's errors are of many kinds.
 
-    PIL's errors are of many kinds.
+    It does not notice a JPEG or an interlaced PNG that was ended too early.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
