@@ -1,6 +1,9 @@
 """One component of a diffusers pipeline: check its files, load it."""
 
-from collections.abc import Mapping
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,21 @@ from runtime.processes import one_line
 
 REMEDY = "restore it, or download it again"
 MAIN_FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
-INDICES = tuple(f"{name}.index.json" for name in MAIN_FILES.values())
-LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, SafetensorError)
-"""What diffusers and transformers raise for files with unexpected content."""
+READ = f"""config.json generation_config.json scheduler_config.json preprocessor_config.json tokenizer_config.json
+tokenizer.json tokenizer.model spiece.model vocab.json vocab.txt merges.txt added_tokens.json special_tokens_map.json
+chat_template.json chat_template.jinja {" ".join(f"{name}.index.json" for name in MAIN_FILES.values())}""".split()
+"""What diffusers and transformers read in a component's folder, beside weights."""
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turns whatever diffusers and transformers raise for unexpected content into one line that starts with a text."""
+    try:
+        yield
+    except (BadInput, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise BadInput(f"{what} ({one_line(error)}): {REMEDY}") from error
 
 
 def network_from_config(config: dict[str, Any]) -> nn.Module:
@@ -25,7 +40,7 @@ def network_from_config(config: dict[str, Any]) -> nn.Module:
     import diffusers
     import transformers
 
-    with torch.device("meta"):
+    with loading("a config.json describes no network"), torch.device("meta"):
         if "_class_name" in config:
             return getattr(diffusers, config["_class_name"]).from_config(config)
         kind = getattr(transformers, config["architectures"][0])
@@ -47,10 +62,8 @@ def load_component(folder: Path, kind: Any, dtype: torch.dtype) -> Any:
         name = read_json(config).get("_class_name", kind.__name__)  # transformers' configs name none
         remedy = "choose the files of this pipeline's kind"
         require(name == kind.__name__, f"{folder} holds a {name}, not a {kind.__name__}: {remedy}")
-    try:
+    with loading(f"{folder} cannot be loaded as {kind.__name__}"):
         loaded = kind.from_pretrained(folder, **options)
-    except LOADING_ERRORS as error:
-        raise BadInput(f"{folder} cannot be loaded as {kind.__name__} ({one_line(error)}): {REMEDY}") from error
     if is_network and (missing := sorted(loaded[1]["missing_keys"])):
         raise BadInput(f"weights are missing in {folder} ({len(missing)}, such as {missing[0]}): {REMEDY}")
     if is_network:
@@ -63,21 +76,31 @@ def check_files(folder: Path) -> None:
     require(folder.is_dir(), f"{folder} does not exist: {REMEDY}")
     for file in folder.iterdir():
         check_no_pipe(file)
-    for file in sorted(folder.glob("[!.]*.json")):  # macOS leaves "._config.json" and the like
+    for file in sorted(filter(is_read, folder.glob("*.json"))):
         read_json(file)
     weight_shapes(folder)
     if folder.name.startswith("tokenizer"):  # transformers silently takes an empty vocabulary and an unlimited length
         vocabularies, config = ("tokenizer.json", "vocab.json", "spiece.model"), folder / "tokenizer_config.json"
         has_vocabulary = any((folder / name).is_file() for name in vocabularies)
         require(has_vocabulary, f"{folder} holds no vocabulary ({', '.join(vocabularies)}): {REMEDY}")
-        require("model_max_length" in read_json(config), f"{config} gives no model_max_length: {REMEDY}")
+        is_number = isinstance(read_json(config).get("model_max_length"), int | float)
+        require(is_number, f"{config} gives no model_max_length: {REMEDY}")
+
+
+def is_read(file: Path) -> bool:
+    """Whether diffusers or transformers read this file: not a variant, a copy, or what an operating system left."""
+    return file in weight_files(file.parent) if file.suffix == ".safetensors" else file.name in READ and file.is_file()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A network's config.json; refuses quantised weights."""
+    """A network's config.json; refuses quantised weights, and rotations that do not fit a head of FLUX."""
     config = read_json(folder / "config.json")
     message = f"{folder} holds quantised weights (quantization_config): choose those of the published pipeline"
     require("quantization_config" not in config, message)
+    if (axes := config.get("axes_dims_rope")) is not None:
+        size = config.get("attention_head_dim", 128)
+        with loading(fault := f"{folder}/config.json: axes_dims_rope={axes} are not even numbers of sum {size}"):
+            require(sum(axes) == size and not any(n % 2 for n in axes), f"{fault}: {REMEDY}")
     return config
 
 
@@ -120,13 +143,15 @@ def _holds(file: Path, name: str) -> bool:
 def check_format(folder: Path) -> None:
     """Refuses a network's folder whose weights have only names that are not read; pickled ones might run code."""
     settings = read_config(folder) if (folder / "config.json").is_file() else {}
-    kind, library = settings.get("_class_name"), "diffusers"
-    if not kind:
-        kind, library = (settings.get("architectures") or [None])[0], "transformers"
-    suffixes = (".bin", ".pt", ".pth", ".ckpt", ".safetensors") if kind else ()
+    library = "diffusers" if "_class_name" in settings else "transformers"
+    kind = settings.get("_class_name") or settings.get("architectures") or ""
+    kind = kind[0] if isinstance(kind, list) else kind
+    is_name = str(kind).isidentifier()  # the line below is to be executed
+    suffixes = (".bin", ".pt", ".pth", ".ckpt", ".safetensors") if is_name else ()
     for file in sorted(file for file in folder.glob("[!.]*") if file.suffix in suffixes):
-        load = f"from {library} import {kind}; {kind}.from_pretrained({str(folder)!r}, use_safetensors=False)"
-        convert = f'if you trust it, convert it: python -c "{load}.save_pretrained({str(folder)!r})"'
+        name = json.dumps(str(folder), ensure_ascii=False)
+        code = f"from {library} import {kind}; {kind}.from_pretrained({name}, use_safetensors=False)"
+        convert = f"if you trust it, convert it: python -c {shlex.quote(f'{code}.save_pretrained({name})')}"
         remedy = "rename it" if file.suffix == ".safetensors" else convert
         raise BadInput(f"{folder} holds {file.name}, but no {MAIN_FILES[library]}: {remedy}")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from full_scale.components import INDICES, weight_files
+from full_scale.components import is_read
 from full_scale.rewards import REWARDS
 from runtime.files import digest, digest_files
 
@@ -28,14 +28,6 @@ def files_content(path: Path, *subfolders: str) -> str:
     patterns = [f"{name}/*{suffix}" for name in subfolders for suffix in suffixes]
     digests = [digest_files(path, filter(is_read, path.glob(pattern))) for pattern in patterns]
     return _short(digest("".join(digests).encode()))
-
-
-def is_read(file: Path) -> bool:
-    """Whether diffusers or transformers read this file: not a variant, a copy, or what an operating system left."""
-    if file.suffix == ".safetensors":
-        return file in weight_files(file.parent)
-    is_index_of_others = ".index." in file.name and file.name not in INDICES
-    return file.is_file() and not file.name.startswith(".") and not is_index_of_others
 
 
 def tensors_content(tensors: Mapping[str, Tensor]) -> str:

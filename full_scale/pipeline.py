@@ -10,12 +10,12 @@ from typing import Any, Literal, get_type_hints
 import torch
 from tqdm import tqdm
 
-from full_scale.components import LOADING_ERRORS, REMEDY, load_component
+from full_scale.components import REMEDY, load_component, loading
 from full_scale.models import FAMILIES, Family
 from full_scale.rewards.weights import download
-from leap_align import BadInput, require
+from leap_align import require
 from runtime.files import read_json
-from runtime.processes import one_line, rank
+from runtime.processes import rank
 
 Precision = Literal["bfloat16", "float32"]
 TEXT_SUBFOLDERS = ("text_encoder", "text_encoder_[23]", "tokenizer", "tokenizer_[23]")
@@ -70,10 +70,8 @@ def open_pipeline(family: Family, folder: Path, dtype: torch.dtype, text: bool =
         n: component_class(folder, n, index[n], expected[n]) for n in index if n not in components and n in expected
     }
     components |= {name: load_component(folder / name, kind, dtype) for name, kind in kinds.items() if kind}
-    try:
+    with loading(f"{folder} is not a complete pipeline"):
         return family.pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True, **components)
-    except LOADING_ERRORS as error:
-        raise BadInput(f"{folder} is not a complete pipeline: {one_line(error)}") from error
 
 
 def count_cut_prompts(pipeline: Any, prompts: Sequence[str], tokens: int | None = None) -> None:
@@ -106,12 +104,12 @@ def component_class(folder: Path, name: str, entry: Any, expected: type) -> type
 
     Refuses other classes than the pipeline's own: with AutoModel, for instance, the folder's own code would run.
     """
-    if not isinstance(entry, list) or entry == [None, None]:
+    if isinstance(entry, bool) or entry == [None, None]:
         return None
     import diffusers
     import transformers
 
-    library, kind = entry if len(entry) == 2 else (None, None)
+    library, kind = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
     found = getattr({"diffusers": diffusers, "transformers": transformers}.get(str(library)), str(kind), None)
     is_own = isinstance(found, type) and issubclass(found, expected)
     require(is_own, f"{folder}/model_index.json gives {name} as {entry}, not as {expected.__name__}: {REMEDY}")
@@ -140,7 +138,7 @@ def check_image_size(height: int, width: int) -> None:
 
 def check_positions(transformer: Any, height: int, width: int) -> None:
     """Refuses an image with more rows or columns of patches than a transformer knows: SD3 has a table of them."""
-    most = 16 * (transformer.config.get("pos_embed_max_size") or math.inf)
+    most = 16 * (getattr(transformer.pos_embed, "pos_embed_max_size", None) or math.inf)
     for name, pixels in {"height": height, "width": width}.items():
         require(pixels <= most, f"{name}={pixels} must be at most {most}, the largest size that this model knows")
 

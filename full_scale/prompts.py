@@ -1,6 +1,7 @@
 """Prompts: read them, embed them, find their embeddings."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import chain
@@ -26,7 +27,7 @@ from full_scale.pipeline import (
     pipeline_folder,
 )
 from leap_align import BadInput, require
-from runtime.files import atomic_file, check_no_pipe, parse_json, read_json, write_text
+from runtime.files import atomic_file, check_no_pipe, read_json, write_text
 from runtime.processes import (
     barrier,
     is_first_of_node,
@@ -51,7 +52,8 @@ def read_prompts(path: Path | None) -> list[str]:
     file = path / "prompts.txt" if path.is_dir() else path
     is_table = file.suffix.lower() in (".json", ".jsonl", ".csv", ".tsv")
     prompts = [] if is_table else read_lines(file)
-    is_table |= bool(prompts) and (is_json(prompts[0]) or is_json("\n".join(prompts)))
+    objects = [line for line in prompts if line.startswith("{")]
+    is_table |= any(map(is_json, [*prompts[:1], *objects, "\n".join(prompts)]))
     require(not is_table, f"{file} holds a table or JSON, not text: write its prompts into a file, one per line")
     return prompts
 
@@ -59,7 +61,9 @@ def read_prompts(path: Path | None) -> list[str]:
 def is_json(text: str) -> bool:
     """Whether a text is a list or an object in JSON."""
     try:
-        return isinstance(parse_json(text), list | dict)
+        return isinstance(json.loads(text), list | dict)
+    except RecursionError:  # nested deeply
+        return True
     except ValueError:
         return False
 

@@ -11,17 +11,16 @@ from torch import nn
 from tqdm import tqdm
 
 from full_scale import pipeline
-from full_scale.components import LOADING_ERRORS, load_component
+from full_scale.components import load_component, loading
 from full_scale.contents import files_content, prompts_content
 from full_scale.pipeline import TEXT_SUBFOLDERS, Precision, pipeline_folder
 from full_scale.prompts import read_lines, read_prompts
 from full_scale.transformer import read_lora
-from leap_align import BadInput, require
+from leap_align import require
 from runtime.files import atomic_file, parse_json, write_text
 from runtime.processes import (
     barrier,
     is_first_of_node,
-    one_line,
     printable,
     rank,
     run_on_all_ranks,
@@ -178,10 +177,8 @@ def open_trained(model: str, transformer: Path | None, lora: Path | None, dtype:
     pipe = pipeline.open_pipeline(family, folder, dtype, **components)
     if lora:
         check_adapters(lora, pipe.transformer)
-        try:
+        with loading(f"{lora} does not fit {model}"):
             pipe.load_lora_weights(lora, local_files_only=True, use_safetensors=True)
-        except LOADING_ERRORS as error:
-            raise BadInput(f"{lora} does not fit {model}: {one_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -1,13 +1,16 @@
 """Score images with a reward: a row per image, and the mean."""
 
 import json
+import math
 import shutil
+import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -16,10 +19,19 @@ from full_scale.contents import prompts_content, reward_content
 from full_scale.pipeline import gpu_or_cpu, silence_other_ranks
 from leap_align import BadInput, require
 from runtime.files import digest, parse_json, read_json, write_text
-from runtime.processes import barrier, is_first_of_node, printable, rank, run_on_all_ranks, run_on_rank0, world_size
+from runtime.processes import (
+    barrier,
+    is_first_of_node,
+    one_line,
+    printable,
+    rank,
+    run_on_all_ranks,
+    run_on_rank0,
+    world_size,
+)
 from runtime.run_dir import claimed_output_folder
 
-ROW = ("image", "prompt", "reward")  # what a log holds of each image
+ROW = {"image": str, "prompt": str, "reward": float}  # what a log holds of each image
 
 
 @torch.no_grad()
@@ -55,32 +67,52 @@ def contents(images: Path, prompts: dict[str, str], reward: str, model: nn.Modul
 
 
 def check_image(path: Path) -> None:
-    """Refuses a file that is no whole image, or has wrong checksums.  PIL's errors for these are of many kinds."""
+    """Refuses a file that is no whole image, or has wrong checksums.  PIL's errors are of many kinds.
+
+    It does not notice a JPEG or an interlaced PNG that was ended too early.
+    """
     try:
         with Image.open(path, formats=FORMATS) as image:
             image.verify()
+        with Image.open(path, formats=FORMATS) as image:
+            if image.format == "PNG" and not image.info.get("interlace"):
+                check_rows(image, path.read_bytes()[24:26])
         read_image(path)
     except BadInput:
         raise
     except Exception as error:
         remedy = "replace it, or delete it and let `python -m full_scale sample` draw it again"
-        raise BadInput(f"{path} is not a whole image: {remedy}") from error
+        kinds = ", ".join(FORMATS)
+        raise BadInput(f"{path} cannot be read as {kinds} ({one_line(error)}): {remedy}") from error
+
+
+def check_rows(image: PngImagePlugin.PngImageFile, pixel: bytes) -> None:
+    """Raises ValueError for a PNG, not interlaced, with fewer pixels than its header says; PIL leaves them black.
+
+    pixel: the bits of a channel, and the code of the channels.
+    """
+    bits = pixel[0] * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[pixel[1]]
+    size = image.height * (1 + math.ceil(image.width * bits / 8))
+    image.load_prepare()
+    stream = b"".join(iter(lambda: image.load_read(2**16), b""))
+    if len(zlib.decompressobj().decompress(stream, size)) < size:
+        raise ValueError("it lacks rows of pixels")
 
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")  # others, such as EPS, would start other programs
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
-MODES = dict.fromkeys("1 L LA P PA RGB RGBA CMYK YCbCr".split(), 1) | {"I;16": 257, "I;16B": 257}
-"""The modes of PIL that are read, and how many of their steps are one of 8 bits."""
+MODES = "1 L LA P PA RGB RGBA CMYK YCbCr".split()  # of PIL, with 8 bits a channel
 
 
 def read_image(path: Path) -> Tensor:
     """An image (1, 3, H, W) in [0, 1], turned as its camera says.  Raises BadInput for pixels of unknown range."""
     with Image.open(path, formats=FORMATS) as image:
-        steps = MODES.get(image.mode)
-        require(steps, f"{path} has pixels of unknown range ({image.mode}): save it with 8 bits a channel")
+        is_16_bits = image.mode == "I;16" and image.format == "PNG"  # a TIFF's may be 12, or inverted
+        is_known = is_16_bits or image.mode in MODES
+        require(is_known, f"{path} has pixels of unknown range ({image.mode}): save it with 8 bits a channel")
         image = ImageOps.exif_transpose(image)
-        if steps > 1:
-            image = Image.fromarray((np.array(image) / steps).round().astype(np.uint8))
+        if is_16_bits:
+            image = Image.fromarray((np.array(image) / 257).round().astype(np.uint8))
         pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
 
@@ -96,7 +128,7 @@ def score_images(
         file.write("\n")  # ends a row that was cut off
         names = [name for name in list(prompts)[rank() :: world_size()] if name not in scored]
         for name in tqdm(names, "score", mininterval=1, disable=rank() > 0):
-            value = model(read_image(images / name).to(device), [prompts[name]]).item()
+            value = float(model(read_image(images / name).to(device), [prompts[name]]))
             file.write(json.dumps(dict(zip(ROW, (name, prompts[name], value)))) + "\n")
             file.flush()
     barrier()
@@ -122,13 +154,17 @@ def read_image_prompts(images: Path) -> dict[str, str]:
 def read_rows(rows_folder: Path) -> dict[str, dict[str, Any]]:
     """The rows that all ranks have written, by image; a row that was cut off does not count."""
     rows = {}
-    for line in (line for file in rows_folder.glob("[0-9]*.jsonl") for line in file.read_text().splitlines()):
-        try:
-            row = parse_json(line)
-            rows[row["image"]] = {name: row[name] for name in ROW}
-        except (ValueError, LookupError, TypeError):
-            continue
+    texts = [file.read_text(errors="replace") for file in rows_folder.glob("[0-9]*.jsonl")]
+    for line in "\n".join(texts).splitlines():
+        with suppress(ValueError):
+            if is_row(row := parse_json(line)):
+                rows[row["image"]] = row
     return rows
+
+
+def is_row(row: Any) -> bool:
+    """Whether a value that was read is a log's row of an image."""
+    return isinstance(row, dict) and {name: type(value) for name, value in row.items()} == ROW
 
 
 def write_log(log: Path, rows_folder: Path, prompts: dict[str, str], reward: str) -> None:
@@ -144,7 +180,7 @@ def print_result(log: Path, model: rewards.Reward, images: dict[str, str], rewar
     """Prints the mean in a log, and the means of groups of prompts if the reward knows any."""
     result = read_json(log)
     rows = result.get("images")
-    is_table = isinstance(rows, list) and all(isinstance(row, dict) and row.keys() == set(ROW) for row in rows)
+    is_table = isinstance(rows, list) and all(map(is_row, rows))
     is_whole = is_table and {row["image"]: row["prompt"] for row in rows} == images and len(rows) == len(images)
     is_whole = is_whole and isinstance(result.get("mean"), float)
     require(is_whole, f"{log} is damaged: delete it, and the same command scores the images again")

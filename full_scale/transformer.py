@@ -21,10 +21,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from full_scale.components import (
-    LOADING_ERRORS,
     MAIN_FILES,
     REMEDY,
     check_finite,
+    loading,
     read_config,
     weight_files,
     weight_shapes,
@@ -43,11 +43,8 @@ def empty_transformer(family: Family, folder: Path) -> nn.Module:
     """The transformer of the pipeline in a folder, on the meta device: architecture without memory."""
     kind, path = family.transformer_class, folder / "transformer" / "config.json"
     config = read_config(path.parent)
-    try:
-        with torch.device("meta"):
-            return kind.from_config(config).eval()
-    except LOADING_ERRORS as error:
-        raise BadInput(f"{path} does not describe a {kind.__name__} ({one_line(error)}): {REMEDY}") from error
+    with loading(f"{path} does not describe a {kind.__name__}"), torch.device("meta"):
+        return kind.from_config(config).eval()
 
 
 def check_lora(lora_rank: int, lora_alpha: float | None) -> None:

@@ -198,19 +198,37 @@ def test_a_signal_before_training_saves_nothing(reference, tmp_path, monkeypatch
     assert run(tmp_path, "--resume") == metrics(reference)
 
 
-@pytest.mark.parametrize("state", ["new", "empty", "in the first iteration", "in the first checkpoint", "other flags"])
+def killed(*_):
+    raise KeyboardInterrupt
+
+
+def killed_before_state(*paths):
+    if "state" in paths[0].name:
+        shutil.copy(paths[0], paths[0].with_name("state.json.1.part"))  # which a killed process leaves
+        raise KeyboardInterrupt
+
+
+KILLED = {  # what stops the run before its first checkpoint is whole
+    "in the first iteration": (trainer.Trainer, "step", killed),
+    "in the first iteration, other flags": (trainer.Trainer, "step", killed),
+    "in the first iteration, with a torn log": (trainer.Trainer, "step", killed),
+    "in the first checkpoint": (checkpoint, "_publish", killed),
+    "in the state of the first checkpoint": (checkpoint, "fsync", killed_before_state),
+}
+
+
+@pytest.mark.parametrize("state", ["new", "empty", *KILLED])
 def test_resume_starts_a_run_that_has_no_checkpoint(reference, tmp_path, monkeypatch, capsys, state):
     """So that a command with --resume both starts and continues a run, whatever has stopped it before."""
     out = tmp_path / "run"
     if state != "new":
         out.mkdir()
-    if "first" in state or state == "other flags":
+    if state in KILLED:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            kill = Mock(side_effect=KeyboardInterrupt)
-            patch.setattr(
-                *(checkpoint, "_publish") if state.endswith("checkpoint") else (trainer.Trainer, "step"), kill
-            )
-            run(out, *(["--lr", "0.1"] if state == "other flags" else []))
+            patch.setattr(*KILLED[state])
+            run(out, *(["--lr", "0.1"] if "other flags" in state else []))
+    if "torn" in state:
+        (out / "metrics.csv").write_bytes(b"iteration,loss\n1,\0\0")
     assert run(out, "--resume") == metrics(reference)
     assert "lr 0.0001, from the start, because there is no checkpoint." in capsys.readouterr().out
     shutil.rmtree(out / "checkpoint")

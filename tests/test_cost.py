@@ -106,7 +106,7 @@ def test_the_bare_step_reaches_the_floor_and_every_weight(task):
     assert all(p.grad.abs().sum() > 0 for p in net.parameters())
 
 
-@pytest.mark.parametrize("name", ["toy", "tiny flux"])
+@pytest.mark.parametrize("name", ["toy", pytest.param("tiny flux", marks=pytest.mark.slow)])
 def test_a_step_of_the_trainer_costs_the_bare_step_and_leap_align_the_floor(name, one_process):
     flags = SMOKE
     if name == "tiny flux":

@@ -1,9 +1,11 @@
 """A damaged, incomplete or foreign file: one line names it, before anything is trained, drawn or printed."""
 
+import ast
 import json
 import os
-import re
+import shlex
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ pytest.importorskip("diffusers")
 
 import train_leap_align as trainer
 from full_scale import __main__ as tools
+from full_scale.components import check_format
 from full_scale.contents import tensors_content
+from leap_align import BadInput
 from tests.tiny_pipelines import PROMPTS, embedding, flags, refusal, sampling, scoring, tool, train
 from tests.toy_runs import flip_a_bit
 
@@ -105,6 +109,15 @@ DAMAGES = {
     "surrogate": lambda path: path.write_text('{"00000_0.png": "\\ud800"}'),
     "quantised": lambda path: edit(path, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
     "euler": lambda path: edit(path, _class_name="EulerDiscreteScheduler"),
+    "names": lambda path: edit(path, images=[row | {"image": ["x"]} for row in json.loads(path.read_text())["images"]]),
+    "texts": lambda path: edit(path, images=[row | {"reward": "a"} for row in json.loads(path.read_text())["images"]]),
+    "length": lambda path: edit(path, model_max_length="x"),
+    "heads": lambda path: edit(path, attention_head_dim=0),
+    "groups": lambda path: edit(path, norm_num_groups=0),
+    "rope": lambda path: edit(path, axes_dims_rope=[1]),
+    "hidden": lambda path: edit(path, hidden_size=-1),
+    "string": lambda path: edit(path, vae="AutoencoderKL"),
+    "number": lambda path: edit(path, vae=5),
     "rows": lambda path: edit(path, images=json.loads(path.read_text())["images"][::2]),
     "nan": lambda path: spoil(path, float("nan")),
     "inf": lambda path: spoil(path, float("inf")),
@@ -140,13 +153,18 @@ pipe ~ lora/{LORA} ~ FILE is a pipe ~ lora, lora's file
 pipe ~ images/prompts.json reward/open_clip_model.safetensors ~ FILE is a pipe ~ score
 deep ~ {SETTINGS} flux/tokenizer/tokenizer.json ~ FILE is damaged (nested too deeply) ~ train, sample
 deep surrogate ~ images/prompts.json ~ FILE is damaged ~ score
-deep rows ~ {LOG} ~ {LOG} is damaged ~ score again
+deep rows names texts ~ {LOG} ~ {LOG} is damaged ~ score again
 deep ~ e/settings.json ~ FILE is damaged (nested too deeply) ~ train on e
 quantised ~ {CONFIGS} ~ holds quantised weights ~ train, sample
 euler ~ flux/scheduler/scheduler_config.json ~ holds a EulerDiscreteScheduler, not a FlowMatchEuler ~ train, sample
 half ~ {SETTINGS} flux/tokenizer/tokenizer.json ~ FILE is damaged ~ train, sample
 half ~ flux/transformer/{WEIGHTS} flux/vae/{WEIGHTS} flux/text_encoder/M ~ FILE is damaged ~ train, sample
 binary ~ flux/model_index.json {CONFIGS} ~ FILE is damaged ~ train, sample
+length ~ flux/tokenizer/tokenizer_config.json ~ FILE gives no model_max_length ~ train, sample
+heads rope ~ flux/transformer/config.json ~ transformer ~ train, sample
+groups ~ flux/vae/config.json ~ vae cannot be loaded as AutoencoderKL (integer ~ train, sample
+hidden ~ flux/text_encoder/config.json ~ cannot be loaded as ~ train, sample
+string number ~ flux/model_index.json ~ FILE gives vae as ~ train, sample
 [1] ~ {SETTINGS} ~ FILE must hold a JSON object ~ train, sample
 gone ~ flux/tokenizer/tokenizer_config.json {CONFIGS} ~ FILE is missing ~ train, sample
 fewer sd3's gone ~ flux/transformer/{WEIGHTS} ~ transformer holds the weights of another model, or not ~ train, sample
@@ -243,15 +261,38 @@ def test_pickled_weights_are_converted_by_the_command_that_the_line_names(copy, 
     program, arguments = commands["sample"]
     for file in (f"flux/transformer/{WEIGHTS}", "flux/text_encoder_2/model.safetensors"):
         pickle(copy / file)
-        exec(re.search('python -c "(.*)"$', refusal(arguments, program))[1])
+        exec(shlex.split(refusal(arguments, program).partition("convert it: ")[2])[2])
+    edit(copy / "flux" / "transformer" / "config.json", pos_embed_max_size="x")  # FLUX has no such table
     program(list(map(str, arguments)))
+
+
+HOSTILE = [{"_class_name": "A; __import__('os')"}, *({"architectures": names} for names in (5, {"a": 1}, [5], []))]
+
+
+@pytest.mark.parametrize("settings", HOSTILE)
+def test_no_command_is_made_of_a_text_that_is_no_class(tmp_path, settings):
+    (tmp_path / "pytorch_model.bin").touch()
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    check_format(tmp_path)
+
+
+def test_a_folders_name_is_quoted_in_the_command(tmp_path):
+    folder = tmp_path / """a "b" $(c) `d` 'e' \\f"""
+    folder.mkdir()
+    (folder / "pytorch_model.bin").touch()
+    (folder / "config.json").write_text('{"architectures": ["CLIPTextModel"]}')
+    with pytest.raises(BadInput) as caught:
+        check_format(folder)
+    code = subprocess.run(["sh", "-c", "printf %s " + str(caught.value).partition(" -c ")[2]], capture_output=True)
+    names = [node.value for node in ast.walk(ast.parse(code.stdout)) if isinstance(node, ast.Constant)]
+    assert names.count(str(folder)) == 2
 
 
 @pytest.mark.parametrize("damage", ["half", "flipped", "binary", "empty"])
 def test_a_damaged_image_is_drawn_and_scored_again(whole, copy, commands, damage):
     file = copy / "images" / "00001_0.png"
     DAMAGES[damage](file)
-    assert f"{file} is not a whole image" in refusal(*commands["score"][::-1])
+    assert f"{file} cannot be read as PNG, " in refusal(*commands["score"][::-1])
     file.unlink()
     tool(*sampling(whole, copy / "images"))
     assert file.read_bytes() == (whole / "images" / file.name).read_bytes()
@@ -263,6 +304,8 @@ def test_a_removed_log_is_made_again_and_rows_that_are_no_rows_do_not_count(whol
     parts = (copy / LOG).with_suffix(".parts")
     parts.mkdir()
     no_rows = "[" * 5000 + '\n5\n[1]\n{"image": "00000_0.png"}\n{"image": ["x"], "prompt": "a", "reward": 1}\n{"im'
+    (parts / "0.jsonl").write_bytes(b"\xff\xfe\0\n")
+    (parts / "4.jsonl").write_text('{"image": "00000_0.png", "prompt": "a red cube", "reward": "abc"}')
     (parts / "3.jsonl").write_text(no_rows)
     tool(*commands["score again"][1])
     assert (copy / LOG).read_text() == (whole / LOG).read_text()

@@ -164,7 +164,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(models, tmp_path, monkeypatch
     assert on_resume or resumed == once
 
 
-@every_task
+@pytest.mark.parametrize("name", ["flux", slow("sd3"), slow("klein")])
 def test_a_run_may_move_from_text_to_embeddings_and_to_another_place_on_resume(models, tmp_path, name):
     """Neither files beside those that diffusers reads count, nor, with embeddings, missing text encoders."""
     more = ["--lora-rank", "2", "--evaluation-prompts", models / "prompts.txt"]
@@ -223,13 +223,15 @@ def test_the_export_is_the_average_of_the_weights(models, tmp_path):
 @pytest.mark.parametrize(
     ("name", "more"), [("flux", "--precision bfloat16"), ("sd3", ""), ("klein", "--lora-rank 2 --lora-alpha 6")]
 )
-def test_export_gives_the_raw_and_the_averaged_weights_of_any_checkpoint(models, tmp_path, name, more):
+def test_export_gives_the_raw_and_the_averaged_weights_of_any_checkpoint(models, tmp_path, capsys, name, more):
     """What the checkpoint's files hold; the last average is, with every other file, what the run's end wrote."""
     run, kind = tmp_path / "run", "lora" if "lora" in more else "transformer"
     train(run, flags(models, name, *"--iterations 2 --checkpoint-every 1 --ema-decay 0.5".split(), *more.split()))
+    run = run.rename(tmp_path / "\x1b[31mrun")
     for choice in ([], ["--raw"], ["--iteration", 1, "--raw"]):
         out, checkpoint = tmp_path / f"{choice}", run / "checkpoint" / f"00000{2 - (1 in choice)}"
         tool("export", "--run", run, "--out", out, *choice)
+        assert r"/\x1b[31mrun/checkpoint/" in capsys.readouterr().out
         stored = {k: v for file in checkpoint.glob("*.safetensors") for k, v in load_file(file).items()}
         prefix, found = "model." if "--raw" in choice else "average.", tiny.exported(out)
         expected = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
@@ -249,6 +251,13 @@ def test_export_gives_the_raw_and_the_averaged_weights_of_any_checkpoint(models,
         ("--iteration 7", {}, "iteration=7: {run} has checkpoints of 1"),
         ("", {"task": "toy"}, "run={run} is no run with an image model (flux, sd3, klein)"),
         ("", {"task": "flux"}, "{run}/checkpoint/000001 is damaged (state.json is not what was written"),
+        ("", {"task": ["flux"]}, "run={run} is no run with an image model"),
+        ("", {"model": None}, "{run}/config.json is damaged (model=None): restore it"),
+        ("", {"precision": "nonsense"}, "{run}/config.json is damaged (precision='nonsense'): restore it"),
+        ("", {"precision": ["float32"]}, "{run}/config.json is damaged (precision=['float32']): restore it"),
+        ("", {"lora_rank": "2"}, "{run}/config.json is damaged (lora_rank='2'): restore it"),
+        ("", {"lora_rank": 2, "lora_targets": "to_q"}, "{run}/config.json is damaged (lora_targets='to_q')"),
+        ("", {"lora_rank": -2}, "lora_rank=-2 must be at least 0"),
         ("--iteration 2", None, "{run}/config.json is missing"),
     ],
 )

@@ -254,7 +254,8 @@ def small_step(folder, task="flux", checkpointing="on"):
     return benchmark.step_flags(task, folder, checkpointing, False, 1, T=2, pixels=32)
 
 
-@pytest.mark.parametrize("task", ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd3", "klein"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
 def test_the_step_runs_at_a_tiny_size_and_costs_what_the_plan_says(tmp_path, task):
     counts, planned = [], []
     for checkpointing in benchmark.CHECKPOINTING:

@@ -1,5 +1,6 @@
 """Runs of several processes: what ends them, and that every line about it names its cause."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -150,7 +151,8 @@ def test_a_rank_that_falls_silent_is_named(mortal, monkeypatch, capsys):
 
 def in_group(work, *arguments):
     """work(rank, ...) in two forked processes that form a group; returns what each returned, or its error's text."""
-    with TemporaryDirectory() as folder, get_context("fork").Pool(2) as pool:
+    # Without garbage collection: it would destroy objects of other tests, which wait for threads that no fork has.
+    with TemporaryDirectory() as folder, get_context("fork").Pool(2, gc.disable) as pool:
         inputs = [(work, rank, f"{folder}/store", *arguments) for rank in range(2)]
         return pool.starmap(_join_and_work, inputs, chunksize=1)
 

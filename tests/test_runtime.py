@@ -116,7 +116,7 @@ def test_a_damaged_or_foreign_file_is_refused_by_name(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     words = "is damaged|must hold a JSON object|has other columns|is not a CSV file|has a damaged row"
     with pytest.raises(BadInput, match=rf"^\S*{name} ({words})[^\n]*$"):
-        files.read_json(tmp_path / name) if name == "config.json" else run_dir.CsvLog(tmp_path / name, ("reward",), 0)
+        files.read_json(tmp_path / name) if name == "config.json" else run_dir.CsvLog(tmp_path / name, ("reward",), 1)
     assert (tmp_path / name).read_bytes() == content
 
 

@@ -35,19 +35,52 @@ def test_an_image_is_turned_as_its_camera_says(tmp_path, file):
     assert read_image(tmp_path / file).shape == (1, 3, 32, 48)
 
 
-@pytest.mark.parametrize("kind", [np.float32, np.int32])
+@pytest.mark.parametrize("kind", [np.float32, np.int32, np.uint16, ">u2"])
 def test_images_whose_range_is_unknown_are_refused(tmp_path, kind):
     Image.fromarray(np.ones((2, 2), kind)).save(tmp_path / "image.tiff")
-    with pytest.raises(BadInput, match=r"image\.tiff has pixels of unknown range \(.\): save it with 8 bits a channel"):
+    with pytest.raises(
+        BadInput, match=r"image\.tiff has pixels of unknown range \(.*\): save it with 8 bits a channel"
+    ):
         check_image(tmp_path / "image.tiff")
 
 
+def write_png(path, rows):
+    """A grey image of 8x8 pixels with a right header and right checksums, which ends after some bytes of rows."""
+    header = b"IHDR" + bytes([0, 0, 0, 8, 0, 0, 0, 8, 8, 0, 0, 0, 0])
+    chunks = header, b"IDAT" + zlib.compress(bytes(rows)), b"IEND"
+    packed = [(len(chunk) - 4).to_bytes(4) + chunk + zlib.crc32(chunk).to_bytes(4) for chunk in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
+
+
+def test_a_png_with_fewer_rows_than_its_header_says_is_refused(tmp_path):
+    size = 8 * 9
+    write_png(tmp_path / "whole.png", size)
+    check_image(tmp_path / "whole.png")
+    for rows in (size - 1, size // 2, 0):
+        write_png(tmp_path / "image.png", rows)
+        with pytest.raises(
+            BadInput, match=r"image\.png cannot be read as PNG, .* \(it lacks rows of pixels\): replace"
+        ):
+            check_image(tmp_path / "image.png")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+@pytest.mark.parametrize("size", [(1, 1), (13, 7)])
+def test_whole_png_files_of_every_mode_are_accepted(tmp_path, mode, size):
+    Image.new(mode, size).save(tmp_path / "image.png")
+    check_image(tmp_path / "image.png")
+
+
 def write_broken_image(path, damage):
-    """A cut JPEG, pixels that are no compressed data under right checksums, or a format that starts a program."""
-    Image.effect_noise((64, 64), 50).convert("RGB").save(path, {"cut": "JPEG", "eps": "EPS", "pixels": "PNG"}[damage])
+    """A cut JPEG, pixels that are no compressed data under right checksums, another format, or too many pixels."""
+    kind = {"cut": "JPEG", "eps": "EPS", "gif": "GIF"}.get(damage, "PNG")
+    Image.effect_noise((64, 64), 50).convert("RGB").save(path, kind)
     content = path.read_bytes()
     if damage == "cut":
         path.write_bytes(content[:1500])
+    if damage == "bomb":
+        header = b"IHDR" + (20_000).to_bytes(4) * 2 + content[24:29]
+        path.write_bytes(content[:12] + header + zlib.crc32(header).to_bytes(4) + content[33:])
     if damage == "pixels":
         start = content.index(b"IDAT")
         size = int.from_bytes(content[start - 4 : start])
@@ -55,10 +88,16 @@ def write_broken_image(path, damage):
         path.write_bytes(content[:start] + chunk + zlib.crc32(chunk).to_bytes(4) + content[start + size + 8 :])
 
 
-@pytest.mark.parametrize("damage", ["cut", "pixels", "eps"])
-def test_a_broken_image_is_named(tmp_path, damage):
+REASONS = {"cut": "truncated", "pixels": "unknown compression method"} | dict.fromkeys(
+    ["eps", "gif"], "cannot identify"
+)
+
+
+@pytest.mark.parametrize("damage, reason", (REASONS | {"bomb": "Image size .400000000 pixels. exceeds limit"}).items())
+def test_a_broken_image_is_named(tmp_path, damage, reason):
     write_broken_image(tmp_path / "image.png", damage)
-    with pytest.raises(BadInput, match=r"image\.png is not a whole image: replace it"):
+    message = rf"image\.png cannot be read as PNG, JPEG, WEBP, TIFF, BMP \(.*{reason}.*\): replace it"
+    with pytest.raises(BadInput, match=message):
         check_image(tmp_path / "image.png")
 
 
@@ -71,6 +110,8 @@ def test_only_line_feeds_and_carriage_returns_end_a_prompt(tmp_path, end):
 TABLES = {
     "p.json": '["a", "b"]', "p.jsonl": '{"prompt": "a"}\n{"prompt": "b"}\n', "p.csv": "a,b", "p.tsv": "a\tb",
     "p.txt": '[\n"a",\n"b"]', "q.txt": '{"prompt": "a"}\n{"prompt": "b"}', "r.txt": "[[[[1]]]]",
+    "surrogate.txt": '{"prompt": "\\ud800"}', "deep.txt": '{"a":' * 1500 + "1" + "}" * 1500,
+    "late.txt": 'a cat\n{"prompt": "a"}\n',
 }  # fmt: skip
 
 
@@ -95,6 +136,7 @@ def test_files_that_are_no_text_are_no_prompts(tmp_path):
 
 
 LEFT = ("._config.json", "._diffusion_pytorch_model.safetensors", ".DS_Store", "Thumbs.db", "desktop.ini", "@eaDir")
+COPIES = ("config (1).json", "config copy.json", "tokenizer-old.json", "notes.txt", "a.model.safetensors.index.json")
 
 
 def test_what_operating_systems_leave_in_a_folder_changes_nothing(models, tmp_path):
@@ -104,12 +146,14 @@ def test_what_operating_systems_leave_in_a_folder_changes_nothing(models, tmp_pa
     shutil.copy(models / "prompts.txt", tmp_path)
     content = files_content(whole, "*")
 
-    def leave(*folders):
-        for folder, name in product(folders, LEFT):
+    def leave(*folders, names=LEFT):
+        for folder, name in product(folders, names):
             folder.mkdir(exist_ok=True)
             (folder / name).mkdir(exist_ok=True) if name == "@eaDir" else (folder / name).write_bytes(b"\0\xff")
 
-    leave(whole, *(path for path in whole.iterdir() if path.is_dir()), tmp_path / "run", tmp_path / "images")
+    parts = [path for path in whole.iterdir() if path.is_dir()]
+    leave(*parts, names=COPIES)
+    leave(whole, *parts, tmp_path / "run", tmp_path / "images")
     assert files_content(whole, "*") == content
     tiny.train(tmp_path / "run", tiny.flags(tmp_path, "flux", "--iterations", "1"))
     leave(tmp_path / "run" / "checkpoint" / "000001")
