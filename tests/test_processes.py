@@ -154,7 +154,7 @@ def in_group(work, *arguments):
     # Without garbage collection: it would destroy objects of other tests, which wait for threads that no fork has.
     with TemporaryDirectory() as folder, get_context("fork").Pool(2, gc.disable) as pool:
         inputs = [(work, rank, f"{folder}/store", *arguments) for rank in range(2)]
-        return pool.starmap(_join_and_work, inputs, chunksize=1)
+        return pool.starmap_async(_join_and_work, inputs, chunksize=1).get(timeout=300)
 
 
 def _join_and_work(work, rank, path, *arguments):
