@@ -261,7 +261,9 @@ def test_pickled_weights_are_converted_by_the_command_that_the_line_names(copy, 
     program, arguments = commands["sample"]
     for file in (f"flux/transformer/{WEIGHTS}", "flux/text_encoder_2/model.safetensors"):
         pickle(copy / file)
+        assert not (copy / file).exists()
         exec(shlex.split(refusal(arguments, program).partition("convert it: ")[2])[2])
+        assert (copy / file).is_file()
     edit(copy / "flux" / "transformer" / "config.json", pos_embed_max_size="x")  # FLUX has no such table
     program(list(map(str, arguments)))
 
