@@ -225,8 +225,8 @@ def test_a_curve_that_starts_at_the_utility_or_stands_still_reaches_it_where_it_
 
 
 def test_every_setting_is_trained_once_and_the_published_one_is_among_them():
-    settings = list(beyond.settings_of("digits", (5, 8, 25)))
-    assert len(settings) == len(set(settings)) == 10 * 3 * 2 + 3 * 2
+    settings = list(beyond.settings_of("digits", ((25, "euler"), (8, "ab2"))))
+    assert len(settings) == len(set(settings)) == 10 * 2 + 3 * 2
     assert {*TRAINERS, "sparse", "bridge", "lagrange", "stratified"} <= {setting.method for setting in settings}
     (published,) = [setting for setting in settings if setting.is_published]
     assert published == Setting("digits", "leap_align", "", 25) and not published.hyper

@@ -10,7 +10,9 @@ from tests.problems import Net, euler, grid, randn, seeded
 from toy.laboratory import variants
 from toy.laboratory.gradient_experiments import saved_for_backward, weights_by_similarity
 from toy.laboratory.gradients import GradientSampler, Moments, compare_gradients
+from toy.laboratory.guidance import GuidedNet
 from toy.laboratory.method_measurements import distinct_draws, effective_weights, evaluation_count
+from toy.laboratory.train_run import fresh_task
 
 
 def leaps_of_net(i_k, i_j, trajectory=leap_trajectory):
@@ -163,3 +165,16 @@ def test_saved_bytes_are_flat_for_leap_align_and_linear_for_full_backprop():
     assert len({size["bytes, leap_align"] for size in sizes}) == 1
     few, more, most = (size["bytes, full_backprop"] for size in sizes)
     assert more - few == most - more > 0
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_guidance_extrapolates_and_detached_its_gradient_is_that_of_the_prompt_alone(detached):
+    model = GuidedNet(fresh_task("toy", smoke=True))
+    x, t, prompt = torch.randn(6, 2, requires_grad=True), torch.tensor(0.3), torch.arange(6)
+    with_prompt, without = model.net(x, t, prompt), model.net(x, t, torch.full((6,), 8))
+    of_prompt, of_none = (torch.autograd.grad(v.sum(), [x, *model.parameters()]) for v in (with_prompt, without))
+    model.detached = detached
+    found = model(x, t, prompt)
+    torch.testing.assert_close(found, 4 * with_prompt - 3 * without)
+    for gradient, p, none in zip(torch.autograd.grad(found.sum(), [x, *model.parameters()]), of_prompt, of_none):
+        torch.testing.assert_close(gradient, 4 * p - 3 * none * (not detached))

@@ -6,14 +6,16 @@
     python -m toy.laboratory pairs        one pair of timesteps a batch, as in the paper, or one pair a sample
     python -m toy.laboratory leash        the leash to the pre-trained model, the hinge, and early stopping
     python -m toy.laboratory beyond       every method since, over T, solver and budget, and policy gradient
+    python -m toy.laboratory guidance     classifier-free guidance, its branch without a prompt with or without gradient
     python -m toy.laboratory memory       bytes saved for backward, and the gradient's norm, as T grows
     python -m toy.laboratory cost         evaluations, operations, bytes and time of a step beside its lower bound
     python -m toy.laboratory shapes       the methods on a small FLUX.1 that draws shapes; needs diffusers
     python -m toy.laboratory all          all of them
 
-Each experiment writes NAME.csv, NAME.md and NAME.png into the output folder, and NAME-directions.csv where the paper
-states a direction.  All results are kept in the folder cache/ there: an experiment that was stopped continues where it
-stopped, and a finished one only draws its tables and figure again.  Delete the folder after a change of the code.
+Each experiment writes NAME.csv, NAME.md and, but for guidance, NAME.png into the output folder, and NAME-directions.csv
+where the paper states a direction.  All results are kept in the folder cache/ there: an experiment that was stopped
+continues where it stopped, and a finished one only draws its tables and figure again.  Delete the folder after a change
+of the code.
 """
 
 import os
@@ -27,7 +29,7 @@ import tyro
 from leap_align import BadInput, require
 from runtime.processes import init_process_group, world_size
 from runtime.run_dir import claimed_output_folder
-from toy.laboratory import ablations, beyond, compare, cost, gradient_experiments, leash, shapes
+from toy.laboratory import ablations, beyond, compare, cost, gradient_experiments, guidance, leash, shapes
 from toy.laboratory.laboratory import SMOKE, Laboratory, Scale
 from toy.laboratory.result_cache import ResultCache
 
@@ -38,6 +40,7 @@ EXPERIMENTS: dict[str, Callable[[Laboratory], None]] = {
     "pairs": gradient_experiments.pairs,
     "leash": leash.run,
     "beyond": beyond.run,
+    "guidance": guidance.run,
     "memory": gradient_experiments.memory,
     "cost": cost.run,
     "shapes": shapes.run,

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from typing import Any
 
-from beyond import SOLVERS
 from toy.laboratory import plots
 from toy.laboratory.gradients import step_fidelity
 from toy.laboratory.laboratory import Laboratory, Run, tuning_score
@@ -71,12 +70,12 @@ class Setting:
         return own | {"lr": lr, "evaluate_at": evaluate_at, "unit": "evaluations"}
 
 
-def settings_of(task: str, step_counts: tuple[int, ...]) -> Iterator[Setting]:
+def settings_of(task: str, samplers: tuple[tuple[int, str], ...]) -> Iterator[Setting]:
     """All settings of a task."""
     methods = [("leap_align", ""), ("leap_align", "alpha 1"), ("stratified", "K 3")]
     methods += [(name, "") for name in ("refl", "draft_lv", "drtune", "full_backprop", "sparse", "bridge", "lagrange")]
-    for (method, option), steps, solver in product(methods, step_counts, SOLVERS):
-        yield Setting(task, method, option, steps, solver)
+    for method, sampler in product(methods, samplers):
+        yield Setting(task, *method, *sampler)
     others = (("dancegrpo", ""), ("mixgrpo", ""), ("stratified", "leash"))
     for (method, option), steps in product(others, (8, 25)):
         yield Setting(task, method, option, steps)
@@ -84,7 +83,7 @@ def settings_of(task: str, step_counts: tuple[int, ...]) -> Iterator[Setting]:
 
 def run(lab: Laboratory) -> None:
     """Tunes, trains and measures gradients, and publishes."""
-    settings = [setting for task in lab.scale.tasks for setting in settings_of(task, lab.scale.training_step_counts)]
+    settings = [setting for task in lab.scale.tasks for setting in settings_of(task, lab.scale.samplers)]
     rates = learning_rates(lab, settings)
     runs, chosen = training_runs(lab, settings, rates), chosen_settings(lab, settings, rates)
     published = {s.task: s for s in settings if s.is_published}

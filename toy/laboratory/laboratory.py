@@ -34,7 +34,7 @@ class Scale:
     budgets: dict[str, int] = field(default_factory=lambda: {"small": 60, "large": 300})
     ablation_iterations: tuple[int, int] = (60, 150)  # after which the ablations are evaluated
     step_counts: tuple[int, ...] = (5, 10, 25, 50, 100)  # values of T at which gradients are compared
-    training_step_counts: tuple[int, ...] = (5, 8, 25)  # values of T at which `beyond` trains
+    samplers: tuple[tuple[int, str], ...] = ((25, "euler"), (8, "euler"), (8, "ab2"))  # T and solver in `beyond`
     training_stages: tuple[int, ...] = (0, 30, 100, 300)  # iterations after which gradients are compared
     shapes_iterations: int = 50  # of `shapes`
     shapes_seeds: tuple[int, ...] = (0, 1, 2)
@@ -46,7 +46,7 @@ class Scale:
 
 SMOKE = Scale(
     tasks=("toy",), seeds=(0, 1), tuning_seeds=(100,), more_tuning_seeds=(100,), learning_rates=(1e-4, 1e-3),
-    budgets={"small": 1, "large": 4}, ablation_iterations=(1, 2), step_counts=(3, 5), training_step_counts=(25,),
+    budgets={"small": 1, "large": 4}, ablation_iterations=(1, 2), step_counts=(3, 5), samplers=((25, "euler"),),
     training_stages=(0, 2), shapes_iterations=1, shapes_seeds=(0, 1), shapes_learning_rates=(1e-4,), max_draws=4,
     batch_size=8, smoke=True,
 )  # fmt: skip
@@ -107,7 +107,7 @@ class Laboratory:
         results = alone.results(seconds_per_iteration, settings, "seconds")
         return {key: result["seconds"] for key, result in results.items()}
 
-    def publish(self, name: str, rows: list[Row], text: str, figure: Figure, **others: list[Row]) -> None:
+    def publish(self, name: str, rows: list[Row], text: str, figure: Figure | None = None, **others: list[Row]) -> None:
         """Writes NAME.png, NAME.csv, NAME-OTHER.csv of each other table, and the text in Markdown to NAME.md.
 
         The text also goes to the screen.  `directions` (tables.direction) are added to it.
@@ -118,9 +118,10 @@ class Laboratory:
         if "directions" in others:
             text += f"\n\n{directions_table(others['directions'])}"
         write_text(self.out / f"{name}.md", text + "\n")
-        with atomic_file(self.out / f"{name}.png") as temporary:
-            figure.savefig(temporary, dpi=110, format="png")
-        print(f"{text}\n\n{self.out / name}.csv, .md and .png")
+        if figure is not None:
+            with atomic_file(self.out / f"{name}.png") as temporary:
+                figure.savefig(temporary, dpi=110, format="png")
+        print(f"{text}\n\n{self.out / name}.*")
 
 
 def tuning_score(runs: list[Run], metric: str, n: int = -1) -> float:
