@@ -107,12 +107,11 @@ def least_distance(points: np.ndarray) -> float:
 def label_states(axis: Axes, states: np.ndarray) -> None:
     """Labels x_T, x_k, x_j, x_0, x̂_j and x̂_0 of one rollout (6, 2), a predicted state opposite to the real one."""
     names = ("$x_T$", "$x_k$", "$x_j$", "$x_0$", r"$\hat{x}_{j|k}$", r"$\hat{x}_{0|j}$")
-    along = states[3] - states[0]
-    normal = np.array([-along[1], along[0]]) / np.linalg.norm(along)
-    sides = np.sign((states[4:] - states[2:4]) @ normal)
-    sides = np.array([-sides[0], -sides[0], *-sides, *sides])
-    for name, point, side in zip(names, states, sides):
-        offset, line = 26 * side * normal, {"arrowstyle": "-", "color": "0.5", "lw": 0.7, "shrinkA": 1, "shrinkB": 2}
+    along = (states[3] - states[0]) / np.linalg.norm(states[3] - states[0])
+    normal = np.array([-along[1], along[0]])
+    sides = np.sign((states[4:] - states[2:4]) @ normal)[:, None] * normal
+    for name, point, side in zip(names, states, (-0.6 * along, sides[0], *-sides, *sides)):
+        offset, line = 26 * side, {"arrowstyle": "-", "color": "0.5", "lw": 0.7, "shrinkA": 1, "shrinkB": 2}
         axis.annotate(name, point, offset, textcoords="offset points", ha="center", va="center", arrowprops=line)
 
 
