@@ -229,7 +229,7 @@ def test_sample_pair_is_uniform_over_all_pairs_of_its_window(form, low, high):
 
 
 def test_the_papers_hyperparameters_are_the_defaults():
-    """HPSv2.1 on FLUX (supplement A5); tau is the official code's."""
+    """HPSv2.1 on FLUX (supplement A5); tau is that of other implementations."""
     hyper = la.Hyper()
     assert (hyper.alpha, hyper.lam, hyper.tau, hyper.low, hyper.high) == (0.3, 0.55, 0.1, 1, None)
     assert (hyper.m, hyper.K, hyper.n) == (11, 2, 2)

@@ -43,7 +43,7 @@ def run(lab: Laboratory) -> None:
     rows, curves = table_rows(runs, rates, ends, evaluations, seconds), curve_rows(runs)
     title = "### {task}, {hinge}, {budget} budget, equal {equal} (n = {n}, mean ± standard error)"
     text = tables(rows, BY, title, ["method", "lr", "iterations", "evaluators", "grad_norm", "seconds"])
-    figure = plots.compare(curves, SHOWN)
+    figure = plots.compare(rows, curves, SHOWN)
     lab.publish("compare", rows, text, figure, directions=directions(runs, lab.scale), curves=curves)
 
 

@@ -52,23 +52,31 @@ def columns_of(rows: list[Row], *names: str) -> list[np.ndarray]:
     return [np.array([row[name] for row in rows]) for name in names]
 
 
-def compare(rows: list[Row], shown: Shown) -> Figure:
-    """A row for each task and hinge: the reward over training, and held-out evaluators against it; standard errors.
-
-    The reward of the small budget's runs, which have a learning rate of their own, is dashed.
-    """
-    figure, cases = panels(12, 3.1, groups(rows, "task", "hinge").items(), 3)
+def compare(rows: list[Row], curves: list[Row], shown: Shown) -> Figure:
+    """A row for each task and hinge: rewards at the ends, and held-out evaluators along the large budget's runs."""
+    figure, cases = panels(12, 3.1, groups(curves, "task", "hinge").items(), 3)
     for ((task, hinge), case), axes in cases:
-        axes[0].set(xlabel="iteration", ylabel="reward (trained on)", title=f"{task}, {hinge}")
-        for (method, budget), line in groups(case, "method", "budget").items():
-            look, (iterations, reward, error) = style(method), columns_of(line, "iteration", "reward", "reward_error")
-            own = {"label": method} if budget == "large" else {"linestyle": "--", "marker": ""}
-            axes[0].plot(iterations, reward, **look | own)
-            axes[0].fill_between(iterations, reward - error, reward + error, color=look["color"], alpha=0.25, lw=0)
-            for axis, name in zip(axes[1:] if budget == "large" else (), shown[task]):
-                axis.errorbar(reward, *columns_of(line, name, f"{name}_error"), error, lw=1, **look)
+        ends_panel(axes[0], groups(rows, "task", "hinge")[task, hinge])
+        axes[0].set_title(f"{task}, {hinge}")
+        for (method,), line in groups([row for row in case if row["budget"] == "large"], "method").items():
+            reward, error = columns_of(line, "reward", "reward_error")
+            for axis, name in zip(axes[1:], shown[task]):
+                axis.errorbar(reward, *columns_of(line, name, f"{name}_error"), error, lw=1, **style(method))
                 axis.set(xlabel="reward (trained on)", ylabel=f"{name} (held out)")
     return add_legend(figure, 6)
+
+
+def ends_panel(axis: Axes, rows: list[Row]) -> None:
+    """Draws each method's reward after each budget of LeapAlign, in as many iterations and in as many evaluations."""
+    stages, names = groups(rows, "budget", "equal"), []
+    for n, ((_, equal), (_, *stage)) in enumerate(stages.items()):  # the first row is the pre-trained model
+        iterations = stage[0]["iterations"]  # of LeapAlign
+        names.append(f"{iterations}\niterations" if equal == "samples" else "equal\ncompute")
+        for offset, row in zip(np.linspace(-0.3, 0.3, len(stage)), stage):
+            look = style(row["method"]) | {"label": row["method"] if n == 0 else None, "linestyle": "none"}
+            axis.errorbar(n + offset, row["reward"], row["reward_error"], **look)
+    axis.set_xticks(range(len(names)), names)
+    axis.set_ylabel("reward (trained on)")
 
 
 def ablations(rows: list[Row], references: dict[str, str]) -> Figure:
