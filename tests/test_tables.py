@@ -41,7 +41,7 @@ def verdict(row):
 
 WORDS = {
     "toy": {"task": "toy"}, "digits": {"task": "digits"},
-    "60": {"budget": "small", "when": "60 iterations"}, "150": {"when": "150 iterations"}, "300": {"budget": "large"},
+    "60": {"budget": "small", "when": "60 iterations"}, "20": {"when": "20 iterations"}, "300": {"budget": "large"},
     "1,740": {"budget": "small"}, "8,700": {"budget": "large"}, "AB2": {"solver": "ab2"}, "Euler": {"solver": "euler"},
     **{f"α {alpha}": {"option": f"alpha {alpha}"} for alpha in (0, 0.3, 1)},
     "timesteps 4 to 8": {"option": "low 4"}, "timesteps 1 to 4": {"option": "high 4"},

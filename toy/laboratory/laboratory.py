@@ -32,7 +32,7 @@ class Scale:
     learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     # Iterations of LeapAlign: before anything saturates, and after.
     budgets: dict[str, int] = field(default_factory=lambda: {"small": 60, "large": 300})
-    ablation_iterations: tuple[int, int] = (60, 150)  # after which the ablations are evaluated
+    ablation_iterations: tuple[int, int] = (20, 60)  # after which the ablations are evaluated
     step_counts: tuple[int, ...] = (5, 10, 25, 50, 100)  # values of T at which gradients are compared
     samplers: tuple[tuple[int, str], ...] = ((25, "euler"), (8, "euler"), (8, "ab2"))  # T and solver in `beyond`
     training_stages: tuple[int, ...] = (0, 30, 100, 300)  # iterations after which gradients are compared
