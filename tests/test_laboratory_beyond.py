@@ -199,34 +199,33 @@ def runs_with(*utilities):
 
 
 @pytest.mark.parametrize(
-    ("utilities", "published", "needed", "shares", "error"),
+    ("utilities", "published", "share", "error"),
     [
-        # The mean rises from -10 to -6, and the target is -8.  Without the first seed the target is -7, which takes
-        # 100 evaluations; without the second it is -9, which takes 20.
-        (([-10, -5, -4], [-10, -7, -4]), ([-20, -9], [-20, -7]), 50, (1 / 2, 1 / 2, 1 / 2), 40),
-        # The published run has -8 after 75 evaluations, is best after 100, with -6, and ends after 300, with -8 again.
-        (([-10, -6, -4],) * 2, ([-14, -6, -7, -8],) * 2, 50, (1 / 6, 2 / 3, 1), 0),
+        # The mean rises from -10 to -6, and the target, after 100 evaluations, is -8.  Without the first seed the
+        # target is -7, which takes 100 evaluations; without the second it is -9, which takes 20.
+        (([-10, -5, -4], [-10, -7, -4]), ([-20, -9], [-20, -7]), 1 / 2, 0.4),
+        # The target is that of the published run's end, after 300 evaluations, however good it was before.
+        (([-10, -6, -4],) * 2, ([-14, -6, -7, -8],) * 2, 1 / 6, 0),
         # Without one seed it takes 400/7, 50 and 400/9 evaluations.
-        (([-10, -5], [-10, -6], [-10, -7]), ([-20, -8],) * 3, 50, (1 / 2, 1 / 2, 1 / 2), 7.350499465317359),
+        (([-10, -5], [-10, -6], [-10, -7]), ([-20, -8],) * 3, 1 / 2, 0.07350499465317359),
         # Both together reach -8, the second alone does not.
-        (([-10, -5], [-10, -9]), ([-20, -8],) * 2, 200 / 3, (2 / 3, 2 / 3, 2 / 3), None),
+        (([-10, -5], [-10, -9]), ([-20, -8],) * 2, 2 / 3, None),
     ],
 )
-def test_cost_to_reach_the_published_utility(utilities, published, needed, shares, error):
-    expected = {"needed": needed} | dict(zip(("share", "share_alike", "share_of_best"), shares))
-    errors = {} if error is None else {f"{name}_error": error * value / needed for name, value in expected.items()}
-    assert beyond.cost_to_reach(runs_with(*utilities), runs_with(*published)) == pytest.approx(expected | errors)
+def test_share_of_the_evaluations_to_the_published_utility(utilities, published, share, error):
+    expected = {"share": share} | ({} if error is None else {"share_error": error})
+    assert beyond.cost_to_reach(runs_with(*utilities), runs_with(*published)) == pytest.approx(expected)
     assert beyond.cost_to_reach(runs_with([-10, -9], [-10, -9]), runs_with(*published)) == {}
 
 
 def test_a_curve_that_starts_at_the_utility_or_stands_still_reaches_it_where_it_starts():
     curve = [(20.0, -5.0), (40.0, -5.0), (60.0, -4.0)]
-    assert [beyond.evaluations_to(utility, curve) for utility in (-5.0, -4.5)] == [20, 50]
+    assert [beyond.share(curve, [(100.0, utility)]) for utility in (-5.0, -4.5)] == [0.2, 0.5]
 
 
 def test_every_setting_is_trained_once_and_the_published_one_is_among_them():
     settings = list(beyond.settings_of("digits", ((25, "euler"), (8, "ab2"))))
-    assert len(settings) == len(set(settings)) == 10 * 2 + 3 * 2
+    assert len(settings) == len(set(settings)) == 10 * 2 + 2 * 2
     assert {*TRAINERS, "sparse", "bridge", "lagrange", "stratified"} <= {setting.method for setting in settings}
     (published,) = [setting for setting in settings if setting.is_published]
     assert published == Setting("digits", "leap_align", "", 25) and not published.hyper
@@ -234,58 +233,44 @@ def test_every_setting_is_trained_once_and_the_published_one_is_among_them():
     run = Setting("toy", "stratified", "K 3", 8, "ab2").run(1e-3, [29])
     assert run == expected | {"lr": 1e-3, "evaluate_at": [29], "unit": "evaluations"}
     assert Setting("toy", "leap_align", "alpha 1", 8).hyper == {"alpha": 1.0}
-    leash = Setting("digits", "stratified", "leash", 8)
-    assert leash.hyper == {"K": 3, "lam": None, "beta": 3.0} and leash.line == "stratified, leash"
 
 
-def laboratory(monkeypatch, utility):
-    """A laboratory in which a run's utility is utility(setting, budget)."""
+@pytest.fixture
+def two_methods(monkeypatch):
+    """Rates and best settings of two methods with two solvers; one rate is best for each solver, and AB2 is better."""
+    best = {"euler": (1e-2, -2.0), "ab2": (1e-4, -1.0)}
 
     def result(s):
-        assert s["seed"] == (9 if s["evaluate_at"] == [29] else 8) and s["unit"] == "evaluations"
-        return {"metrics": [{"utility": utility(s, budget)} for budget in s["evaluate_at"]], "error": ""}
+        assert s["seed"] == 9 and s["unit"] == "evaluations" and s["evaluate_at"] == [29]
+        lr, utility = best[s["hyper"]["solver"]]
+        return {"metrics": [{"utility": utility - abs(s["lr"] - lr)}], "error": ""}
 
-    seeds, rates = {"tuning_seeds": (8,), "more_tuning_seeds": (9,)}, (1e-4, 1e-3, 1e-2)
-    return fake_laboratory(monkeypatch, result, **seeds, budgets={"small": 1, "large": 2}, learning_rates=rates)
-
-
-def test_learning_rates_are_chosen_by_the_utility_of_the_tuning_seeds_for_each_budget(monkeypatch):
-    best = {("euler", 29): 1e-2, ("euler", 58): 1e-4}
-    utility = lambda s, budget: -abs(s["lr"] - best[s["hyper"]["solver"], budget])  # noqa: E731
-    settings = [Setting("toy", "refl", "", 8), Setting("toy", "refl", "", 8, "ab2")]
-    rates = beyond.learning_rates(laboratory(monkeypatch, utility), settings)
-    assert rates == {(s, budget): lr for s in settings for budget, lr in (("small", 1e-2), ("large", 1e-4))}
+    scale = {"more_tuning_seeds": (9,), "beyond_iterations": 1, "learning_rates": (1e-4, 1e-3, 1e-2)}
+    settings = [Setting("toy", method, "", 8, solver) for method in ("refl", "drtune") for solver in best]
+    return settings, *beyond.tune(fake_laboratory(monkeypatch, result, **scale), settings)
 
 
-def test_policy_gradient_has_lower_rates_and_the_small_budget_more_seeds():
+def test_learning_rates_and_settings_are_chosen_by_the_utility_of_the_tuning_seeds(two_methods):
+    settings, rates, chosen = two_methods
+    assert rates == {s: {"euler": 1e-2, "ab2": 1e-4}[s.solver] for s in settings}
+    assert chosen == [s for s in settings if s.solver == "ab2"]
+
+
+def test_policy_gradient_has_lower_rates():
     lab = Laboratory(None, None, Scale())
     rates = {method: beyond.candidate_rates(lab, Setting("digits", method, "", 25)) for method in METHODS | TRAINERS}
     assert all(rates[name] == rates["leap_align"] for name in METHODS)
     assert all(min(rates[name]) < min(rates["leap_align"]) for name in TRAINERS)
-    assert (Scale().more_tuning_seeds, Scale().tuning_seeds) == ((100, 101, 102, 103), (100, 101))
-
-
-def test_the_setting_of_a_method_is_chosen_on_the_tuning_seeds(monkeypatch):
-    utility = lambda s, budget: {(5, 29): -3.0, (8, 29): -1.0, (25, 29): -2.0}[s["T"], budget]  # noqa: E731
-    settings = [Setting("toy", method, "", T) for method in ("refl", "drtune") for T in (5, 8, 25)]
-    rates = {(setting, "small"): 1e-3 for setting in settings}
-    assert beyond.chosen_settings(laboratory(monkeypatch, utility), settings, rates) == [settings[1], settings[4]]
 
 
 def test_rows_of_the_tables_against_a_hand_calculation():
-    """A setting with a broken run has no metrics; the headline has the chosen setting's cost at the small budget."""
-    broken, chosen = (Setting("toy", "refl", "", T) for T in (5, 8))
-    published = Setting("toy", "leap_align", "", 25)
+    """A setting with a broken run has no metrics; the published one reaches its utility with all its evaluations."""
+    broken, chosen, published = (Setting("toy", *s) for s in (("refl", "", 5), ("refl", "", 8), ("leap_align", "", 25)))
     runs = {
-        (broken, "small"): [*runs_with([-4.0]), {"metrics": [], "error": "broke"}],
-        (chosen, "small"): runs_with([-4, -2], [-4, -2]),
-        (published, "large"): runs_with([-4, -3], [-4, -3]),
-        (chosen, "large"): runs_with([-4, -1], [-4, -1]),
+        broken: [*runs_with([-4.0]), {"metrics": [], "error": "broke"}],
+        chosen: runs_with([-4, -2], [-4, -2]),
+        published: runs_with([-4, -3], [-4, -3]),
     }
-    rows = beyond.table_rows(runs, dict.fromkeys(runs, 1e-3), {"toy": published})
-    bad, small, large, _ = rows
-    assert (bad["n"], small["n"], large["n"], small["utility"]) == (0, 2, 2, -2)
-    assert not {"utility", "needed"} & {*bad} and "needed" not in large
-    shares = {"needed": 50.0, "share": 0.5, "share_alike": 0.5, "share_of_best": 0.5}
-    costs = shares | {f"{name}_error": 0.0 for name in shares}
-    assert beyond.headline_rows(rows, [chosen]) == [vars(chosen) | {"lr": 1e-3} | costs]
+    bad, good, own = beyond.table_rows(runs, dict.fromkeys(runs, 1e-3), {"toy": published})
+    assert (bad["n"], good["n"], good["utility"], good["share"], own["share"]) == (0, 2, -2, 0.5, 1)
+    assert not {"utility", "share"} & {*bad} and good["lr"] == 1e-3

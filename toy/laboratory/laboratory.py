@@ -35,6 +35,7 @@ class Scale:
     ablation_iterations: tuple[int, int] = (20, 60)  # after which the ablations are evaluated
     step_counts: tuple[int, ...] = (5, 10, 25, 50, 100)  # values of T at which gradients are compared
     samplers: tuple[tuple[int, str], ...] = ((25, "euler"), (8, "euler"), (8, "ab2"))  # T and solver in `beyond`
+    beyond_iterations: int = 30  # of the published LeapAlign, whose evaluations are the budget of `beyond`
     training_stages: tuple[int, ...] = (0, 30, 100, 300)  # iterations after which gradients are compared
     shapes_iterations: int = 50  # of `shapes`
     shapes_seeds: tuple[int, ...] = (0, 1, 2)
@@ -47,8 +48,8 @@ class Scale:
 SMOKE = Scale(
     tasks=("toy",), seeds=(0, 1), tuning_seeds=(100,), more_tuning_seeds=(100,), learning_rates=(1e-4, 1e-3),
     budgets={"small": 1, "large": 4}, ablation_iterations=(1, 2), step_counts=(3, 5), samplers=((25, "euler"),),
-    training_stages=(0, 2), shapes_iterations=1, shapes_seeds=(0, 1), shapes_learning_rates=(1e-4,), max_draws=4,
-    batch_size=8, smoke=True,
+    beyond_iterations=2, training_stages=(0, 2), shapes_iterations=1, shapes_seeds=(0, 1),
+    shapes_learning_rates=(1e-4,), max_draws=4, batch_size=8, smoke=True,
 )  # fmt: skip
 
 

@@ -168,25 +168,23 @@ def leash(rows: list[Row], shown: Shown) -> Figure:
     return add_legend(figure, 5)
 
 
-def beyond(rows: list[Row], shown: Shown, small: int) -> Figure:
-    """Held-out evaluators against evaluations, a line for each method at its chosen setting; standard errors.
+def beyond(rows: list[Row], shown: Shown) -> Figure:
+    """Held-out evaluators against evaluations, a line for each method at its best setting; standard errors.
 
-    Each task has a row for the paper's methods and one for the others, both with the published setting, thick.  Left of
-    `small` are the runs with the small budget's learning rate, right of it those with the large one's.
+    Each task has a row for the paper's methods and one for the others, both with the published setting, thick.
     """
     cases, by_task = [], groups([row for row in rows if row["evaluations"] > 0], "task")
     for (task,), own in by_task.items():
-        settings = list(groups(own, "line", "option", "T", "solver").items())
+        published, *others = groups(own, "method", "option", "T", "solver").items()
         for kind, is_paper in (("the paper's methods", True), ("later methods", False)):
-            others = [setting for setting in settings[1:] if (setting[0][0] in METHODS) == is_paper]
-            cases.append((task, f"{task}, {kind}", [settings[0], *others]))
+            lines = [published, *(line for line in others if (line[0][0] in METHODS) == is_paper)]
+            cases.append((task, f"{task}, {kind}", lines))
     figure, grid = panels(15, 3.9, cases, 3)
-    for (task, title, settings), axes in grid:
+    for (task, title, lines), axes in grid:
         for axis, name in zip(axes, shown[task]):
-            for number, (setting, lines) in enumerate(settings):
-                setting_lines(axis, number, setting, lines, name)
-            axis.axvline(small, color="0.5", lw=0.8, ls=":")
-            axis.set(xlabel="velocity evaluations a sample", ylabel=name, title=title, xscale="log")
+            for number, (setting, points) in enumerate(lines):
+                setting_line(axis, number, setting, points, name)
+            axis.set(xlabel="velocity evaluations a sample", ylabel=name, title=title)
             # The worst tenth is left out: runs that diverge would flatten all others.
             low, high = np.quantile(columns_of(by_task[task,], name), (0, 0.9) if name == "nearest_real" else (0.1, 1))
             axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
@@ -194,19 +192,17 @@ def beyond(rows: list[Row], shown: Shown, small: int) -> Figure:
     return figure
 
 
-def setting_lines(axis: Axes, number: int, setting: tuple, rows: list[Row], name: str) -> None:
-    """Draws one setting: a line for each budget.  Number 0 is the published one."""
-    line, option, T, solver = setting
-    label = ", ".join(text for text in (line, option if option not in line else "", f"T = {T}", solver) if text)
+def setting_line(axis: Axes, number: int, setting: tuple, rows: list[Row], name: str) -> None:
+    """Draws one setting.  Number 0 is the published one."""
+    method, option, T, solver = setting
+    label = ", ".join(filter(None, [method, option, f"T = {T}", solver]))
     colors = [color for color in COLORS if color != "#000000"]  # black is the published setting
-    look = {"color": colors[number - 1], "marker": MARKERS[number - 1], "lw": 1.2, "ms": 4}
+    look = {"color": colors[number - 1], "marker": MARKERS[number - 1], "lw": 1.2, "ms": 4, "label": label}
     if number == 0:
-        look |= {"color": "#000000", "lw": 3.5, "ms": 7}
-        label = "published: " + label
-    for points in groups(rows, "budget").values():
-        x, y, error = columns_of(points, "evaluations", name, f"{name}_error")
-        axis.plot(x, y, label=label if points[0] is rows[0] else None, **look)
-        axis.fill_between(x, y - error, y + error, color=look["color"], alpha=0.2, lw=0)
+        look |= {"color": "#000000", "lw": 3.5, "ms": 7, "label": "published: " + label}
+    x, y, error = columns_of(rows, "evaluations", name, f"{name}_error")
+    axis.plot(x, y, **look)
+    axis.fill_between(x, y - error, y + error, color=look["color"], alpha=0.2, lw=0)
 
 
 def memory(rows: list[Row]) -> Figure:
