@@ -38,10 +38,10 @@ class Setting:
 
 
 def settings() -> list[Setting]:
-    """All rows: the methods; on the leash also LeapAlign on late or early timesteps alone, and in 25 steps."""
-    rows = [(name,) for name in ("refl", "draft_lv", "drtune", "bridge", "stratified")]
-    rows += [("leap_align", f"alpha {alpha}") for alpha in (0, 0.3, 1)]
-    more = [("leap_align", f"{name} {STEPS // 2}") for name in ("high", "low")] + [("leap_align", "alpha 0.3", 25)]
+    """All rows: the paper's methods; on the leash also others, LeapAlign on late or early timesteps alone, T = 25."""
+    rows = [("refl",), ("draft_lv",), ("drtune",), ("leap_align", "alpha 0.3")]
+    more = [("bridge",), ("stratified",), ("leap_align", "alpha 0"), ("leap_align", "alpha 1")]
+    more += [("leap_align", f"{name} {STEPS // 2}") for name in ("high", "low")] + [("leap_align", "alpha 0.3", 25)]
     return [Setting("leash", *row) for row in rows + more] + [Setting("hinge", *row) for row in rows]
 
 
