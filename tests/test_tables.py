@@ -46,7 +46,7 @@ WORDS = {
     **{f"α {alpha}": {"option": f"alpha {alpha}"} for alpha in (0, 0.3, 1)},
     "timesteps 4 to 8": {"option": "low 4"}, "timesteps 1 to 4": {"option": "high 4"},
     "T = 8": {"T": "8"}, "T = 25": {"T": "25"}, "norm": {"figure": "grad_norm"}, "utility": {"figure": "utility"},
-    "no restraint": {"kind": "none"}, "early stop at 90, its best": {"kind": "stop", "iterations": "90"},
+    "no restraint": {"kind": "none"}, "early stop at 30, its best": {"kind": "stop", "iterations": "30"},
     "hinge λ = 0": {"kind": "hinge", "lambda": "0.0"}, "leash β = 3": {"kind": "leash", "beta": "3.0"},
     "hinge λ = 0, leash β = 1": {"kind": "both", "beta": "1.0"},
 }  # fmt: skip
@@ -63,7 +63,7 @@ TABLES = [
     (RESULTS, "| `toy` |", "compare", "method", HINGE | LARGE | {"task": "toy"}, {}),
     (RESULTS, "| `digits` |", "compare", "method", HINGE | LARGE, {}),
     (RESULTS, "| method | `toy`, T", "beyond", "method", {"option": "|K 3", "solver": "euler"}, UTILITY),
-    (RESULTS, "| branch |", "guidance", "branch", {}, {}),
+    (RESULTS, "| branch |", "guidance", "branch", {"iterations": "60"}, {"length": number("ratio")}),
     (RESULTS, "| method | evaluations |", "beyond-fidelity", "method", {}, COSINES),
     (RESULTS, "| claim |", "ablations-directions", "claim", {"figure": "reward"}, {"": verdict}),
     (SHAPES, "| on the leash |", "shapes", "method", {"restraint": "leash", "equal": "iterations"}, {}),

@@ -97,7 +97,7 @@ def tune(lab: Laboratory, settings: list[Setting]) -> tuple[dict[Setting, float]
     rates = {s: max(candidate_rates(lab, s), key=lambda lr: scores[s, lr]) for s in settings}
     for s in sorted(settings, key=lambda s: scores[s, rates[s]]):
         best[s.task, s.method] = s  # the last one is the best
-    return rates, list(best.values())
+    return rates, [s for s in settings if s in best.values()]
 
 
 def candidate_rates(lab: Laboratory, setting: Setting) -> tuple[float, ...]:

@@ -179,11 +179,11 @@ def beyond(rows: list[Row], shown: Shown) -> Figure:
         for kind, is_paper in (("the paper's methods", True), ("later methods", False)):
             lines = [published, *(line for line in others if (line[0][0] in METHODS) == is_paper)]
             cases.append((task, f"{task}, {kind}", lines))
-    figure, grid = panels(15, 3.9, cases, 3)
+    methods, (figure, grid) = list(groups(rows, "method")), panels(15, 3.9, cases, 3)
     for (task, title, lines), axes in grid:
         for axis, name in zip(axes, shown[task]):
-            for number, (setting, points) in enumerate(lines):
-                setting_line(axis, number, setting, points, name)
+            for setting, points in lines[::-1]:
+                setting_line(axis, methods.index(setting[:1]), setting, points, name, setting == lines[0][0])
             axis.set(xlabel="velocity evaluations a sample", ylabel=name, title=title)
             # The worst tenth is left out: runs that diverge would flatten all others.
             low, high = np.quantile(columns_of(by_task[task,], name), (0, 0.9) if name == "nearest_real" else (0.1, 1))
@@ -192,13 +192,13 @@ def beyond(rows: list[Row], shown: Shown) -> Figure:
     return figure
 
 
-def setting_line(axis: Axes, number: int, setting: tuple, rows: list[Row], name: str) -> None:
-    """Draws one setting.  Number 0 is the published one."""
+def setting_line(axis: Axes, n: int, setting: tuple, rows: list[Row], name: str, is_published: bool) -> None:
+    """Draws one setting, of the n-th method."""
     method, option, T, solver = setting
     label = ", ".join(filter(None, [method, option, f"T = {T}", solver]))
     colors = [color for color in COLORS if color != "#000000"]  # black is the published setting
-    look = {"color": colors[number - 1], "marker": MARKERS[number - 1], "lw": 1.2, "ms": 4, "label": label}
-    if number == 0:
+    look = {"color": colors[n % len(colors)], "marker": MARKERS[n % len(colors)], "lw": 1.2, "ms": 4, "label": label}
+    if is_published:
         look |= {"color": "#000000", "lw": 3.5, "ms": 7, "label": "published: " + label}
     x, y, error = columns_of(rows, "evaluations", name, f"{name}_error")
     axis.plot(x, y, **look)
