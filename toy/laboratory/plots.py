@@ -179,11 +179,12 @@ def beyond(rows: list[Row], shown: Shown) -> Figure:
         for kind, is_paper in (("the paper's methods", True), ("later methods", False)):
             lines = [published, *(line for line in others if (line[0][0] in METHODS) == is_paper)]
             cases.append((task, f"{task}, {kind}", lines))
-    methods, (figure, grid) = list(groups(rows, "method")), panels(15, 3.9, cases, 3)
+    methods, (figure, grid) = [method for (method,) in groups(rows, "method")], panels(15, 3.9, cases, 3)
     for (task, title, lines), axes in grid:
         for axis, name in zip(axes, shown[task]):
-            for setting, points in lines[::-1]:
-                setting_line(axis, methods.index(setting[:1]), setting, points, name, setting == lines[0][0])
+            for setting, points in lines:
+                alike = [method for method in methods if (method in METHODS) == (setting[0] in METHODS)]
+                setting_line(axis, alike.index(setting[0]), setting, points, name, setting == lines[0][0])
             axis.set(xlabel="velocity evaluations a sample", ylabel=name, title=title)
             # The worst tenth is left out: runs that diverge would flatten all others.
             low, high = np.quantile(columns_of(by_task[task,], name), (0, 0.9) if name == "nearest_real" else (0.1, 1))
@@ -199,7 +200,7 @@ def setting_line(axis: Axes, n: int, setting: tuple, rows: list[Row], name: str,
     colors = [color for color in COLORS if color != "#000000"]  # black is the published setting
     look = {"color": colors[n % len(colors)], "marker": MARKERS[n % len(colors)], "lw": 1.2, "ms": 4, "label": label}
     if is_published:
-        look |= {"color": "#000000", "lw": 3.5, "ms": 7, "label": "published: " + label}
+        look |= {"color": "#000000", "lw": 3.5, "ms": 7, "zorder": 3, "label": "published: " + label}
     x, y, error = columns_of(rows, "evaluations", name, f"{name}_error")
     axis.plot(x, y, **look)
     axis.fill_between(x, y - error, y + error, color=look["color"], alpha=0.2, lw=0)
