@@ -54,7 +54,7 @@ WORDS = {
 
 HINGE, LARGE = {"hinge": "hinge", "equal": "samples"}, {"task": "digits", "budget": "large"}
 BEST = {"setting": setting, "share": number("share", 2, "–")}
-UTILITY = {"": number("utility")}
+BEYOND, UTILITY = {"option": "|K 3", "solver": "euler"}, {"": number("utility")}
 COSINES = {"evaluations": number("evaluations", 0), "at equal cost": number("step_cosine")}
 TABLES = [
     (FINDINGS, "| method |", "beyond-headline", "method", {}, BEST),
@@ -62,7 +62,8 @@ TABLES = [
     (RESULTS, "| method | FLUX, quoted |", "compare", "method", HINGE, {"": number("reward")}),
     (RESULTS, "| `toy` |", "compare", "method", HINGE | LARGE | {"task": "toy"}, {}),
     (RESULTS, "| `digits` |", "compare", "method", HINGE | LARGE, {}),
-    (RESULTS, "| method | `toy`, T", "beyond", "method", {"option": "|K 3", "solver": "euler"}, UTILITY),
+    (RESULTS, "| `toy`, 870 |", "beyond", "method", BEYOND | {"task": "toy"}, UTILITY),
+    (RESULTS, "| `digits`, 870 |", "beyond", "method", BEYOND | {"task": "digits"}, UTILITY),
     (RESULTS, "| branch |", "guidance", "branch", {"iterations": "60"}, {"length": number("ratio")}),
     (RESULTS, "| method | evaluations |", "beyond-fidelity", "method", {}, COSINES),
     (RESULTS, "| claim |", "ablations-directions", "claim", {"figure": "reward"}, {"": verdict}),
