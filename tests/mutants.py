@@ -58,7 +58,8 @@ leash-order ~ self.leash_gradients.pop() ~ self.leash_gradients.pop(0) ~ backwar
 leash-of-microbatch ~ (difference.numel() * self.microbatches) ~ difference.numel() ~ backward parts
 leash-through-state ~ v.backward(dv, retain ~ v.backward(dv + self.leash_gradients[-1], retain ~ backward formula
 rows-of-rank-0 ~ microbatches), rank * ~ microbatches), 0 * ~ backward rows_of
-train_leap_align.py: never-clipped ~ if norm > self.config.max_grad_norm ~ if norm < 0 ~ trainer norm
+runtime/optimizer.py: never-clipped ~ if max_norm < norm < math.inf ~ if norm < 0 ~ trainer norm
+train_leap_align.py: schedule-not-resumed ~ for _ in range(self.progress ~ for _ in range(0 * self.progress ~ learning_rate bit
 accumulated-sum ~ loss / self.config.gradient_accumulation_steps ~ loss ~ trainer whole_batch and refl
 never-reduced ~ self.task.model, is_last ~ self.task.model, False ~ plan exchange
 live-weights-evaluated ~ with self.ema.swapped(): ~ with torch.no_grad(): ~ trainer averaged
