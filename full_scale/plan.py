@@ -212,6 +212,8 @@ def host_and_disk(trainer: Trainer, machine: Machine) -> tuple[dict[str, int], d
     loading = sum(p.nbytes for module in task.frozen_modules() for p in module.parameters())
     host = {"loading": loading, "checkpoint": min(machine.gpus * HOST_BYTES, 3 * checkpoint)}
     disk = {"checkpoint": checkpoint, "checkpoints at most": most, "export": export}
+    if every := trainer.config.export_every:
+        disk["exports along the way"] = trainer.config.iterations // every * export
     return host | {"export": min(EXPORT_FILE_BYTES, export)}, disk
 
 
