@@ -98,6 +98,12 @@ def test_a_run_continues_from_an_export_of_another_and_its_leash_holds_the_base(
     assert train(tmp_path / "part", [*arguments, "--resume"]) == warm  # which needs the export no more
 
 
+def weights(folder):
+    """The bytes of every tensor; the metadata in a file have no fixed order."""
+    files = {file.relative_to(folder): load_file(file) for file in folder.rglob("*.safetensors")}
+    return {(file, name): w.numpy().tobytes() for file, tensors in files.items() for name, w in tensors.items()}
+
+
 @pytest.mark.parametrize("task", ["toy", "flux", "flux --lora-rank 2"])
 def test_exports_are_what_a_shorter_run_ends_with_and_all_are_kept(models, tmp_path, task):
     """Also what a run resumed between two exports writes."""
@@ -109,11 +115,11 @@ def test_exports_are_what_a_shorter_run_ends_with_and_all_are_kept(models, tmp_p
         run = lambda out, *more: train(out, [*arguments, *more])  # noqa: E731
     run(tmp_path / "whole", "--export-every", "1")
     run(tmp_path / "part", "--export-every", "1", "--iterations", "1")
-    shorter, exports = tiny.content_of(tmp_path / "part" / kind), tmp_path / "whole" / "exports"
-    assert tiny.content_of(exports / "000001" / kind) == shorter
-    assert tiny.content_of(exports / "000002" / kind) == tiny.content_of(tmp_path / "whole" / kind) != shorter
+    shorter, exports = weights(tmp_path / "part" / kind), tmp_path / "whole" / "exports"
+    assert weights(exports / "000001" / kind) == shorter
+    assert weights(exports / "000002" / kind) == weights(tmp_path / "whole" / kind) != shorter
     run(tmp_path / "part", "--export-every", "1", "--resume")
-    assert tiny.content_of(tmp_path / "part" / "exports") == tiny.content_of(exports)
+    assert weights(tmp_path / "part" / "exports") == weights(exports)
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -144,8 +150,8 @@ def test_sample_scales_the_adapters_of_any_format(models, tmp_path, form):
     """At 0 the images are the base's; otherwise those of adapters whose B is multiplied by hand."""
     path, _ = write_lora(models, "flux", tmp_path / "foreign", form)
     train(tmp_path / "run", flags(models, "flux", *LIKE_IT, "--lora", path, "--iterations", 0))
-    weights = tiny.exported(tmp_path / "run")  # with alpha as the rank
-    save_file({k: w / 4 if ".lora_B." in k else w for k, w in weights.items()}, tmp_path / "quarter.safetensors")
+    adapters = tiny.exported(tmp_path / "run")  # with alpha as the rank
+    save_file({k: w / 4 if ".lora_B." in k else w for k, w in adapters.items()}, tmp_path / "quarter.safetensors")
     drawings = {"base": [], "zero": ["--lora", path, "--lora-scale", 0], "one": ["--lora", path]}
     drawings |= {"scaled": [*drawings["one"], "--lora-scale", 0.25]}
     drawings |= {"quarter": ["--lora", tmp_path / "quarter.safetensors"]}
@@ -154,6 +160,6 @@ def test_sample_scales_the_adapters_of_any_format(models, tmp_path, form):
     drawn = {name: images(tmp_path / name) for name in drawings}
     difference = lambda a, b: max(abs(drawn[a][file] - drawn[b][file]).max() for file in drawn["base"])  # noqa: E731
     assert difference("base", "zero") == 0 and difference("scaled", "quarter") <= 1
-    assert difference("base", "scaled") > 5 and difference("scaled", "one") > 5
+    assert difference("base", "scaled") > 2 and difference("scaled", "one") > 2
     line = refusal(sampling(models, tmp_path / "scaled", "--lora", path, "--lora-scale", 0.5))
     assert "lora_scale was 0.25, is 0.5" in line
