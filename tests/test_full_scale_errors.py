@@ -52,10 +52,10 @@ def odd(models, tmp_path_factory):
     weights = load_file(odd / "run" / "lora" / "pytorch_lora_weights.safetensors")
     wide = {k.replace("transformer_blocks.1", "transformer_blocks.0"): w.repeat(1, 2) for k, w in weights.items()}
     save_file(wide, odd / "wide.safetensors")
-    first = min(weights)
+    first, again = min(weights), weights[min(weights)].clone()
     save_file({k: w for k, w in weights.items() if k != first}, odd / "half.safetensors")
-    save_file(weights | {first.replace("lora_A.weight", "dora_scale"): weights[first]}, odd / "dora.safetensors")
-    save_file(weights | {f"text_encoder.{first}": weights[first]}, odd / "text.safetensors")
+    save_file(weights | {first.replace("lora_A.weight", "dora_scale"): again}, odd / "dora.safetensors")
+    save_file(weights | {f"text_encoder.{first}": again}, odd / "text.safetensors")
     tool(*tiny.embedding(models, odd / "embedded", name="sd3"))
     next((odd / "embedded").glob("*.safetensors")).unlink()
     tool(*tiny.embedding(models, odd / "short", "--max-sequence-length", 9))
