@@ -8,7 +8,7 @@
     python train_leap_align.py --task flux --help                  every flag of a task, here FLUX.1-dev
 
 A run's folder holds config.json, metrics.csv (a row per iteration), evaluations.csv, result.json (the evaluators before
-and after training), figures, checkpoint/ and the trained weights' average (model/, transformer/ or lora/).
+and after training), figures, checkpoint/ and the trained weights' average (model/, transformer/ or lora/; exports/).
 """
 
 import signal
@@ -25,20 +25,21 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import record_function
 from tqdm import tqdm
 
 import beyond
 import leap_align
 from beyond import SOLVERS, Hyper
-from leap_align import Endpoints, differentiable, objective
-from runtime import command_line, files, processes, report, run_dir
+from leap_align import differentiable, objective
+from runtime import command_line, processes, report, run_dir
 from runtime.backward import BatchGenerator, Leash, SplitVelocity, leaf, rows_of_rank
 from runtime.checkpoint import Progress, TrainingState, load_checkpoint, save_checkpoint
 from runtime.ema import EMA
 from runtime.environment import environment, sources
 from runtime.exit import REPORTED, exit_process
+from runtime.optimizer import clip_gradient, lr_schedule
 from runtime.processes import mean, rank, run_on_all_ranks, run_on_rank0, world_size
 from runtime.task import Task, check_evaluation, check_gradient, check_step_metrics, check_task, trained_parameters
 
@@ -52,13 +53,8 @@ TASKS = {
 }
 """Where each task's class is; it is imported only when the task is chosen."""
 METHODS = {**leap_align.METHODS, **beyond.METHODS}  # the methods of the paper, and those beyond it
-METRICS = tuple("loss reward grad_norm weight d_j d_0 hinge_active i_k i_j leash v_norm seconds skipped".split())
+METRICS = tuple("loss reward grad_norm weight d_j d_0 hinge_active i_k i_j leash v_norm lr seconds skipped".split())
 """The columns of metrics.csv, after `iteration` and before those of the task."""
-CHANGEABLE_ON_RESUME = frozenset(
-    "iterations gradient_accumulation_steps evaluate_every checkpoint_every checkpoint_minutes checkpoints_total_limit "
-    "max_skipped_steps process_group_timeout tracker out resume".split()
-)
-"""Fields of Config that may change on --resume: no iteration depends on them."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +72,8 @@ class Config:
     solver: Literal["euler", "ab2"] = "euler"  # Solver of sampling runs in training; ab2: second-order Adams-Bashforth.
     beta: float = 0.0  # Weight of the leash to the pre-trained model (beta); 0 for no leash.
     lr: float = 1e-4  # AdamW's learning rate (eta).
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"  # After the warmup; the others decay to 0.
+    lr_warmup_steps: int = 0  # Iterations in which the learning rate rises linearly from lr / their number to lr.
     weight_decay: float = 1e-4  # AdamW's weight decay.
     max_grad_norm: float = 1.0  # A gradient with a larger norm is scaled down to this one.
     ema_decay: float = 0.995  # Decay of the averaged weights, which are evaluated and saved; lower at first.
@@ -83,13 +81,14 @@ class Config:
     checkpoint_every: int = 100  # Iterations between checkpoints, at most.
     checkpoint_minutes: float = 30.0  # Minutes between checkpoints, at most, and the rest of an iteration.
     checkpoints_total_limit: int = 2  # Checkpoints to keep; an older one replaces a damaged one.
+    export_every: int = 0  # Iterations between exports of the averaged weights, all kept (exports/); 0 for none.
     max_skipped_steps: int = 10  # Consecutive iterations with a loss or gradient that is not finite before a run stops.
     process_group_timeout: float = processes.GROUP_MINUTES  # Minutes that a process waits for another one.
     seed: int = 0  # Seed of noise, prompts and timesteps.
-    # Where to watch the run: every metric, evaluation and image, besides the files in the run's folder.
-    tracker: Literal["tensorboard", "wandb"] | None = None
+    tracker: Literal["tensorboard", "wandb"] | None = None  # Where to watch the run's metrics and images, too.
     out: Path | None = None  # The run's folder; runs/TASK-METHOD if not given.
     resume: bool = False  # Continue the run in this folder from its newest checkpoint, or start it if there is none.
+    allow_changed: tuple[command_line.Allowed, ...] = ()  # What --resume may change; config.json lists the changes.
 
 
 TaskOptions = TypeVar("TaskOptions")
@@ -115,14 +114,13 @@ task_class = partial(command_line.task_class, tasks=TASKS)
 class Trainer:
     """A task under training by one method: an iteration is `step`, its parts are `backward` and `optimizer_step`."""
 
-    def __init__(
-        self, config: Config, hyper: Hyper, task: Task, method: Callable[..., Endpoints] | None = None
-    ) -> None:
+    def __init__(self, config: Config, hyper: Hyper, task: Task, method: Callable | None = None) -> None:
         self.config, self.hyper, self.task = config, hyper, task
         self.method = method or METHODS[config.method]
         self.parameters = trained_parameters(config.task, task.model)
         # Fused: one pass over the weights instead of a dozen.
         self.optimizer = torch.optim.AdamW(self.parameters, config.lr, weight_decay=config.weight_decay, fused=True)
+        self.schedule = lr_schedule(self.optimizer, config.lr_scheduler, config.lr_warmup_steps, config.iterations)
         self.ema = EMA(self.parameters, config.ema_decay)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.state = TrainingState(task.model, self.optimizer, self.ema, self.generator)
@@ -145,7 +143,8 @@ class Trainer:
             metrics.append(self.backward(*arguments, is_last=rows == microbatches[-1]))
         self.generator.set_state(generator.get_state())
         row = processes.mean_over_ranks(mean(metrics), task.device)
-        row["grad_norm"] = self.optimizer_step(row["loss"])
+        row |= {"lr": self.schedule.get_last_lr()[0], "grad_norm": self.optimizer_step(row["loss"])}
+        self.schedule.step()
         self.progress.iteration += 1
         if row["grad_norm"] == 0 and row["hinge_active"] > 0 and not self.zero_is_reported:
             self.zero_is_reported = True
@@ -203,16 +202,12 @@ class Trainer:
     def optimizer_step(self, loss: float) -> float:
         """Clips the gradient and updates weights and average; returns the norm before clipping.
 
-        A loss or norm that is not finite leaves everything unchanged.  Both are those of the whole batch, so that all
-        ranks decide alike.
+        A loss or norm that is not finite, of the whole batch and so on all ranks, leaves everything unchanged.
         """
         with record_function("optimizer"):
-            total = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-            norm = processes.full_value(total).item()
+            norm = clip_gradient(self.parameters, self.config.max_grad_norm)
         if math.isfinite(loss) and math.isfinite(norm):
             with record_function("optimizer"):
-                if norm > self.config.max_grad_norm:  # clipping would multiply every gradient by one otherwise
-                    nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, total)
                 self.optimizer.step()
             with record_function("EMA"):
                 self.ema.update(self.progress.updates)
@@ -236,22 +231,22 @@ class Trainer:
 
         folder: the run's folder, for evaluations.csv and the task's samples; None writes nothing.
         """
-        progress = self.progress
         with self.ema.swapped():
-            values = self.task.evaluate(folder, progress.iteration)
-        check_evaluation(self.config.task, self.task, values, progress.iteration)
-        progress.evaluations.append({"iteration": progress.iteration, **values})
-        warnings = report.reward_hacking_warnings(progress.evaluations, self.task.held_out)
-        if folder is not None:
-            files.write_csv(folder / "evaluations.csv", progress.evaluations)
-            for name in warnings.keys() - progress.warnings.keys():
-                tqdm.write(warnings[name])
-        progress.warnings = warnings
+            values = self.task.evaluate(folder, self.progress.iteration)
+        check_evaluation(self.config.task, self.task, values, self.progress.iteration)
+        report.add_evaluation(self.progress, values, self.task.held_out, folder)
         return values
 
     def save(self, folder: Path) -> None:
         """Writes a checkpoint."""
         save_checkpoint(folder, self.state, self.progress, self.config.checkpoints_total_limit)
+
+    def load(self, folder: Path) -> None:
+        """Restores the newest checkpoint, and notes what --allow-changed has changed since."""
+        self.progress, before = load_checkpoint(folder, self.state, self.config.iterations)
+        self.progress.changes += command_line.allowed_changes(before, self.config, self.progress.iteration)
+        for _ in range(self.progress.iteration):
+            self.schedule.step()
 
 
 def build_task(flags: Flags) -> Task:
@@ -284,6 +279,9 @@ def train(trainer: Trainer, folder: Path, stop_request: processes.StopRequest, t
                 row = trainer.step()
                 log.add({"iteration": progress.iteration, **row})
                 tracker.add("train", progress.iteration, {name: row[name] for name in columns if name in row})
+                if config.export_every and progress.iteration % config.export_every == 0:
+                    with trainer.ema.swapped():  # before an evaluation, in which a signal may end the run
+                        task.save(folder / "exports" / f"{progress.iteration:06d}")
                 trainer.evaluate_if_due(folder, tracker)
                 is_late = time.monotonic() > saved_at + 60 * config.checkpoint_minutes
                 is_due = progress.iteration % config.checkpoint_every == 0 or progress.iteration == config.iterations
@@ -312,7 +310,7 @@ def run(flags: Flags, stop_request: processes.StopRequest) -> None:
     method = command_line.choose("method", config.method, METHODS)
     run_on_rank0(lambda: command_line.check(config, hyper, method, world_size()))
     open_tracker = run_on_all_ranks(lambda: report.tracker_class(config.tracker))
-    changeable = CHANGEABLE_ON_RESUME | kind.changeable_on_resume
+    changeable = command_line.changeable_on_resume(config) | kind.changeable_on_resume
     with run_dir.locked_folder(folder, "config.json", TOOL):
         run_on_rank0(lambda: run_dir.check_run_folder(folder, settings, config.resume, changeable))
         run_on_rank0(lambda: report.announce(flags, kind, method, folder))
@@ -321,8 +319,9 @@ def run(flags: Flags, stop_request: processes.StopRequest) -> None:
         processes.check_same(contents | sources())  # now with what the task has imported
         if config.resume and run_dir.checkpoints(folder):
             run_on_rank0(lambda: run_dir.check_contents(folder, contents))
-            trainer.progress = load_checkpoint(folder, trainer.state, config.iterations)
-        run_on_rank0(lambda: run_dir.write_settings(folder / "config.json", settings | {"contents": contents}))
+            trainer.load(folder)
+        more = {"contents": contents, "changes": trainer.progress.changes}
+        run_on_rank0(lambda: run_dir.write_settings(folder / "config.json", settings | more))
         with run_on_all_ranks(lambda: open_tracker(folder, settings)) as tracker:
             stop_request.is_deferred = True  # from here on `train` looks for it
             train(trainer, folder, stop_request, tracker)

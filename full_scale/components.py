@@ -16,11 +16,13 @@ from leap_align import BadInput, require
 from runtime.files import check_no_pipe, read_json
 from runtime.processes import one_line
 
+PEFT_FILE = "adapter_model.safetensors"  # beside adapter_config.json
 REMEDY = "restore it, or download it again"
 MAIN_FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 READ = f"""config.json generation_config.json scheduler_config.json preprocessor_config.json tokenizer_config.json
 tokenizer.json tokenizer.model spiece.model vocab.json vocab.txt merges.txt added_tokens.json special_tokens_map.json
-chat_template.json chat_template.jinja {" ".join(f"{name}.index.json" for name in MAIN_FILES.values())}""".split()
+chat_template.json chat_template.jinja adapter_config.json
+{" ".join(f"{name}.index.json" for name in MAIN_FILES.values())}""".split()
 """What diffusers and transformers read in a component's folder, beside weights."""
 
 
@@ -111,7 +113,8 @@ def weight_files(folder: Path) -> list[Path]:
     """
     config = folder / "config.json"
     if not config.is_file():
-        return [path for path in [folder / "pytorch_lora_weights.safetensors"] if path.is_file()]
+        adapters = (folder / name for name in ("pytorch_lora_weights.safetensors", PEFT_FILE))
+        return [path for path in adapters if path.is_file()][:1]
     is_of_diffusers = "_class_name" in read_config(folder)
     main = check_no_pipe(folder / MAIN_FILES["diffusers" if is_of_diffusers else "transformers"])
     index = folder / f"{main.name}.index.json"

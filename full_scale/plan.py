@@ -137,7 +137,7 @@ def start_trainer(flags: PlanFlags, simulation: Simulation, folder: Path) -> Tra
     name, prompts = flags.run.task, folder / "prompts.txt"
     write_json(folder / "model_index.json", {"_class_name": FAMILIES[name].pipeline_name})
     prompts.write_text("".join(f"prompt {i}\n" for i in range(10_000)))
-    files = {"model": str(folder), "prompts": prompts, "evaluation_prompts": None}
+    files = {"model": str(folder), "prompts": prompts, "evaluation_prompts": None, "lora": None, "transformer": None}
     kind = simulated(task_class(name), flags.task.model, simulation, flags.machine.stored_embeddings)
     task = kind(replace(flags.task, **files), flags.run.T)
     if flags.run.beta:
@@ -212,6 +212,8 @@ def host_and_disk(trainer: Trainer, machine: Machine) -> tuple[dict[str, int], d
     loading = sum(p.nbytes for module in task.frozen_modules() for p in module.parameters())
     host = {"loading": loading, "checkpoint": min(machine.gpus * HOST_BYTES, 3 * checkpoint)}
     disk = {"checkpoint": checkpoint, "checkpoints at most": most, "export": export}
+    if every := trainer.config.export_every:
+        disk["exports along the way"] = trainer.config.iterations // every * export
     return host | {"export": min(EXPORT_FILE_BYTES, export)}, disk
 
 

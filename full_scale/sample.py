@@ -1,21 +1,21 @@
 """Draw images from a base or trained model with diffusers' own pipeline."""
 
 import json
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from full_scale import pipeline
-from full_scale.components import load_component, loading
+from full_scale.adapters import adapters_path, load_adapters
+from full_scale.components import load_component
 from full_scale.contents import files_content, prompts_content
 from full_scale.pipeline import TEXT_SUBFOLDERS, Precision, pipeline_folder
 from full_scale.prompts import read_lines, read_prompts
-from full_scale.transformer import read_lora
 from leap_align import require
 from runtime.files import atomic_file, parse_json, write_text
 from runtime.processes import (
@@ -38,6 +38,7 @@ def sample(
     geneval: Path | None = None,
     transformer: Path | None = None,
     lora: Path | None = None,
+    lora_scale: float = 1.0,
     steps: int = 50,
     images_per_prompt: int = 4,
     height: int = 720,
@@ -57,7 +58,8 @@ def sample(
         prompts: Text file, one prompt per line.
         geneval: Instead of prompts, GenEval's evaluation_metadata.jsonl; OUT gets its evaluator's folder layout.
         transformer: A run's folder transformer/, in place of the pipeline's own.
-        lora: A run's folder lora/, on top of the pipeline's transformer.
+        lora: A run's folder lora/, on top of the pipeline's transformer; or any LoRA that diffusers or peft read.
+        lora_scale: Strength of the adapters: 0 draws the pipeline's own images, 1 the trained ones.
         steps: Sampling steps.
         images_per_prompt: Images per prompt.
         height: Pixels, a multiple of 16.
@@ -78,8 +80,8 @@ def sample(
     texts = prompts_content([*layout.prompts, *layout.metadata])
     settings = {"prompts": texts, "steps": steps, "images_per_prompt": images_per_prompt, "height": height}
     settings |= {"width": width, "guidance": guidance, "batch_size": batch_size, "precision": precision}
-    settings |= {"max_sequence_length": max_sequence_length}
-    pipe = run_on_all_ranks(lambda: open_trained(model, transformer, lora, getattr(torch, precision)))
+    settings |= {"max_sequence_length": max_sequence_length, "lora_scale": lora_scale if lora else None}
+    pipe = run_on_all_ranks(lambda: open_trained(model, transformer, lora, lora_scale, getattr(torch, precision)))
     pipeline.check_positions(pipe.transformer, height, width)
     pipeline.count_cut_prompts(pipe, layout.prompts, max_sequence_length)
     settings |= run_on_all_ranks(lambda: contents(model, transformer, lora) if is_first_of_node() else {})
@@ -102,7 +104,7 @@ def contents(model: str, transformer: Path | None, lora: Path | None) -> dict[st
     return {
         "model": files_content(folder, *TEXT_SUBFOLDERS, "vae", "scheduler"),
         "transformer": files_content(transformer or folder / "transformer", "."),
-        "lora": files_content(lora, ".") if lora else None,
+        "lora": files_content(adapters_path(lora), ".") if lora else None,
     }
 
 
@@ -164,8 +166,10 @@ def read_geneval_line(path: Path, line: str) -> str:
     return prompt
 
 
-def open_trained(model: str, transformer: Path | None, lora: Path | None, dtype: torch.dtype) -> Any:
+def open_trained(model: str, transformer: Path | None, lora: Path | None, lora_scale: float, dtype: torch.dtype) -> Any:
     """A complete pipeline on the CPU, with the trained transformer or adapters if one is given."""
+    require(math.isfinite(lora_scale), f"lora_scale={lora_scale} must be finite")
+    require(lora or lora_scale == 1, f"lora_scale={lora_scale} scales adapters, but there are none: give --lora, too")
     require(not (transformer and lora), "give --transformer or --lora, not both: a run trains one of them")
     folder = pipeline_folder(model)
     family, components = pipeline.family_of(folder), {}
@@ -176,19 +180,7 @@ def open_trained(model: str, transformer: Path | None, lora: Path | None, dtype:
     require(not lora or lora.exists(), f"lora={lora} does not exist: a finished run leaves it in its own folder")
     pipe = pipeline.open_pipeline(family, folder, dtype, **components)
     if lora:
-        check_adapters(lora, pipe.transformer)
-        with loading(f"{lora} does not fit {model}"):
-            pipe.load_lora_weights(lora, local_files_only=True, use_safetensors=True)
+        load_adapters(lora, family, pipe.transformer)
+        pipe.transformer.set_adapters(pipe.transformer.active_adapters(), lora_scale)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def check_adapters(lora: Path, transformer: nn.Module) -> None:
-    """Refuses adapters of layers that the transformer does not have; diffusers would ignore them."""
-    adapters, layers = read_lora(lora), dict(transformer.named_modules())
-    require(adapters, f"{lora} holds no adapters: give the folder lora/ of a finished run")
-    for name, weight in adapters.items():
-        layer, _, side = name.removeprefix("transformer.").partition(".lora_")
-        axis = 1 if side.startswith("A") else 0  # A is (rank, in), B is (out, rank)
-        fits = layer in layers and weight.shape[axis] == layers[layer].weight.shape[axis]
-        require(fits, f"{lora} does not fit the model: {layer} is not one of its layers, or has another size")

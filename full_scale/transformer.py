@@ -12,8 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -31,7 +30,7 @@ from full_scale.components import (
 )
 from full_scale.pipeline import Family
 from leap_align import BadInput, require
-from runtime.files import atomic_folder, check_no_pipe, disk_remedy, write_errors_named, write_json
+from runtime.files import atomic_folder, disk_remedy, write_errors_named, write_json
 from runtime.processes import full_value, one_line, rank, reshard, run_on_all_ranks, run_on_rank0, world_size
 
 EXPORT_FILE_BYTES = 2 * 10**9  # the most in a file of an export, unless a weight is larger; rank 0 holds one file
@@ -53,6 +52,15 @@ def check_lora(lora_rank: int, lora_alpha: float | None) -> None:
     if lora_alpha is not None:
         require(lora_rank, f"lora_alpha={lora_alpha} scales adapters, but there are none: give --lora-rank, too")
         require(0 < lora_alpha < math.inf, f"lora_alpha={lora_alpha} must be positive and finite")
+
+
+def check_start(lora: Path | None, start: Path | None, lora_rank: int) -> None:
+    """Refuses to start from adapters where none are trained, and from a transformer that would stay frozen."""
+    for name, path in {"lora": lora, "transformer": start}.items():
+        require(path is None or path.exists(), f"{name}={path} does not exist: give what a run has written")
+    require(lora is None or lora_rank, f"lora={lora} holds adapters, but every weight is trained: give its --lora-rank")
+    remedy = "leave out --lora-rank, or put it into a pipeline for --model"
+    require(start is None or not lora_rank, f"transformer={start} would stay frozen under LoRA: {remedy}")
 
 
 def add_lora(
@@ -190,13 +198,6 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
 
 
 # --------------------------------------------------- Load and save ---------------------------------------------------
-def load_lora(model: nn.Module, folder: Path) -> None:
-    """Loads adapters that `export_lora` wrote."""
-    layers = scale_b(read_lora(folder), 1 / lora_scale(model)).items()
-    state = {name.replace(".weight", ".default.weight").removeprefix("transformer."): value for name, value in layers}
-    _set_lora(model, state)
-
-
 def lora_scale(model: nn.Module) -> float:
     """alpha / rank, by which adapters are multiplied."""
     config = model.peft_config["default"]
@@ -244,21 +245,10 @@ def reset_lora(model: nn.Module) -> None:
         if ".lora_A." in name:
             nn.init.kaiming_uniform_(state[name], a=5**0.5, generator=generator)
     if state:
-        _set_lora(model, state)
+        set_lora(model, state)
 
 
-def read_lora(path: Path) -> dict[str, Tensor]:
-    """The adapters in a `lora/` folder, or in one file."""
-    file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
-    try:
-        adapters = load_file(check_no_pipe(file))
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{file} is missing or damaged ({one_line(error)}): restore it") from error
-    check_finite(adapters, file)
-    return adapters
-
-
-def _set_lora(model: nn.Module, state: dict[str, Tensor]) -> None:
+def set_lora(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copies whole tensors, the same on every rank, into the adapters; all adapters must be named."""
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     require(state.keys() == names, f"adapters for {len(state)} layers do not fit the model's {len(names)}")

@@ -56,6 +56,7 @@ class Progress:
     evaluations: list[dict[str, float]] = field(default_factory=list)
     warnings: dict[str, str] = field(default_factory=dict)  # those of reward hacking that hold now, by evaluator
     consecutive_skips: int = 0  # iterations skipped in a row, up to now
+    changes: list[dict[str, Any]] = field(default_factory=list)  # of settings on --resume
 
 
 class TrainingState(NamedTuple):
@@ -151,8 +152,8 @@ def _publish(folder: Path, path: Path, content: dict[str, Any], limit: int) -> N
 
 
 # -------------------------------------------------------- Load -------------------------------------------------------
-def load_checkpoint(folder: Path, state: TrainingState, iterations: int) -> Progress:
-    """Loads the newest undamaged checkpoint into `state` and restores the logs; returns the progress.
+def load_checkpoint(folder: Path, state: TrainingState, iterations: int) -> tuple[Progress, dict[str, Any]]:
+    """Loads the newest undamaged checkpoint into `state`, restores the logs; returns progress and settings (JSON).
 
     Refuses a checkpoint with more than `iterations` behind it, before anything changes.
     """
@@ -164,7 +165,8 @@ def load_checkpoint(folder: Path, state: TrainingState, iterations: int) -> Prog
     state.generator.set_state(torch.tensor(content["generator"], dtype=torch.uint8))
     for name in LOGS:
         run_on_rank0(lambda name=name: write_text(folder / name, content[name]))
-    return Progress(**{name: content[name] for name in Progress.__dataclass_fields__})
+    progress = Progress(**{name: content[name] for name in Progress.__dataclass_fields__})
+    return progress, parse_json(content["config.json"])
 
 
 def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -227,6 +229,8 @@ IS_RIGHT = {
     "seconds": lambda value: isinstance(value, float),
     "evaluations": lambda value: isinstance(value, list) and all(map(_is_evaluation, value)),
     "warnings": lambda value: _has_values(value, str),
+    "changes": lambda value: isinstance(value, list) and all(isinstance(row, dict) for row in value),
+    "config.json": lambda value: isinstance(parse_json(value), dict),
     "digests": lambda value: _has_values(value, str) and all(Path(name).name == name for name in value),
     "generator": lambda value: [torch.Generator().set_state(torch.tensor(value, dtype=torch.uint8))],
 }

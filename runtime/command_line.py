@@ -4,7 +4,7 @@ import argparse
 import math
 import pkgutil
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -62,13 +62,35 @@ def parse(
     )
 
 
+CHANGEABLE_ON_RESUME = frozenset(
+    "gradient_accumulation_steps evaluate_every checkpoint_every checkpoint_minutes checkpoints_total_limit "
+    "export_every max_skipped_steps process_group_timeout tracker out resume allow_changed".split()
+)
+"""Fields of the trainer's Config that may change on --resume: no iteration depends on them."""
+Allowed = Literal["lr", "lr_scheduler", "lr_warmup_steps", "iterations"]
+"""Those that may change if --allow-changed names them."""
+
+
+def changeable_on_resume(config: Any) -> frozenset[str]:
+    """All that may change in this run; a decay of the learning rate depends on the number of iterations."""
+    iterations = {"iterations"} if config.lr_scheduler == "constant" else set()
+    return CHANGEABLE_ON_RESUME | iterations | set(config.allow_changed)
+
+
+def allowed_changes(before: dict[str, Any], config: Any, iteration: int) -> list[dict[str, Any]]:
+    """What --allow-changed has changed in the settings before this iteration: {"iteration", name: [before, now]}."""
+    found = {name: [before.get(name), getattr(config, name)] for name in config.allow_changed}
+    found = {name: values for name, values in found.items() if values[0] != values[1]}
+    return [{"iteration": iteration, **found}] if found else []
+
+
 def check(config: Any, hyper: Any, method: Callable[..., Endpoints], world_size: int) -> None:
     """Refuses values of the trainer's Config and of Hyper that cannot work, before anything expensive is built."""
     counts = ("batch_size", "gradient_accumulation_steps", "evaluate_every", "checkpoint_every")
     ranges = {name: (1, 2**20) for name in (*counts, "checkpoints_total_limit", "max_skipped_steps")}
     ranges |= {"T": (2, 10_000), "iterations": (0, 2**31), "seed": (0, 2**63 - 1)}
     ranges |= {"lr": (1e-30, 1e6), "weight_decay": (0, 1e6), "max_grad_norm": (1e-30, math.inf)}
-    ranges |= {"checkpoint_minutes": (0, math.inf)}
+    ranges |= {"checkpoint_minutes": (0, math.inf), "lr_warmup_steps": (0, 2**20), "export_every": (0, 2**20)}
     for name, (least, most) in ranges.items():
         value = getattr(config, name)
         require(least <= value <= most, f"{name}={value} must lie between {least} and {most}")

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from runtime.checkpoint import Progress
-from runtime.files import atomic_file, read_csv, write_json
+from runtime.files import atomic_file, read_csv, write_csv, write_json
 from runtime.processes import RaisedOnAllRanks, full_value, printable, rank, world_size
 from runtime.run_dir import checkpoints
 from runtime.task import Task
@@ -38,6 +38,19 @@ def reward_hacking_warnings(evaluations: list[Evaluation], held_out: dict[str, f
                 f"reward {best['reward']:.3g} -> {now['reward']:.3g}, but {name} {best[name]:.3g} -> {now[name]:.3g}"
             )
     return warnings
+
+
+def add_evaluation(
+    progress: Progress, values: dict[str, float], held_out: dict[str, float], folder: Path | None
+) -> None:
+    """Adds an evaluation to the progress, with its warnings; with a folder, writes evaluations.csv and prints them."""
+    progress.evaluations.append({"iteration": progress.iteration, **values})
+    warnings = reward_hacking_warnings(progress.evaluations, held_out)
+    if folder is not None:
+        write_csv(folder / "evaluations.csv", progress.evaluations)
+        for name in warnings.keys() - progress.warnings.keys():
+            tqdm.write(warnings[name])
+    progress.warnings = warnings
 
 
 def announce(flags: Any, task: type[Task], method: Callable[..., Any], folder: Path) -> None:

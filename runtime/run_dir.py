@@ -41,7 +41,8 @@ def check_run_folder(folder: Path, settings: dict[str, Any], resume: bool, chang
         return
     require(resume, f"{folder} holds another run: choose another --out, continue with --resume, or delete it")
     if changes := _changes(folder / "config.json", settings, changeable):
-        raise BadInput(f"{folder} was run with other settings: {changes}; give those, or start a run in another --out")
+        remedy = "give those, start a run in another --out, or see --allow-changed in --help"
+        raise BadInput(f"{folder} was run with other settings: {changes}; {remedy}")
 
 
 def check_contents(folder: Path, contents: dict[str, str]) -> None:

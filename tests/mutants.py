@@ -58,7 +58,8 @@ leash-order ~ self.leash_gradients.pop() ~ self.leash_gradients.pop(0) ~ backwar
 leash-of-microbatch ~ (difference.numel() * self.microbatches) ~ difference.numel() ~ backward parts
 leash-through-state ~ v.backward(dv, retain ~ v.backward(dv + self.leash_gradients[-1], retain ~ backward formula
 rows-of-rank-0 ~ microbatches), rank * ~ microbatches), 0 * ~ backward rows_of
-train_leap_align.py: never-clipped ~ if norm > self.config.max_grad_norm ~ if norm < 0 ~ trainer norm
+runtime/optimizer.py: never-clipped ~ if max_norm < norm < math.inf ~ if norm < 0 ~ trainer norm
+train_leap_align.py: schedule-not-resumed ~ in range(self.progress ~ in range(0 * self.progress ~ learning_rate bit
 accumulated-sum ~ loss / self.config.gradient_accumulation_steps ~ loss ~ trainer whole_batch and refl
 never-reduced ~ self.task.model, is_last ~ self.task.model, False ~ plan exchange
 live-weights-evaluated ~ with self.ema.swapped(): ~ with torch.no_grad(): ~ trainer averaged
@@ -99,6 +100,7 @@ all-tokens ~ self.device, self.options.max_sequence_length) ~ self.device, 512) 
 one-evaluation-noise ~ x_T[i : i + 1] ~ x_T[:1] ~ full_scale_runs saturated
 full_scale/transformer.py: lora-starts-changed ~ torch.zeros(p.shape) ~ torch.ones(p.shape) ~ flux only_the_adapters
 memory-without-average ~ (5 * p.nbytes ~ (4 * p.nbytes ~ full_scale_errors too_little
+full_scale/adapters.py: alpha-ignored ~ * (scale / lora_scale(model)) ~ * 1 ~ warm_start function
 full_scale/pipeline.py: shift-of-pixels ~ height // 2 * (width // 2) ~ height * width ~ flux grid
 full_scale/contents.py: prompts-in-any-order ~ join(prompts) ~ join(sorted(prompts)) ~ full_scale_errors embed
 shapes-not-values ~ total.update(value.cpu() ~ (value.cpu() ~ damaged_files embedding

@@ -161,7 +161,7 @@ def test_a_checkpoint_whose_state_no_run_has_written_is_damaged(live, out, capsy
     state |= {name: change(state[name]) for name, change in CHANGES[kind].items()}
     text = json.dumps({name: value for name, value in state.items() if value is not ...})
     path.write_text(f"{hashlib.blake2b(text.encode()).hexdigest()}\n{text}")
-    assert checkpoint.load_checkpoint(out, live.state, 4).iteration == 1
+    assert checkpoint.load_checkpoint(out, live.state, 4)[0].iteration == 1
     assert "000002 is damaged (" in capsys.readouterr().out
 
 
@@ -172,7 +172,7 @@ TEXTS = ["[]", "3", "{", "[" * 10_000, '{"a":' * 10_000, '"\\ud800"', "\0"]
 def test_a_state_that_is_no_state_is_damaged(live, out, text):
     for content in (text, f"{hashlib.blake2b(text.encode()).hexdigest()}\n{text}"):
         (out / "checkpoint" / "000002" / "state.json").write_text(content)
-        assert checkpoint.load_checkpoint(out, live.state, 4).iteration == 1
+        assert checkpoint.load_checkpoint(out, live.state, 4)[0].iteration == 1
 
 
 @pytest.mark.parametrize("contents", [[], "x", 3, None, ...])

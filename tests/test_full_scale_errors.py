@@ -52,6 +52,10 @@ def odd(models, tmp_path_factory):
     weights = load_file(odd / "run" / "lora" / "pytorch_lora_weights.safetensors")
     wide = {k.replace("transformer_blocks.1", "transformer_blocks.0"): w.repeat(1, 2) for k, w in weights.items()}
     save_file(wide, odd / "wide.safetensors")
+    first, again = min(weights), weights[min(weights)].clone()
+    save_file({k: w for k, w in weights.items() if k != first}, odd / "half.safetensors")
+    save_file(weights | {first.replace("lora_A.weight", "dora_scale"): again}, odd / "dora.safetensors")
+    save_file(weights | {f"text_encoder.{first}": again}, odd / "text.safetensors")
     tool(*tiny.embedding(models, odd / "embedded", name="sd3"))
     next((odd / "embedded").glob("*.safetensors")).unlink()
     tool(*tiny.embedding(models, odd / "short", "--max-sequence-length", 9))
@@ -63,6 +67,7 @@ def odd(models, tmp_path_factory):
 
 
 DISTILLED = "holds a model that is distilled to few steps: train its base model, such as black-forest-labs/FLUX."
+TARGETS = "let --lora-targets name the file's layers, which end in"
 ANOTHER = "choose the files of this pipeline's kind"
 REFUSALS = """
 train --height 500                      | height=500 must be a multiple of 16
@@ -102,6 +107,22 @@ train --lora-rank 2 --lora-alpha 0      | lora_alpha=0.0 must be positive and fi
 train --lora-rank 2 --lora-alpha inf    | lora_alpha=inf must be positive and finite
 train --lora-rank 2 --lora-targets to_q nothing | no linear layer of FluxTransformer2DModel is called 'nothing'
 train --lora-rank 2 --lora-targets      | lora_targets is empty
+train --lora {odd}/run/lora             | run/lora holds adapters, but every weight is trained: give its --lora-rank
+sd3 --lora-rank 2 --lora {odd}/none     | lora={odd}/none does not exist: give what a run has written
+sd3 --lora-rank 3 --lora {odd}/run/lora | run/lora has adapters of rank 2, not lora_rank=3: give its --lora-rank
+sd3 --lora-rank 2 --lora-targets to_q --lora {odd}/run/lora | .to_k: {TARGETS} to_k to_out.0 to_q to_v
+sd3 --lora-rank 2 --lora-targets to_q to_k to_v to_out.0 to_add_out --lora {odd}/run/lora | only the run has an adapter
+sd3 --lora-rank 2 --lora {odd}/half.safetensors | half.safetensors
+sd3 --lora-rank 2 --lora {odd}/dora.safetensors | dora_scale of a DoRA: give a LoRA
+sd3 --lora-rank 2 --lora {odd}/text.safetensors | text.safetensors does not fit the model: text_encoder.
+train --lora-rank 2 --lora {odd}/run/lora | run/lora does not fit the model: transformer_blocks.
+train --transformer {odd}/none          | transformer={odd}/none does not exist: give what a run has written
+train --transformer {models}/flux/transformer --lora-rank 2 | flux/transformer would stay frozen under LoRA: leave out
+train --transformer {models}/sd3/transformer | sd3/transformer holds the weights of another model, or not all
+train --export-every -1                 | export_every=-1 must lie between 0 and
+train --lr-warmup-steps -1              | lr_warmup_steps=-1 must lie between 0 and
+sample --lora-scale 0.5                 | lora_scale=0.5 scales adapters, but there are none: give --lora, too
+sample --lora-scale nan                 | lora_scale=nan must be finite
 train --load-in-4bit                    | every weight is trained: give --lora-rank, too
 train --load-in-4bit --lora-rank 2 --compile | torch cannot compile these weights: leave out --compile
 plan --load-in-4bit --lora-rank 64 --gpus 2  | load_in_4bit does not shard the weights: start one process
@@ -144,6 +165,7 @@ def test_what_cannot_work_is_refused(models, odd, tmp_path, monkeypatch, row):
     """A line is a command, with the usual flags of the tool or task in front of it, and words of the message."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     out, names = tmp_path / "out", {"odd": odd, "models": models, "DISTILLED": DISTILLED, "ANOTHER": ANOTHER}
+    names["TARGETS"] = TARGETS
     command, _, words = row.format(**names).partition(" | ")
     usual = {"train": flags(models, "flux"), "sd3": flags(models, "sd3"), "klein": flags(models, "klein")}
     usual |= {"few": ["--task", "flux", *tiny.files(models)], "bare": ["--task", "flux", "--model", models / "flux"]}
@@ -276,7 +298,7 @@ def test_the_memory_check_counts_the_reference_of_a_leash(models, monkeypatch, c
 
 def commands(inputs, out):
     """Each program's command line that fills a folder in `out`; the paths of its inputs lie in `inputs`."""
-    score = tiny.scoring(inputs, inputs / "images", out / "scores")
+    score, training = tiny.scoring(inputs, inputs / "images", out / "scores"), flags(inputs, "flux", "--iterations", 1)
     return {
         "tiny": ["tiny", out / "tiny"],
         "embed": tiny.embedding(inputs, out / "embedded"),
@@ -284,7 +306,8 @@ def commands(inputs, out):
         "sample trained": sampling(inputs, out / "trained-images", "--transformer", inputs / "trained"),
         "score": score,
         "score mine": [*score[:-1], out / "my-scores", "--reward", "my_scored:bright", "--reward-weights"],
-        "train": [*flags(inputs, "flux", "--iterations", 1), "--out", out / "run"],
+        "train": [*training, "--out", out / "run"],
+        "train warm": [*training, "--transformer", inputs / "trained", "--out", out / "warm"],
     }
 
 
@@ -341,6 +364,7 @@ train --resume         | prompts.txt         | error: prompts changed since
 train --resume         | flux/transformer    | error: model changed since
 train --resume         | flux/vae            | error: model changed since
 train --resume         | flux/text_encoder   | error: text_encoders changed since
+train warm --resume    | trained             | error: transformer changed since
 train --resume         | flux/reward         | error: reward_weights changed since
 train --resume --prompts {0}/my_scored.py | | error: evaluation_prompts, prompts changed since
 """

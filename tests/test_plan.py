@@ -181,7 +181,7 @@ def test_a_run_that_does_not_fit_is_told_the_cheapest_change_that_helps(
 
 def test_the_plan_is_printed_and_written(models, tmp_path, capsys):
     files = ["--model", models / "flux", "--reward-weights", models / "flux" / "reward"]
-    sizes = "--gpus 1 --height 64 --width 64 --T 3 --batch-size 2".split()
+    sizes = "--gpus 1 --height 64 --width 64 --T 3 --batch-size 2 --iterations 300 --export-every 80".split()
     tool("plan", *files, *sizes, "--json", tmp_path / "plan.json")
     printed, numbers = capsys.readouterr().out, read(tmp_path / "plan.json")
     assert all(phase in printed for phase in plan.PHASES) and "fits" in printed
@@ -189,6 +189,7 @@ def test_the_plan_is_printed_and_written(models, tmp_path, capsys):
     assert 0 < numbers["training_gib"] < numbers["peak_gib"] < 1 and numbers["tflop_per_step"] > 0
     assert numbers["host_gb"]["checkpoint"] == 3 * numbers["disk_gb"]["checkpoint"]
     assert numbers["disk_gb"]["checkpoint"] > numbers["host_gb"]["export"] == numbers["disk_gb"]["export"] > 0
+    assert numbers["disk_gb"]["exports along the way"] == pytest.approx(3 * numbers["disk_gb"]["export"])
 
 
 @pytest.mark.parametrize("source", ["few", "many", "folder", "none"])
