@@ -3,8 +3,8 @@
 The idea.  A connector gives an estimate of a state the value of the real state.  The estimate therefore decides about
 the gradient alone, and any solver with any number of steps may have made the real states.
 
-FlowBP (arXiv 2606.11075, commit 93b220a) estimates x_b from x_a by a *surrogate*, a sum over nodes i of the piece a -> b of the run.
-Active nodes (A) have gradient, the other nodes are constants:
+FlowBP (arXiv 2606.11075, commit 93b220a) estimates x_b from x_a by a *surrogate*, a sum over nodes i of the piece
+a -> b of the run.  Active nodes (A) have gradient, the other nodes are constants:
 
     x̂_b = x_a - sum_i w_i v_i, the gradient of v_i multiplied by g_i                        surrogate
     gamma(A) = 1 + rho (sum_i |w_i| / sum_{i in A} |w_i| - 1)                               compensation
