@@ -75,6 +75,14 @@ def test_the_gradient_of_lagrange_is_flowbps_formula(seed, shift, alpha, rho, de
     check_gradient("lagrange", Hyper(rho=rho, node_discount=delta, alpha=alpha), shift, seed, dx_0)
 
 
+@pytest.mark.parametrize(
+    ("i_a", "i_b", "nodes"), [(25, 20, [25, 23, 21]), (25, 21, [25, 23, 22]), (24, 20, [24, 23, 21]), (2, 0, [2, 1])]
+)
+def test_the_middle_node_of_lagrange_is_rounded_in_flowbps_index(i_a, i_b, nodes):
+    """FlowBP counts f = 25 - i: the middle of 0 and 3 is 2 (1.5 to even), that of 1 and 4 is 2 (2.5 to even)."""
+    assert list(beyond.lagrange_piece(grid(25), i_a, i_b, 1.0, 0.25).weights) == nodes
+
+
 @pytest.mark.parametrize("K", [1, 2, 3, 4, T])
 def test_the_gradient_of_stratified_is_a_product_over_its_leaps(seed, shift, alpha, K):
     """The formula is dx_{n+1} = (1 - alpha length dv_n/dx) dx_n - length dv_n/dtheta, from dx = 0 at the first leap."""

@@ -175,7 +175,7 @@ OTHER_FLAGS = """
 --method refl ~ method is refl, there leap_align ; --method ppo ~ method is ppo, there leap_align
 --task digits ~ task is digits, there toy ; --beta 1 ~ beta is 1.0, there 0.0 ; --resume ~ resume is True, there False
 --gradient-accumulation-steps 2 ~ gradient_accumulation_steps is 2, there 1 ; --shift 2 ~ shift is 2.0, there 1.0
---tau 1 ~ tau is 1.0, there 0.1 ; --ema-decay 0.5 ~ ema_decay is 0.5, there 0.99
+--tau 1 ~ tau is 1.0, there 0.1 ; --ema-decay 0.5 ~ ema_decay is 0.5, there 0.995
 --evaluate-every 7 ~ evaluate_every is 7
 --pretrain-seed 3 ~ pretrain_seed is 3, there 0 ; LOCAL_WORLD_SIZE=1 ~ processes a node is 1, there 2
 torch ~ torch is 0.0.1, there 2 ; diffusers ~ diffusers is 0.0.1, there ; toy.modes ~ code of toy.modes is

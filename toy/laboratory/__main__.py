@@ -5,7 +5,7 @@
     python -m toy.laboratory fidelity     each method's gradient compared with the true one
     python -m toy.laboratory pairs        one pair of timesteps a batch, as in the paper, or one pair a sample
     python -m toy.laboratory leash        the leash to the pre-trained model, the hinge, and early stopping
-    python -m toy.laboratory beyond       every method since, over T, solver and budget, and policy gradient
+    python -m toy.laboratory beyond       later methods, over T and solver, and policy gradient
     python -m toy.laboratory guidance     classifier-free guidance, its branch without a prompt with or without gradient
     python -m toy.laboratory memory       bytes saved for backward, and the gradient's norm, as T grows
     python -m toy.laboratory cost         evaluations, operations, bytes and time of a step beside its lower bound

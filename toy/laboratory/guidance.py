@@ -17,7 +17,7 @@ from toy.task import ToyTask
 
 SCALE = 4.0  # of the guidance, that of FLUX.2-klein's pipeline
 DROPPED = 0.1  # share of the data without its caption in pre-training
-LR = 1e-3  # what `compare` chose for most methods' large budget, on both tasks
+LR = 1e-3  # what `compare` chose for LeapAlign with the hinge
 BRANCHES = {"with gradient": False, "detached": True}
 
 
@@ -89,7 +89,8 @@ def run(lab: Laboratory) -> None:
         found = results[task][branch]
         row = {"task": task, "branch": branch, "iterations": iterations}
         row |= {name: found["gradient"][name] for name in ("cosine", "ratio")}
+        row["diverged"] = sum(run[n]["reward"] < run[0]["reward"] for run in found["runs"])
         rows.append(row | summarize([run[n] for run in found["runs"]], task))
     title = "### {task} (n = {n}, mean ± standard error); cosine and ratio before training"
-    columns = ["branch", "iterations", "cosine", "ratio", "evaluators"]
+    columns = ["branch", "iterations", "cosine", "ratio", "diverged", "evaluators"]
     lab.publish("guidance", rows, tables(rows, ("task",), title, columns))

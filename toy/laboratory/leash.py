@@ -10,7 +10,7 @@ BETAS = {"toy": (0.03, 0.1, 0.3, 1.0, 3.0), "digits": (0.5, 1.0, 2.0, 3.0, 4.0, 
 BETAS_WITH_HINGE = {"toy": (0.1, 0.3), "digits": (1.0, 2.0)}  # with the hinge at lambda = 0, for LeapAlign
 LAMBDAS = (-1.0, 0.0, 1.0)  # without leash, for LeapAlign
 MEASURED_ONLY = 1e-9  # beta of a run without a leash: it changes nothing, but the run has a `v_norm`
-LR = 1e-3  # what `compare` chose for most methods' large budget, on both tasks
+LR = 1e-3  # what `compare` chose for LeapAlign with the hinge; not tuned for other methods
 CURVE_FRACTIONS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 """Fractions of the large budget after which a run is evaluated: the control may stop at each of them."""
 SHOWN = {"toy": ("utility", "log_density", "spread", "v_norm")}

@@ -186,15 +186,17 @@ def beyond(rows: list[Row], shown: Shown) -> Figure:
                 alike = [method for method in methods if (method in METHODS) == (setting[0] in METHODS)]
                 setting_line(axis, alike.index(setting[0]), setting, points, name, setting == lines[0][0])
             axis.set(xlabel="velocity evaluations a sample", ylabel=name, title=title)
-            # The worst tenth is left out: runs that diverge would flatten all others.
-            low, high = np.quantile(columns_of(by_task[task,], name), (0, 0.9) if name == "nearest_real" else (0.1, 1))
+            # Limits of the runs' second half: how they start would flatten all that they reach.
+            half = max(row["evaluations"] for row in by_task[task,]) / 2
+            (late,) = columns_of([row for row in by_task[task,] if row["evaluations"] > half], name)
+            low, high = late.min(), late.max()
             axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
         axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=9, frameon=False)
     return figure
 
 
 def setting_line(axis: Axes, n: int, setting: tuple, rows: list[Row], name: str, is_published: bool) -> None:
-    """Draws one setting, of the n-th method."""
+    """Draws one setting, of the n-th method; the published one thick and black."""
     method, option, T, solver = setting
     label = ", ".join(filter(None, [method, option, f"T = {T}", solver]))
     colors = [color for color in COLORS if color != "#000000"]  # black is the published setting
@@ -235,5 +237,5 @@ def shapes(rows: list[Row], kinds: tuple[str, ...]) -> Figure:
             look = {"color": f"C{n % 10}", "marker": "osD^vP*Xp<>h"[n], "linestyle": "none", "ms": 5}
             axis.errorbar(places + 0.07 * (n - len(case) / 2), shares, errors, label=label, **look)
         axis.set_xticks(places, kinds)
-        axis.set(title=restraint, ylabel="share judged right", ylim=(0, 1))
+        axis.set(title=restraint, ylabel="share judged right", ylim=(0, 1.03))
     return add_legend(figure, 4)
