@@ -35,7 +35,7 @@ from beyond import SOLVERS, Hyper
 from leap_align import Endpoints, differentiable, objective
 from runtime import command_line, files, processes, report, run_dir
 from runtime.backward import BatchGenerator, Leash, SplitVelocity, leaf, rows_of_rank
-from runtime.checkpoint import Progress, TrainingState, load_checkpoint, save_checkpoint
+from runtime.checkpoint import Checkpoints, Progress, TrainingState, load_checkpoint
 from runtime.ema import EMA
 from runtime.environment import environment, sources
 from runtime.exit import REPORTED, exit_process
@@ -56,7 +56,7 @@ METRICS = tuple("loss reward grad_norm weight d_j d_0 hinge_active i_k i_j leash
 """The columns of metrics.csv, after `iteration` and before those of the task."""
 CHANGEABLE_ON_RESUME = frozenset(
     "iterations gradient_accumulation_steps evaluate_every checkpoint_every checkpoint_minutes checkpoints_total_limit "
-    "max_skipped_steps process_group_timeout tracker out resume".split()
+    "async_checkpoints max_skipped_steps process_group_timeout tracker out resume".split()
 )
 """Fields of Config that may change on --resume: no iteration depends on them."""
 
@@ -83,6 +83,7 @@ class Config:
     checkpoint_every: int = 100  # Iterations between checkpoints, at most.
     checkpoint_minutes: float = 30.0  # Minutes between checkpoints, at most, and the rest of an iteration.
     checkpoints_total_limit: int = 2  # Checkpoints to keep; an older one replaces a damaged one.
+    async_checkpoints: bool = False  # Train on while a checkpoint is written, from a copy in host memory.
     max_skipped_steps: int = 10  # Consecutive iterations with a loss or gradient that is not finite before a run stops.
     process_group_timeout: float = processes.GROUP_MINUTES  # Minutes that a process waits for another one.
     seed: int = 0  # Seed of noise, prompts and timesteps.
@@ -249,10 +250,6 @@ class Trainer:
         progress.warnings = warnings
         return values
 
-    def save(self, folder: Path) -> None:
-        """Writes a checkpoint."""
-        save_checkpoint(folder, self.state, self.progress, self.config.checkpoints_total_limit)
-
 
 def build_task(flags: Flags) -> Task:
     """The task, with its model on its device and sharded over all processes."""
@@ -276,7 +273,8 @@ def train(trainer: Trainer, folder: Path, stop_request: processes.StopRequest, t
     log = run_dir.CsvLog(folder / "metrics.csv", columns, progress.iteration) if is_rank0 else report.NoTracker()
     tracker.replay(progress.evaluations)
     bar = tqdm(None, config.method, config.iterations, initial=progress.iteration, mininterval=1, disable=not is_rank0)
-    with bar, task.model.register_forward_pre_hook(stop_request.check, prepend=True):
+    checkpoints = Checkpoints(folder, trainer.state, config.checkpoints_total_limit, config.async_checkpoints)
+    with bar, checkpoints, task.model.register_forward_pre_hook(stop_request.check, prepend=True):
         try:
             trainer.evaluate_if_due(folder, tracker)
             while progress.iteration < config.iterations:
@@ -285,10 +283,11 @@ def train(trainer: Trainer, folder: Path, stop_request: processes.StopRequest, t
                 log.add({"iteration": progress.iteration, **row})
                 tracker.add("train", progress.iteration, {name: row[name] for name in columns if name in row})
                 trainer.evaluate_if_due(folder, tracker)
+                checkpoints.finish_if_written()
                 is_late = time.monotonic() > saved_at + 60 * config.checkpoint_minutes
                 is_due = progress.iteration % config.checkpoint_every == 0 or progress.iteration == config.iterations
                 if any(processes.all_gather(is_late or is_due)) and progress.consecutive_skips == 0:
-                    trainer.save(folder)
+                    checkpoints.save(progress)
                     saved_at, saved = time.monotonic(), progress.iteration
                 bar.set_postfix(report.postfix(row, progress.evaluations[-1], task), refresh=False)
                 bar.update()
@@ -297,7 +296,7 @@ def train(trainer: Trainer, folder: Path, stop_request: processes.StopRequest, t
             if stop.is_saved and saved != progress.iteration:
                 trainer.optimizer.zero_grad()  # an unfinished iteration has changed nothing else
                 processes.reshard(task.model)
-                trainer.save(folder)
+                checkpoints.save(progress)
             raise
     with trainer.ema.swapped():
         task.save(folder)

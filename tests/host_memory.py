@@ -85,7 +85,7 @@ def main():
     result = {
         "weights": sum(p.numel() * p.itemsize for p in parameters),
         "checkpoint": checkpoint.checkpoint_bytes(parameters),
-        "save": peak(lambda: checkpoint.save_checkpoint(folder, state, Progress(1), limit=1)),
+        "save": peak(lambda: checkpoint.Checkpoints(folder, state, 1).save(Progress(1))),
         "load": peak(lambda: checkpoint.load_checkpoint(folder, state, iterations=1)),
         "export": peak(lambda: transformer.export_transformer(model, empty, torch.bfloat16, folder / "transformer")),
     }
