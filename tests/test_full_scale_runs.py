@@ -186,7 +186,7 @@ def test_sd3_without_t5_is_planned_embedded_trained_and_sampled_alike(models, tm
     """diffusers leaves T5 out of a folder that says so, and puts zeros in place of its text."""
     whole, folder = models / "sd3", tmp_path / "sd3"
     shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("*_3"))
-    index = tiny.read(whole / "model_index.json") | dict.fromkeys(("text_encoder_3", "tokenizer_3"), [None, None])
+    index = tiny.read(whole / "model_index.json") | {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
     (folder / "model_index.json").write_text(json.dumps(index))
     shutil.copy(models / "prompts.txt", tmp_path)
     tool(*tiny.embedding(tmp_path, tmp_path / "embedded", name="sd3"))
