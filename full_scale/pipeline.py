@@ -64,6 +64,9 @@ def open_pipeline(family: Family, folder: Path, dtype: torch.dtype, text: bool =
     for name in (family.pipeline_class.__module__, "transformers.tokenization_utils_base"):
         logging.getLogger(name).addFilter(_is_no_cut_prompt)
     index = read_json(folder / "model_index.json")
+    lacks_t5 = index.get("text_encoder_3") == [None, None]  # as SD3.5 may
+    if lacks_t5:
+        components |= {"text_encoder_3": None, "tokenizer_3": None}  # which diffusers wants to be told
     if not text:
         components |= {name: None for name in index if name.startswith(("text_encoder", "tokenizer"))}
     expected = get_type_hints(family.pipeline_class.__init__)
@@ -73,7 +76,7 @@ def open_pipeline(family: Family, folder: Path, dtype: torch.dtype, text: bool =
     components |= {name: load_component(folder / name, kind, dtype) for name, kind in kinds.items() if kind}
     with loading(f"{folder} is not a complete pipeline"):
         opened = family.pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True, **components)
-    if index.get("text_encoder_3") == [None, None] and opened.transformer is None:
+    if lacks_t5 and opened.transformer is None:
         opened.transformer = config_alone(read_json(folder / "transformer" / "config.json"))
     return opened
 
