@@ -47,6 +47,8 @@ def text_encoder(folder):
         model = T5EncoderModel(config)
     model.to(torch.bfloat16).to_empty(device="cpu")
     model.tie_weights()
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)  # what memory holds may be NaN, which is refused
     model.save_pretrained(folder)
     before = status("RssAnon")
     model = load_component(folder, T5EncoderModel, torch.bfloat16)
