@@ -35,7 +35,7 @@ from beyond import SOLVERS, Hyper
 from leap_align import differentiable, objective
 from runtime import command_line, processes, report, run_dir
 from runtime.backward import BatchGenerator, Leash, SplitVelocity, leaf, rows_of_rank
-from runtime.checkpoint import Progress, TrainingState, load_checkpoint, save_checkpoint
+from runtime.checkpoint import Checkpoints, Progress, TrainingState, load_checkpoint
 from runtime.ema import EMA
 from runtime.environment import environment, sources
 from runtime.exit import REPORTED, exit_process
@@ -82,6 +82,7 @@ class Config:
     checkpoint_minutes: float = 30.0  # Minutes between checkpoints, at most, and the rest of an iteration.
     checkpoints_total_limit: int = 2  # Checkpoints to keep; an older one replaces a damaged one.
     export_every: int = 0  # Iterations between exports of the averaged weights, all kept (exports/); 0 for none.
+    async_checkpoints: bool = False  # Train on while a checkpoint is written, from a copy in host memory.
     max_skipped_steps: int = 10  # Consecutive iterations with a loss or gradient that is not finite before a run stops.
     process_group_timeout: float = processes.GROUP_MINUTES  # Minutes that a process waits for another one.
     seed: int = 0  # Seed of noise, prompts and timesteps.
@@ -237,10 +238,6 @@ class Trainer:
         report.add_evaluation(self.progress, values, self.task.held_out, folder)
         return values
 
-    def save(self, folder: Path) -> None:
-        """Writes a checkpoint."""
-        save_checkpoint(folder, self.state, self.progress, self.config.checkpoints_total_limit)
-
     def load(self, folder: Path) -> None:
         """Restores the newest checkpoint, and notes what --allow-changed has changed since."""
         self.progress, before = load_checkpoint(folder, self.state, self.config.iterations)
@@ -271,7 +268,8 @@ def train(trainer: Trainer, folder: Path, stop_request: processes.StopRequest, t
     log = run_dir.CsvLog(folder / "metrics.csv", columns, progress.iteration) if is_rank0 else report.NoTracker()
     tracker.replay(progress.evaluations)
     bar = tqdm(None, config.method, config.iterations, initial=progress.iteration, mininterval=1, disable=not is_rank0)
-    with bar, task.model.register_forward_pre_hook(stop_request.check, prepend=True):
+    checkpoints = Checkpoints(folder, trainer.state, config.checkpoints_total_limit, config.async_checkpoints)
+    with bar, checkpoints, task.model.register_forward_pre_hook(stop_request.check, prepend=True):
         try:
             trainer.evaluate_if_due(folder, tracker)
             while progress.iteration < config.iterations:
@@ -283,10 +281,11 @@ def train(trainer: Trainer, folder: Path, stop_request: processes.StopRequest, t
                     with trainer.ema.swapped():  # before an evaluation, in which a signal may end the run
                         task.save(folder / "exports" / f"{progress.iteration:06d}")
                 trainer.evaluate_if_due(folder, tracker)
+                checkpoints.finish_if_written()
                 is_late = time.monotonic() > saved_at + 60 * config.checkpoint_minutes
                 is_due = progress.iteration % config.checkpoint_every == 0 or progress.iteration == config.iterations
                 if any(processes.all_gather(is_late or is_due)) and progress.consecutive_skips == 0:
-                    trainer.save(folder)
+                    checkpoints.save(progress)
                     saved_at, saved = time.monotonic(), progress.iteration
                 bar.set_postfix(report.postfix(row, progress.evaluations[-1], task), refresh=False)
                 bar.update()
@@ -295,7 +294,7 @@ def train(trainer: Trainer, folder: Path, stop_request: processes.StopRequest, t
             if stop.is_saved and saved != progress.iteration:
                 trainer.optimizer.zero_grad()  # an unfinished iteration has changed nothing else
                 processes.reshard(task.model)
-                trainer.save(folder)
+                checkpoints.save(progress)
             raise
     with trainer.ema.swapped():
         task.save(folder)

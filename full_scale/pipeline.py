@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, get_type_hints
 
 import torch
@@ -63,6 +64,9 @@ def open_pipeline(family: Family, folder: Path, dtype: torch.dtype, text: bool =
     for name in (family.pipeline_class.__module__, "transformers.tokenization_utils_base"):
         logging.getLogger(name).addFilter(_is_no_cut_prompt)
     index = read_json(folder / "model_index.json")
+    lacks_t5 = index.get("text_encoder_3") == [None, None]  # as SD3.5 may
+    if lacks_t5:
+        components |= {"text_encoder_3": None, "tokenizer_3": None}  # which diffusers wants to be told
     if not text:
         components |= {name: None for name in index if name.startswith(("text_encoder", "tokenizer"))}
     expected = get_type_hints(family.pipeline_class.__init__)
@@ -71,19 +75,27 @@ def open_pipeline(family: Family, folder: Path, dtype: torch.dtype, text: bool =
     }
     components |= {name: load_component(folder / name, kind, dtype) for name, kind in kinds.items() if kind}
     with loading(f"{folder} is not a complete pipeline"):
-        return family.pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True, **components)
+        opened = family.pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True, **components)
+    if lacks_t5 and opened.transformer is None:
+        opened.transformer = config_alone(read_json(folder / "transformer" / "config.json"))
+    return opened
+
+
+def config_alone(config: dict[str, Any]) -> Any:
+    """What stands for a transformer that is left out: diffusers asks it for the width of the text of a missing T5."""
+    return SimpleNamespace(config=SimpleNamespace(**config))
 
 
 def count_cut_prompts(pipeline: Any, prompts: Sequence[str], tokens: int | None = None) -> None:
     """Rank 0 says how many prompts are longer than a pipeline's tokenizers read; else nothing.
 
-    tokens: of the largest text encoder, whose tokenizer is the last; the pipeline's own if not given.
+    tokens: of a text encoder that is no CLIP; the pipeline's own if not given.
     """
     tokens = tokens or PIPELINES[type(pipeline).__name__][1].max_sequence_length
     names = sorted(name for name, part in pipeline.components.items() if name.startswith("tokenizer") and part)
     for name in names if rank() == 0 else ():
         tokenizer, texts = getattr(pipeline, name), list(prompts)
-        most = tokens if name == names[-1] else tokenizer.model_max_length
+        most = 77 if tokenizer.model_max_length == 77 else tokens  # CLIP's; SD3.5 may come without T5
         if tokenizer.chat_template and len(names) == 1:
             chats = [[{"role": "user", "content": text}] for text in texts]
             texts = tokenizer.apply_chat_template(

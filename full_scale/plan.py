@@ -32,7 +32,7 @@ from full_scale.simulation import SIMULATED_REWARD, Simulation, simulated, simul
 from full_scale.transformer import EXPORT_FILE_BYTES, export_files
 from leap_align import require
 from runtime import processes
-from runtime.checkpoint import HOST_BYTES, checkpoint_bytes
+from runtime.checkpoint import FILE_BYTES, checkpoint_bytes
 from runtime.command_line import check, choose, parse
 from runtime.cost_counter import BETWEEN, FLOP, WITHIN
 from runtime.files import write_json
@@ -210,7 +210,9 @@ def host_and_disk(trainer: Trainer, machine: Machine) -> tuple[dict[str, int], d
         export = export_files(task.empty_transformer(), task.dtype).metadata["total_size"]
     most = (trainer.config.checkpoints_total_limit + 1) * checkpoint
     loading = sum(p.nbytes for module in task.frozen_modules() for p in module.parameters())
-    host = {"loading": loading, "checkpoint": min(machine.gpus * HOST_BYTES, 3 * checkpoint)}
+    is_async = trainer.config.async_checkpoints
+    saving = checkpoint // machine.nodes if is_async else min(machine.gpus * FILE_BYTES, checkpoint)
+    host = {"loading": loading, "checkpoint": saving}
     disk = {"checkpoint": checkpoint, "checkpoints at most": most, "export": export}
     if every := trainer.config.export_every:
         disk["exports along the way"] = trainer.config.iterations // every * export

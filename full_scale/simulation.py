@@ -21,6 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 
 from full_scale.components import network_from_config
+from full_scale.pipeline import config_alone
 from full_scale.rewards.hpsv2 import HPSv2
 from leap_align import Velocity
 from runtime.cost_counter import CostCounter
@@ -107,7 +108,9 @@ class WithoutWeights:
         names = [name for name in self.configs if name == "vae" or (text and name.startswith("text_encoder"))]
         components |= {name: empty(network_from_config(self.configs[name]), self.dtype) for name in names}
         tokenizers = self.family.tiny().components.items() if text else ()
-        return kind(**components | {name: part for name, part in tokenizers if name.startswith("tokenizer")})
+        opened = kind(**components | {name: part for name, part in tokenizers if name.startswith("tokenizer")})
+        opened.transformer = config_alone(self.configs["transformer"])
+        return opened
 
     def empty_transformer(self) -> nn.Module:
         """The architecture, on the meta device."""
@@ -170,6 +173,8 @@ def simulated(kind: type, model: str, simulation: Simulation, stored_embeddings:
     configs, folder = kind.family.configs, Path(model)
     if (folder / "model_index.json").is_file():
         files = dict.fromkeys(configs, "config.json") | {"scheduler": "scheduler_config.json"}
+        index = read_json(folder / "model_index.json")  # may say that a text encoder is left out
+        files = {name: file for name, file in files.items() if index.get(name) != [None, None]}
         configs = {name: read_json(folder / name / file) for name, file in files.items()}
     members = {"configs": configs, "simulation": simulation}
     return type(kind.__name__, (WithoutWeights, kind), members | {"stored_embeddings": stored_embeddings})

@@ -11,7 +11,9 @@ import math
 import shutil
 import warnings
 from collections import ChainMap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,17 +21,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from leap_align import BadInput, require
 from runtime.ema import EMA
-from runtime.files import atomic_file, digest, disk_remedy, fsync, parse_json, write_text
+from runtime.files import atomic_file, digest, disk_remedy, fsync, parse_json, write_errors_named, write_text
 from runtime.processes import (
     RaisedOnAllRanks,
+    StoppedBySignal,
     all_gather,
     one_line,
     printable,
@@ -42,8 +45,7 @@ from runtime.run_dir import check_not_removed, checkpoint_folders, checkpoints
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # a single process saves as well
 LOGS = ("metrics.csv", "evaluations.csv")
-FILE_BYTES = 2**29  # the most that a rank writes into one file, unless a single tensor is larger
-HOST_BYTES = 3 * FILE_BYTES  # host memory of a rank: a file's tensors, and the file twice while safetensors makes it
+FILE_BYTES = 2**29  # the most that a rank writes into one file and copies to the host, unless one tensor is larger
 
 
 @dataclass
@@ -87,25 +89,79 @@ def checkpoint_bytes(parameters: Iterable[nn.Parameter]) -> int:
 
 
 # -------------------------------------------------------- Save -------------------------------------------------------
-def save_checkpoint(folder: Path, state: TrainingState, progress: Progress, limit: int) -> None:
-    """Writes checkpoint/ITERATION, keeps the newest `limit`; every rank raises BadInput if one of them cannot write."""
-    path = folder / "checkpoint" / f"{progress.iteration:06d}"
-    run_on_rank0(lambda: check_not_removed(folder / "config.json"))
+Parts = dict[str, tuple[Tensor, list[int]]]
+"""What a rank writes into a file: by name, its part of a tensor and where that begins in the whole one."""
+
+
+class Running(NamedTuple):
+    """A checkpoint that is being written."""
+
+    path: Path
+    content: dict[str, Any]  # of its state.json, as of its iteration; the digests are added
+    sizes: dict[str, int]  # values of each tensor, of all ranks together
+    digests: Future[dict[str, str]]  # of this rank's files, by name, when they are on the disk
+
+
+class Checkpoints(AbstractContextManager):
+    """Writes checkpoint/ITERATION into a run's folder and keeps the newest `limit`; the context ends when all is done.
+
+    is_async: `save` only copies what this rank writes to host memory, for a thread that writes it during training;
+    the checkpoint is not finished before one of the later calls.  All ranks call each method equally often, and raise
+    BadInput if one of them cannot write.
+    """
+
+    def __init__(self, folder: Path, state: TrainingState, limit: int, is_async: bool = False) -> None:
+        self.folder, self.state, self.limit, self.is_async = folder, state, limit, is_async
+        self.running: Running | None = None
+
+    def save(self, progress: Progress) -> None:
+        """Finishes the running checkpoint and begins one of the present state."""
+        self.finish()
+        folder, state, path = self.folder, self.state, self.folder / "checkpoint" / f"{progress.iteration:06d}"
+        run_on_rank0(lambda: check_not_removed(folder / "config.json"))
+        with _failures_of(path):
+            run_on_rank0(lambda: _make_room(folder, path))
+            logs = run_on_all_ranks(lambda: _read_logs(folder) if rank() == 0 else {})
+            content = asdict(progress) | {"generator": state.generator.get_state().tolist()} | logs
+            tensors = training_tensors(state.model, state.optimizer, state.ema)
+            files, executor = _own_files(tensors), ThreadPoolExecutor(1)
+            if self.is_async:
+                files = [{name: (part.to("cpu", copy=True), at) for name, (part, at) in file.items()} for file in files]
+            sizes = {name: tensor.numel() for name, tensor in tensors.items()}
+            self.running = Running(path, content, sizes, executor.submit(_write, path, files))
+            executor.shutdown(wait=False)  # the thread ends when all is written
+        if not self.is_async:
+            self.finish()
+
+    def finish_if_written(self) -> None:
+        """Finishes the running checkpoint if no rank has to wait for it."""
+        if self.running and all(all_gather(self.running.digests.done())):
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits until the running checkpoint, if there is one, is written, and adds its state.json."""
+        if self.running is None:
+            return
+        (path, content, sizes, written), self.running = self.running, None
+        with _failures_of(path):
+            digests = dict(ChainMap(*all_gather(run_on_all_ranks(written.result))))
+            run_on_rank0(lambda: _check_complete(path, digests, sizes))
+            run_on_rank0(lambda: _publish(path, content | {"digests": digests}, self.limit))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        # After an error of one rank alone the others do not come here.
+        if kind is None or world_size() == 1 or issubclass(kind, RaisedOnAllRanks | StoppedBySignal):
+            self.finish()
+
+
+@contextmanager
+def _failures_of(path: Path) -> Iterator[None]:
+    """Removes a checkpoint that cannot be written, and says what to do."""
     try:
-        run_on_rank0(lambda: _make_room(folder, path))
-        tensors = training_tensors(state.model, state.optimizer, state.ema)
-        writer = HuggingFaceStorageWriter(str(path), _file_numbers(tensors, FILE_BYTES), save_distributed=True)
-        writer.sync_files = False  # `fsync` below also serves disks that cannot
-        dcp.save(tensors, storage_writer=writer)
-        files = sorted(path.glob(f"shard-{rank() + 1:05d}-*.safetensors"))  # what this rank has written
-        run_on_all_ranks(lambda: fsync(*files))
-        digests = ChainMap(*all_gather(run_on_all_ranks(lambda: {file.name: digest(file) for file in files})))
-        content = asdict(progress) | {"generator": state.generator.get_state().tolist(), "digests": dict(digests)}
-        run_on_rank0(lambda: _check_complete(path, digests, tensors))
-        run_on_rank0(lambda: _publish(folder, path, content, limit))
-    except (OSError, dcp.CheckpointException, RaisedOnAllRanks) as error:
+        yield
+    except (OSError, RaisedOnAllRanks) as error:
         shutil.rmtree(path, ignore_errors=True)
-        reason = _reason(error)
+        reason = one_line(error)
         raise BadInput(f"cannot write {path} ({reason}): {disk_remedy(reason)}, then continue with --resume") from error
 
 
@@ -117,37 +173,53 @@ def _make_room(folder: Path, path: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _file_numbers(tensors: dict[str, Tensor], limit: int) -> dict[str, int]:
-    """The number of each tensor's file, from 1, so that no rank's part of a file with several exceeds `limit` bytes."""
-    numbers, number, size = {}, 1, 0
-    for name, tensor in tensors.items():
-        shard = _largest_shard(tensor)
-        if size and size + shard > limit:
-            number, size = number + 1, 0
-        numbers[name], size = number, size + shard
-    return numbers
+def _read_logs(folder: Path) -> dict[str, str]:
+    """The texts of the settings and the logs."""
+    return {name: (folder / name).read_bytes().decode() for name in ("config.json", *LOGS)}
 
 
-def _largest_shard(tensor: Tensor) -> int:
-    """Bytes of the largest shard of a tensor on any rank."""
-    shape = list(tensor.shape)
-    if isinstance(tensor, DTensor):
-        for ranks, placement in zip(tensor.device_mesh.shape, tensor.placements):
-            if placement.is_shard():
-                shape[placement.dim] = -(-shape[placement.dim] // ranks)
-    return math.prod(shape) * tensor.itemsize
+def _own_files(tensors: dict[str, Tensor]) -> list[Parts]:
+    """What this rank writes, file by file.  torch's planner has one rank write what several hold."""
+    planner = dcp.DefaultSavePlanner()
+    planner.set_up_planner(tensors, is_coordinator=rank() == 0)
+    plans, _ = planner.create_global_plan(all_gather(planner.create_local_plan()))
+    files, size = [], 0
+    for item in plans[rank()].items:
+        part = planner.resolve_data(item)
+        if not files or size + part.nbytes > FILE_BYTES:
+            files, size = [*files, {}], 0
+        files[-1][item.index.fqn] = part, list(item.tensor_data.chunk.offsets)
+        size += part.nbytes
+    return files
 
 
-def _publish(folder: Path, path: Path, content: dict[str, Any], limit: int) -> None:
+def _write(path: Path, files: list[Parts]) -> dict[str, str]:
+    """Writes and flushes this rank's files; returns their digests by name.  Calls no other rank.
+
+    The headers are those of HuggingFaceStorageWriter, which copies everything twice and needs six times as long.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    digests = {}
+    for number, parts in enumerate(files, 1):
+        file = path / f"shard-{rank() + 1:05d}-{number:05d}-of-{len(files):05d}.safetensors"
+        header = {"DCP_SHARDING_INFO": json.dumps({name: {"saved_offsets": at} for name, (_, at) in parts.items()})}
+        with write_errors_named(file):
+            save_file({name: part.cpu().contiguous() for name, (part, _) in parts.items()}, file, header)
+        fsync(file)
+        digests[file.name] = digest(file)
+    return digests
+
+
+def _publish(path: Path, content: dict[str, Any], limit: int) -> None:
     """Finishes a checkpoint by its state.json, then removes the oldest ones."""
-    text = json.dumps(content | {name: (folder / name).read_bytes().decode() for name in ("config.json", *LOGS)})
+    text = json.dumps(content)
     fsync(path)
     with atomic_file(path / "state.json") as temporary:
         temporary.write_text(f"{digest(text.encode())}\n{text}")
         fsync(temporary)
     fsync(path, path.parent)
     # A higher number is a damaged checkpoint, before which the run resumed: it does not count towards the limit.
-    for old in [old for old in checkpoints(folder) if int(old.name) <= content["iteration"]][:-limit]:
+    for old in [old for old in checkpoints(path.parent.parent) if int(old.name) <= content["iteration"]][:-limit]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -211,7 +283,7 @@ def _verified_state(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     for_this_rank = sorted(digests)[rank() :: world_size()]
     changed = run_on_all_ranks(lambda: [name for name in for_this_rank if digest(path / name) != digests[name]])
     run_on_all_ranks(lambda: require(not changed, f"{', '.join(changed)} is not what was written"))
-    run_on_rank0(lambda: _check_complete(path, digests, tensors))
+    run_on_rank0(lambda: _check_complete(path, digests, {name: tensor.numel() for name, tensor in tensors.items()}))
     return state
 
 
@@ -252,15 +324,15 @@ def _read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _check_complete(path: Path, names: Iterable[str], tensors: dict[str, Tensor]) -> None:
-    """Refuses files of a checkpoint that do not hold every value of each tensor once: each rank wrote its shards."""
+def _check_complete(path: Path, names: Iterable[str], sizes: dict[str, int]) -> None:
+    """Refuses files that do not hold so many values of each tensor: each rank has written its part."""
     try:
         saved = _reader(path, names).read_metadata().state_dict_metadata
     except SafetensorError as error:
         raise BadInput(f"{path} has a file that is not whole: {one_line(error)}") from error
-    for name, tensor in tensors.items():
+    for name, size in sizes.items():
         values = sum(math.prod(chunk.sizes) for chunk in saved[name].chunks) if name in saved else 0
-        require(values == tensor.numel(), f"its files hold {values} of the {tensor.numel()} values of {name}")
+        require(values == size, f"its files hold {values} of the {size} values of {name}")
 
 
 def _reason(error: Exception) -> str:

@@ -64,7 +64,7 @@ def parse(
 
 CHANGEABLE_ON_RESUME = frozenset(
     "gradient_accumulation_steps evaluate_every checkpoint_every checkpoint_minutes checkpoints_total_limit "
-    "export_every max_skipped_steps process_group_timeout tracker out resume allow_changed".split()
+    "export_every async_checkpoints max_skipped_steps process_group_timeout tracker out resume allow_changed".split()
 )
 """Fields of the trainer's Config that may change on --resume: no iteration depends on them."""
 Allowed = Literal["lr", "lr_scheduler", "lr_warmup_steps", "iterations"]

@@ -41,8 +41,11 @@ tqdm.monitor_interval = 0  # its thread may hold tqdm's lock at a fork, and the 
 
 
 def arguments(out: Path) -> list[str]:
-    """Flags that start the run, or continue it: --resume is always given, as by a cluster that starts a job again."""
-    return [*FLAGS, "--out", str(out), "--resume"]
+    """Flags that start the run, or continue it: --resume is always given, as by a cluster that starts a job again.
+
+    Checkpoints are asynchronous in every second one, by chance.
+    """
+    return [*FLAGS, "--out", str(out), "--resume", *DRAW.choice([["--async-checkpoints"], []])]
 
 
 def train(out: Path, before: Callable) -> None:

@@ -47,6 +47,8 @@ def text_encoder(folder):
         model = T5EncoderModel(config)
     model.to(torch.bfloat16).to_empty(device="cpu")
     model.tie_weights()
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)  # what memory holds may be NaN, which is refused
     model.save_pretrained(folder)
     before = status("RssAnon")
     model = load_component(folder, T5EncoderModel, torch.bfloat16)
@@ -85,7 +87,7 @@ def main():
     result = {
         "weights": sum(p.numel() * p.itemsize for p in parameters),
         "checkpoint": checkpoint.checkpoint_bytes(parameters),
-        "save": peak(lambda: checkpoint.save_checkpoint(folder, state, Progress(1), limit=1)),
+        "save": peak(lambda: checkpoint.Checkpoints(folder, state, 1).save(Progress(1))),
         "load": peak(lambda: checkpoint.load_checkpoint(folder, state, iterations=1)),
         "export": peak(lambda: transformer.export_transformer(model, empty, torch.bfloat16, folder / "transformer")),
     }

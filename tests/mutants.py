@@ -73,10 +73,12 @@ train_leap_align.py: unfinished-draws ~ self.generator.clone_state() ~ self.gene
 unfinished-gradients ~ trainer.optimizer.zero_grad() ~ pass ~ checkpoint next_call
 signal-waits-for-the-iteration ~ pre_hook(stop_request.check, ~ pre_hook(lambda *_: None, ~ checkpoint next_call
 runtime/checkpoint.py: digest-not-checked ~ if digest(path / name) != ~ if "" == ~ checkpoint reported
-shards-not-synced ~ : fsync(*files)) ~ : None) ~ checkpoint on_the_disk
+shards-not-synced ~ fsync(file) ~ pass ~ checkpoint on_the_disk
+live-weights-written ~ part.to("cpu", copy=True) ~ part ~ checkpoint bit
+end-does-not-wait ~ RaisedOnAllRanks | StoppedBySignal): ~ ()): ~ checkpoint waits
 state-not-synced ~ fsync(temporary) ~ pass ~ checkpoint on_the_disk
 name-not-synced ~ fsync(path, path.parent) ~ fsync(path) ~ checkpoint on_the_disk
-shards-not-counted ~ values == tensor.numel() ~ True ~ disks damaged or shard
+shards-not-counted ~ values == size ~ True ~ disks damaged or shard
 new-optimizer-counts-a-step ~ values["step"].zero_() ~ pass ~ checkpoint next_call
 generator-not-restored ~ generator.set_state( ~ torch.tensor( ~ checkpoint uninterrupted
 runtime/files.py: names-not-in-digest ~ f"{path.relative_to(folder)} {digest(path)}\n" ~ f"{digest(path)}\n" ~ runtime

@@ -182,6 +182,33 @@ def test_a_run_may_move_from_text_to_embeddings_and_to_another_place_on_resume(m
     assert contents.keys() == {"model", "text_encoders", "prompts", "evaluation_prompts", "reward_weights"}
 
 
+def test_sd3_without_t5_is_planned_embedded_trained_and_sampled_alike(models, tmp_path):
+    """diffusers leaves T5 out of a folder that says so, and puts zeros in place of its text."""
+    whole, folder = models / "sd3", tmp_path / "sd3"
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("*_3"))
+    index = tiny.read(whole / "model_index.json") | {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    shutil.copy(models / "prompts.txt", tmp_path)
+    gib = []
+    for model in (whole, folder):
+        reward, sizes = ["--reward-weights", whole / "reward"], "--gpus 1 --height 64 --width 64 --T 2 --batch-size 1"
+        tool("plan", "--task", "sd3", "--model", model, *reward, *sizes.split(), "--json", tmp_path / "plan.json")
+        gib.append(tiny.read(tmp_path / "plan.json")["phases"]["backward"]["gib"]["frozen models"])
+    t5 = sum(value.numel() for value in load_file(whole / "text_encoder_3" / "model.safetensors").values())
+    assert (gib[0] - gib[1]) * 2**30 == pytest.approx(2 * t5, rel=1e-3)  # in bfloat16
+    tool(*tiny.embedding(tmp_path, tmp_path / "embedded", name="sd3"))
+    tool(*tiny.sampling(tmp_path, tmp_path / "images", name="sd3"))
+    for prompts in (tmp_path / "prompts.txt", tmp_path / "embedded"):
+        task = task_of(tmp_path, "sd3", prompts=prompts)
+        text = task.encode(PROMPTS[:1])["encoder_hidden_states"][0]
+        assert text.shape[0] == 77 + 256 and text[:77].any() and not text[77:].any()
+        x_T = task.noise(2, seeded())
+        x_0 = rollout(task.velocity(PROMPTS[:2]), x_T, task.times)[0]
+        pipeline = tiny.pipeline_of(tmp_path, "sd3", text_encoder_3=None, tokenizer_3=None)
+        drawn = tiny.draw(pipeline, x_T, PROMPTS[:2], 4)
+        torch.testing.assert_close(x_0, drawn, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("twin", [".fp16", ".bf16", ".ema", ".non_ema", " (1)", "-old", ".fp16-00001-of-00002"])
 def test_a_file_beside_the_weights_is_never_trained(models, tmp_path, twin, sharded):

@@ -192,7 +192,7 @@ def test_two_processes_equal_one(flags, tmp_path):
 
 
 def test_one_process_resumes_a_run_of_two_and_a_refusal_of_rank_0_is_printed_once(reference, tmp_path):
-    run_two(tmp_path, "--iterations", "2")
+    run_two(tmp_path, "--iterations", "2", "--checkpoint-every", "1", "--async-checkpoints")
     errors = run_two(tmp_path, status=1)
     lines = [line for line in errors.splitlines() if "holds another run" in line]
     assert len(lines) == 2 and lines[0].startswith("error: ")  # ours, and the one in torchrun's table
