@@ -24,7 +24,7 @@ from full_scale.components import network_from_config
 from full_scale.models import FAMILIES
 from full_scale.simulation import Simulation
 from leap_align import BadInput
-from runtime.cost_counter import BETWEEN, FLOP, WITHIN, CostCounter, flop_count
+from runtime.cost_counter import CostCounter, PhaseCost, Piece, flop_count, total
 from runtime.files import read_csv
 from tests.tiny_pipelines import TASKS, needs_torchao, options_of, read, refusal, slow, small_config, task_of, tool
 from train_leap_align import Config, Trainer
@@ -109,22 +109,25 @@ def test_a_quantised_weight_counts_its_four_bits_and_no_alias_of_it():
 @pytest.mark.parametrize(("name", "changes"), [*CASES, STRATIFIED])
 def test_a_simulated_step_costs_what_a_real_one_costs(models, name, changes):
     step, costs = measured(models, name, changes), plan.simulate(flags_of(models, name, json.loads(changes)), "")
-    assert sum(counts[FLOP] for counts in costs.counts.values()) == step.operations
+    assert sum(total(pieces).flop for pieces in costs.pieces.values()) == step.operations
     assert costs.gib() * plan.GIB == pytest.approx(step.peak, rel=0.03)
     assert costs.peaks["backward"]["weights"] == step.phases["backward"].peak["weights"]
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_two_nodes_exchange_their_gradients_once_an_iteration(models, steps):
-    flags = flags_of(models, "flux", batch_size=4 * steps, nodes=2, gpus=2)
+@pytest.mark.parametrize(("reshard", "gathers"), [(True, 2 + 2 + 2), (False, 1)])  # rollout, leaps and backward
+def test_nodes_exchange_gradients_once_an_iteration_and_gather_weights_once_a_microbatch(
+    models, steps, reshard, gathers
+):
+    flags = flags_of(models, "flux", {"reshard_after_forward": reshard}, batch_size=4 * steps, nodes=2, gpus=2)
     costs = plan.simulate(replace(flags, run=replace(flags.run, gradient_accumulation_steps=steps)), "")
     parameters = sum(p.nbytes for p in task_of(models).model.parameters())
     # Each GPU holds half of the float32 gradients; a ring of two moves them twice, half at a time.
-    between = sum(counts[BETWEEN] for counts in costs.counts.values())
+    _, within, between = total(sum(costs.pieces.values(), plan.Counter()))
     assert between == pytest.approx(parameters / 2, rel=0.02)
+    assert within == pytest.approx(steps * (gathers + 2) * parameters / 2, rel=0.02)  # and two reduce-scatters
     assert 0 < costs.peaks["rollout"]["gathered weights"] < 3 * parameters
     assert costs.peaks["optimizer"]["gradients"] == pytest.approx(parameters / 2, rel=0.02)
-    assert costs.counts["rollout"][WITHIN] == pytest.approx(steps * parameters, rel=0.02)
 
 
 def test_a_backward_through_two_leaps_never_holds_the_unsharded_gradients_of_both(models, tmp_path):
@@ -139,10 +142,23 @@ def test_a_backward_through_two_leaps_never_holds_the_unsharded_gradients_of_bot
     assert costs.peaks["backward"]["gradients"] < 2.3 * weights  # 2.18; one graph through both: 2.44
 
 
-def test_time_is_computing_or_traffic_in_the_node_and_then_traffic_between_nodes():
-    counts = plan.Counter({FLOP: 8e12, WITHIN: 3e9, BETWEEN: 5e9})
-    assert plan.seconds(counts, plan.Machine(tflops=4, bandwidth=(1, 10))) == 3.5
-    assert plan.seconds(counts, plan.Machine(tflops=2, bandwidth=(1, 10))) == 4.5
+@pytest.mark.parametrize(
+    ("pieces", "tflops", "seconds"),
+    [
+        ({Piece(8e12, 3e9, 5e9): 1}, 4, 3 + 0.5),
+        ({Piece(8e12, 3e9, 5e9): 1}, 2, 4 + 0.5),
+        ({Piece(8e12, 3e9): 2, Piece(2e12, 3e9): 1, Piece(0, 3e9): 1}, 2, 2 * 4 + 3 + 3),  # block by block
+    ],
+)
+def test_time_is_computing_or_traffic_in_the_node_and_then_traffic_between_nodes(pieces, tflops, seconds):
+    assert plan.seconds(plan.Counter(pieces), plan.Machine(tflops=tflops, bandwidth=(1, 10))) == seconds
+
+
+def test_operations_after_traffic_begin_a_new_piece():
+    cost = PhaseCost()
+    for amounts in [(0, 5, 0), (1, 0, 0), (2, 0, 0), (0, 6, 0), (0, 0, 7), (4, 0, 0)]:
+        cost.add(*amounts)
+    assert cost.counted() == {Piece(0, 5, 0): 1, Piece(3, 6, 7): 1, Piece(4, 0, 0): 1}
 
 
 STEPS = "--gradient-accumulation-steps 8"
