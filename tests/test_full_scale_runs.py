@@ -60,19 +60,18 @@ def received(rank, arguments):
 @pytest.mark.parametrize("more", ["", slow("--lora-rank 2"), slow("--beta 1 --precision bfloat16")])
 def test_weights_that_stay_gathered_for_a_microbatch_train_the_same_to_the_bit(models, tmp_path, more):
     sizes = "--gradient-accumulation-steps 2 --ema-decay 0.5 --evaluate-every 1".split()
-    arguments, bytes_received = flags(models, "flux", *more.split(), *sizes), {}
-    for name in ("kept", "--reshard-after-forward"):
-        changes = ["--out", str(tmp_path / name), *([name] if name != "kept" else [])]
-        bytes_received[name] = in_group(received, [*arguments, *changes])[0]
-    kept, resharded = (tmp_path / name for name in bytes_received)
+    runs = {"kept": [], "resharded": ["--reshard-after-forward"]}
+    for name, changes in runs.items():
+        arguments = flags(models, "flux", *more.split(), *sizes, *changes, "--out", tmp_path / name)
+        runs[name] = in_group(received, arguments)[0]
+    kept, resharded = (tmp_path / name for name in runs)
     assert_close(tiny.exported(kept), tiny.exported(resharded), rtol=0, atol=0)
     assert read_csv(kept / "evaluations.csv") == read_csv(resharded / "evaluations.csv")
     if not more:
-        # Three iterations of two microbatches evaluate T = 5 times, twice more in the backward; four evaluations.
-        spared, weights = 3 * 2 * (5 + 2 - 1) + 4 * (5 - 1), sum(p.nbytes for p in task_of(models).model.parameters())
-        assert bytes_received["--reshard-after-forward"] - bytes_received["kept"] == pytest.approx(
-            spared * weights / 2, rel=0.02
-        )
+        # Three iterations of two microbatches evaluate T = 5 times, two of them again in the backward; four evaluations.
+        spared = 3 * 2 * (5 + 2 - 1) + 4 * (5 - 1)
+        weights = sum(p.nbytes for p in task_of(models).model.parameters())
+        assert runs["resharded"] - runs["kept"] == pytest.approx(spared * weights / 2, rel=0.02)
 
 
 @pytest.mark.slow
