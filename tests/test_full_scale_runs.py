@@ -68,7 +68,7 @@ def test_weights_that_stay_gathered_for_a_microbatch_train_the_same_to_the_bit(m
     assert_close(tiny.exported(kept), tiny.exported(resharded), rtol=0, atol=0)
     assert read_csv(kept / "evaluations.csv") == read_csv(resharded / "evaluations.csv")
     if not more:
-        # Three iterations of two microbatches evaluate T = 5 times, two of them again in the backward; four evaluations.
+        # Three iterations of two microbatches: T = 5 evaluations, two again in the backward; four images in between.
         spared = 3 * 2 * (5 + 2 - 1) + 4 * (5 - 1)
         weights = sum(p.nbytes for p in task_of(models).model.parameters())
         assert runs["resharded"] - runs["kept"] == pytest.approx(spared * weights / 2, rel=0.02)

@@ -239,16 +239,13 @@ def test_few_prompts_and_stored_embeddings_need_no_text_encoders(source, tmp_pat
 
 
 PAGE = (Path(__file__).parents[1] / "full_scale" / "README.md").read_text()
-ROW = r"^\| (?:`(--[^`]*)`|no other) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+ (?:s|min)) \| ([\d.]+) \| (\d+) \|$"
-ROWS = re.findall(ROW, PAGE, re.M)
+ROWS = re.findall(r"^\| (?:`(--[^`]*)`|no other) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+ (?:s|min)) \|$", PAGE, re.M)
 assert len(ROWS) == 12
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("flags", "training", "every", "step", "hours", "gpu_hours"), ROWS, ids=lambda value: value or "no other"
-)
-def test_the_page_shows_what_the_plan_computes(flags, training, every, step, hours, gpu_hours, tmp_path):
+@pytest.mark.parametrize(("flags", "training", "every", "step"), ROWS, ids=lambda value: value or "no other")
+def test_the_page_shows_what_the_plan_computes(flags, training, every, step, tmp_path):
     gpus = 1 if "--gpus 1" in flags else 16 if "--nodes 2" in flags else 8
     tool("plan", *flags.split(), "--gradient-accumulation-steps", 64 // gpus, "--json", tmp_path / "plan.json")
     numbers, (time, unit) = read(tmp_path / "plan.json"), step.split()
@@ -256,8 +253,6 @@ def test_the_page_shows_what_the_plan_computes(flags, training, every, step, hou
     assert numbers["peak_gib"] == pytest.approx(float(every), abs=0.06)
     rounding = 0.505 / 10 ** len(time.partition(".")[2])
     assert numbers["seconds_per_step"] / (60 if unit == "min" else 1) == pytest.approx(float(time), abs=rounding)
-    assert numbers["gpu_hours"] == pytest.approx(int(gpu_hours), abs=0.505)
-    assert numbers["gpu_hours"] / gpus == pytest.approx(float(hours), abs=0.505 / 10 ** len(hours.partition(".")[2]))
 
 
 @pytest.mark.parametrize(
