@@ -23,7 +23,7 @@ from full_scale.models import FAMILIES
 from full_scale.plan import Machine, PlanFlags, seconds, simulate
 from full_scale.transformer import Checkpointing
 from leap_align import BadInput, require
-from runtime.cost_counter import FLOP
+from runtime.cost_counter import total
 from runtime.files import write_csv, write_json
 from runtime.run_dir import claimed_output_folder
 from train_leap_align import Config, Trainer, task_class
@@ -98,8 +98,8 @@ def measure(flags: PlanFlags) -> dict[str, Any]:
     """A row of the table; if the step does not fit or fails, the column GiB says why."""
     release_memory()
     costs = simulate(flags, "plan")
-    flop = sum(counts[FLOP] for counts in costs.counts.values())
-    planned_seconds = sum(seconds(counts, flags.machine) for counts in costs.counts.values())
+    flop = sum(total(pieces).flop for pieces in costs.pieces.values())
+    planned_seconds = sum(seconds(pieces, flags.machine) for pieces in costs.pieces.values())
     row = {"checkpointing": flags.task.gradient_checkpointing, "compiled": flags.task.compile}
     row |= {"batch": flags.run.batch_size, "planned s": planned_seconds, "s": "", "share of peak": ""}
     row |= {"planned GiB": costs.gib(), "GiB": ""}

@@ -34,7 +34,7 @@ from leap_align import require
 from runtime import processes
 from runtime.checkpoint import FILE_BYTES, checkpoint_bytes
 from runtime.command_line import check, choose, parse
-from runtime.cost_counter import BETWEEN, FLOP, WITHIN
+from runtime.cost_counter import Piece, total
 from runtime.files import write_json
 from train_leap_align import METHODS, TASKS, Config, Flags, TaskOptions, Trainer, task_class
 
@@ -54,6 +54,7 @@ class Machine:
     tflops: float = 400.0  # Operations that a GPU really does, in TFLOP/s: about 40 % of the bfloat16 peak of an H100.
     bandwidth: tuple[float, float] = (400.0, 40.0)
     """GB/s at which a GPU receives from its own node, and from other nodes."""
+    disk: float = 1.0  # GB/s at which all processes of a node together read and write files.
     stored_embeddings: bool = False
     """Plan for prompts from `python -m full_scale embed`, or for at most 200 prompts, without giving --prompts."""
     json: Path | None = None  # File for the plan's numbers.
@@ -87,9 +88,10 @@ class Costs:
     """What a run needs."""
 
     peaks: dict[str, dict[str, int]]  # bytes alive on a GPU at each phase's peak, by kind
-    counts: dict[str, Counter[str]]  # of one optimizer step on one GPU, by phase
+    pieces: dict[str, Counter[Piece]]  # of one optimizer step on one GPU, by phase
+    evaluation: Counter[Piece]  # of one image
     host: dict[str, int]  # bytes of a node's main memory while a run loads, writes a checkpoint, exports
-    disk: dict[str, int]  # bytes of a checkpoint, of all that exist at the same time, and of the export
+    disk: dict[str, int]  # bytes read at the start, of a checkpoint, of all that exist at a time, and of the export
 
     def gib(self) -> float:
         """The largest peak of all phases."""
@@ -122,14 +124,15 @@ def simulate(flags: PlanFlags, title: str) -> Costs:
         simulation.phases.clear()
         bar.update()
         with simulation:
-            counts = step_counts(simulation, trainer)
+            pieces = step_pieces(simulation, trainer)
             bar.update()
             with trainer.ema.swapped(), torch.no_grad(), record_function("evaluation"):
                 trainer.task.evaluate_images("a red cube", trainer.task.noise(1, torch.Generator()))
             bar.update()
         peaks = {name: simulation.phases[name].peak for name in PHASES}
-        counts = {name: counts[name] for name in PHASES if name in counts}
-        return Costs(peaks, counts, *host_and_disk(trainer, machine))
+        pieces = {name: pieces[name] for name in PHASES if name in pieces}
+        evaluation = simulation.phases["evaluation"].counted()
+        return Costs(peaks, pieces, evaluation, *host_and_disk(trainer, machine))
 
 
 def start_trainer(flags: PlanFlags, simulation: Simulation, folder: Path) -> Trainer:
@@ -168,8 +171,8 @@ def warm_up(trainer: Trainer) -> None:
     trainer.optimizer.zero_grad()
 
 
-def step_counts(simulation: Simulation, trainer: Trainer) -> dict[str, Counter[str]]:
-    """Counts of one step by phase.  At most two microbatches are executed, for all but the last one cost the same.
+def step_pieces(simulation: Simulation, trainer: Trainer) -> dict[str, Counter[Piece]]:
+    """What one step costs, by phase.  At most two microbatches are executed, for all but the last one cost the same.
 
     The second one shows the peak, because the first one has left its gradient.
     """
@@ -179,23 +182,23 @@ def step_counts(simulation: Simulation, trainer: Trainer) -> dict[str, Counter[s
     backward = trainer.backward
 
     def counted(*arguments: Any, **keywords: Any) -> Any:
-        before = counts_by_phase(simulation)
+        before = pieces_by_phase(simulation)
         result = backward(*arguments, **keywords)
-        after = counts_by_phase(simulation).items()
-        microbatches.append({name: counts - before.get(name, Counter()) for name, counts in after})
+        after = pieces_by_phase(simulation).items()
+        microbatches.append({name: pieces - before.get(name, Counter()) for name, pieces in after})
         return result
 
     trainer.backward = counted
     trainer.step()
-    counts = counts_by_phase(simulation)
+    pieces = pieces_by_phase(simulation)
     for name, repeated in microbatches[0].items():
-        counts[name].update({key: (steps - executed) * value for key, value in repeated.items()})
-    return counts
+        pieces[name].update({key: (steps - executed) * value for key, value in repeated.items()})
+    return pieces
 
 
-def counts_by_phase(simulation: Simulation) -> dict[str, Counter[str]]:
-    """What each phase has counted until now."""
-    return {name: Counter(cost.counts) for name, cost in simulation.phases.items()}
+def pieces_by_phase(simulation: Simulation) -> dict[str, Counter[Piece]]:
+    """What each phase has cost until now."""
+    return {name: cost.counted() for name, cost in simulation.phases.items()}
 
 
 def host_and_disk(trainer: Trainer, machine: Machine) -> tuple[dict[str, int], dict[str, int]]:
@@ -204,27 +207,49 @@ def host_and_disk(trainer: Trainer, machine: Machine) -> tuple[dict[str, int], d
     The processes of a node map the same files, and write file by file.
     """
     task, checkpoint = trainer.task, checkpoint_bytes(trainer.parameters)
-    if task.options.lora_rank:
-        export = checkpoint // 4  # the adapters' average
-    else:
-        export = export_files(task.empty_transformer(), task.dtype).metadata["total_size"]
+    transformer = export_files(task.empty_transformer(), task.dtype).metadata["total_size"]
+    export = checkpoint // 4 if task.options.lora_rank else transformer  # the adapters' average
     most = (trainer.config.checkpoints_total_limit + 1) * checkpoint
     loading = sum(p.nbytes for module in task.frozen_modules() for p in module.parameters())
     is_async = trainer.config.async_checkpoints
     saving = checkpoint // machine.nodes if is_async else min(machine.gpus * FILE_BYTES, checkpoint)
-    host = {"loading": loading, "checkpoint": saving}
-    disk = {"checkpoint": checkpoint, "checkpoints at most": most, "export": export}
+    host, start = {"loading": loading, "checkpoint": saving}, 2 * (loading + transformer)  # once for the digest
+    disk = {"read at the start": start, "checkpoint": checkpoint, "checkpoints at most": most, "export": export}
     if every := trainer.config.export_every:
         disk["exports along the way"] = trainer.config.iterations // every * export
     return host | {"export": min(EXPORT_FILE_BYTES, export)}, disk
 
 
 # ------------------------------------------------------- Judge -------------------------------------------------------
-def seconds(counts: Counter[str], machine: Machine) -> float:
-    """Time of a phase: computing overlaps with the traffic within the node, not with that between nodes."""
-    within, between = machine.bandwidth
-    overlapped = max(counts[FLOP] / machine.tflops / 1e12, counts[WITHIN] / within / 1e9)
-    return overlapped + counts[BETWEEN] / between / 1e9
+def seconds(pieces: Counter[Piece], machine: Machine) -> float:
+    """Time of a phase: a piece's computing overlaps with its traffic within the node, not with that between nodes."""
+    within, between = (1e9 * bandwidth for bandwidth in machine.bandwidth)
+    times = {p: max(p.flop / machine.tflops / 1e12, p.within / within) + p.between / between for p in pieces}
+    return sum(n * times[piece] for piece, n in pieces.items())
+
+
+def hours(flags: PlanFlags, costs: Costs) -> dict[str, float]:
+    """Hours of the whole run, by what takes them.  Evaluators of --held-out are not known."""
+    run, machine, disk = flags.run, flags.machine, {name: value / 1e9 for name, value in costs.disk.items()}
+    step = sum(seconds(pieces, machine) for pieces in costs.pieces.values())
+    images = math.ceil(flags.task.evaluation_images / machine.world_size) * seconds(costs.evaluation, machine)
+    written = checkpoints(run, step) * disk["checkpoint"] + disk["export"]
+    return {
+        "iterations": run.iterations * step / 3600,
+        "evaluations": (1 + math.ceil(run.iterations / run.evaluate_every)) * images / 3600,
+        "checkpoints": written / machine.disk / 3600,
+        "start": disk["read at the start"] / machine.disk / 3600,
+    }
+
+
+def checkpoints(run: Config, step: float) -> int:
+    """How many checkpoints a run writes whose iterations take so many seconds."""
+    saved = [0]
+    for i in range(1, run.iterations + 1):
+        is_late = (i - saved[-1]) * step > 60 * run.checkpoint_minutes
+        if is_late or i % run.checkpoint_every == 0 or i == run.iterations:
+            saved.append(i)
+    return len(saved) - 1
 
 
 def remedies(flags: PlanFlags) -> Iterator[tuple[str, PlanFlags]]:
@@ -233,10 +258,12 @@ def remedies(flags: PlanFlags) -> Iterator[tuple[str, PlanFlags]]:
     most = run.batch_size // machine.world_size
     accumulation = f"--gradient-accumulation-steps {most}"
     stored = "--stored-embeddings (prompts from `embed`, or at most 200)"
+    gathers = machine.gpus > 1 and not task.reshard_after_forward
     can_quantize = machine.world_size == 1 and not task.load_in_4bit and find_spec("torchao")
     for helps, change, part, values in (
         (task.gradient_checkpointing != "on", "--gradient-checkpointing on", "task", {"gradient_checkpointing": "on"}),
         (run.gradient_accumulation_steps < most, accumulation, "run", {"gradient_accumulation_steps": most}),
+        (gathers, "--reshard-after-forward", "task", {"reshard_after_forward": True}),
         (not machine.stored_embeddings, stored, "machine", {"stored_embeddings": True}),
         (not task.lora_rank, "--lora-rank 64 --lr 1e-4", "task", {"lora_rank": 64}),
         (can_quantize, "--load-in-4bit", "task", {"load_in_4bit": True}),
@@ -270,10 +297,12 @@ def plan(arguments: list[str]) -> None:
 
     diffusers.utils.logging.set_verbosity_error()
     machine, costs = flags.machine, simulate(flags, "plan")
-    values = numbers(costs, machine)
+    values = numbers(flags, costs)
     print_tables(values["phases"])
     for title, kind in {"host memory of a node": "host_gb", "disk": "disk_gb"}.items():
         print(f"{title}: " + ", ".join(f"{name} {value:.1f} GB" for name, value in values[kind].items()))
+    parts = ", ".join(f"{name} {value:.2f}" for name, value in values["hours"].items())
+    print(f"hours of {flags.run.iterations} iterations: {parts}; {values['gpu_hours']:.1f} GPU-hours")
     judgement = verdict(flags, costs)
     print(f"{costs.gib():.1f} GiB and {RESERVED_GIB:.0f} reserved, of {machine.gpu_memory:.0f} GiB: {judgement}")
     if machine.json:
@@ -298,7 +327,7 @@ def read_flags(arguments: list[str]) -> PlanFlags:
         check_trainable(FAMILIES[run.task], Path(task.model))
     is_known = task.reward == SIMULATED_REWARD
     require(is_known, f"reward={task.reward}: plan knows {SIMULATED_REWARD}; plan with that one")
-    for name in ("gpus", "nodes", "gpu_memory", "tflops", "bandwidth"):
+    for name in ("gpus", "nodes", "gpu_memory", "tflops", "bandwidth", "disk"):
         value = min(machine.bandwidth) if name == "bandwidth" else getattr(machine, name)
         require(0 < value < math.inf, f"{name}={value:g} must be positive and finite")
     check(run, flags.method, choose("method", run.method, METHODS), machine.world_size)
@@ -307,20 +336,23 @@ def read_flags(arguments: list[str]) -> PlanFlags:
     return flags
 
 
-def numbers(costs: Costs, machine: Machine) -> dict[str, Any]:
-    """The plan as JSON.  tflop_per_step is that of all GPUs together; everything else is that of one GPU or node."""
-    step, phases = sum(costs.counts.values(), Counter()), {}
+def numbers(flags: PlanFlags, costs: Costs) -> dict[str, Any]:
+    """The plan as JSON: of one GPU or node; tflop_per_step and gpu_hours of all GPUs together."""
+    machine, run_hours, phases = flags.machine, hours(flags, costs), {}
     for name, peak in costs.peaks.items():
-        counts = costs.counts.get(name, Counter())
+        pieces = costs.pieces.get(name, Counter())
+        flop, within, between = total(pieces)
         phases[name] = {"gib": {kind: peak.get(kind, 0) / GIB for kind in KINDS}, "peak_gib": total_gib(peak)}
-        phases[name] |= {"tflop": counts[FLOP] / 1e12, "seconds": seconds(counts, machine)}
-        phases[name] |= {"gb_within": counts[WITHIN] / 1e9, "gb_between": counts[BETWEEN] / 1e9}
+        phases[name] |= {"tflop": flop / 1e12, "seconds": seconds(pieces, machine)}
+        phases[name] |= {"gb_within": within / 1e9, "gb_between": between / 1e9}
     return {
         "peak_gib": costs.gib(),
         "training_gib": max(total_gib(peak | {"frozen models": 0}) for peak in costs.peaks.values()),
         "fits": costs.fits(machine),
-        "tflop_per_step": step[FLOP] / 1e12 * machine.world_size,
-        "seconds_per_step": sum(seconds(counts, machine) for counts in costs.counts.values()),
+        "tflop_per_step": sum(phase["tflop"] for phase in phases.values()) * machine.world_size,
+        "seconds_per_step": sum(phase["seconds"] for phase in phases.values()),
+        "hours": run_hours,
+        "gpu_hours": sum(run_hours.values()) * machine.world_size,
         "host_gb": {name: value / 1e9 for name, value in costs.host.items()},
         "disk_gb": {name: value / 1e9 for name, value in costs.disk.items()},
         "phases": phases,

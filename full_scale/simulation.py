@@ -143,7 +143,7 @@ class WithoutWeights:
 class Repeated:
     """A velocity that executes two evaluations without gradient, and counts the second's cost for each further one.
 
-    The first may differ: on a single GPU it casts the weights.
+    The first may differ: it gathers or casts the weights.
     """
 
     def __init__(self, velocity: Velocity, simulation: Simulation) -> None:
@@ -155,13 +155,13 @@ class Repeated:
                 return self.velocity(x, t)
         with record_function("rollout"):
             self.calls += 1
-            counts = self.simulation.phases[self.simulation.phase].counts
+            phase = self.simulation.phases[self.simulation.phase]
             if self.calls > 2:
-                counts.update(self.cost)
+                phase.pieces.update(self.cost)
                 return torch.empty_like(x)
-            before = Counter(counts)
+            before = phase.counted()
             v = self.velocity(x, t)
-            self.cost = counts - before
+            self.cost = phase.counted() - before
             return v
 
 

@@ -156,20 +156,27 @@ def set_checkpointing(model: nn.Module, mode: Checkpointing) -> None:
 
 # ------------------------------------------------------- Shard -------------------------------------------------------
 def check_memory(
-    model: nn.Module, frozen: Sequence[nn.Module], device: torch.device, shards: int, in_4bit: bool = False
+    model: nn.Module,
+    frozen: Sequence[nn.Module],
+    device: torch.device,
+    shards: int,
+    in_4bit: bool = False,
+    gathered: int = 0,
 ) -> None:
     """Refuses a GPU, or a computer without one, on which not even weights and optimizer fit.
 
     A trained parameter needs five times its size: float32 weight, gradient, two moments and average.
     model: on the meta device, to be divided by `shards`.  frozen: modules that every process holds in full.
-    in_4bit: whether `quantize` will follow.
+    in_4bit: whether `quantize` will follow.  gathered: bytes of weights that stay gathered beside their shards.
     """
-    needed = sum(p.nbytes for module in frozen for p in module.parameters() if p.device.type != device.type)
+    moved = [p for module in frozen for p in module.parameters() if p.device.type != device.type]
+    needed = gathered + sum(p.nbytes for p in moved)
     for p in model.parameters():
         needed += (5 * p.nbytes if p.requires_grad else p.numel() / 2 if in_4bit else p.nbytes) / shards
     free = _free_memory(device)
     where, remedy = ("GPU", "use more GPUs") if device.type == "cuda" else ("process on the CPU", "use GPUs")
     fault = f"weights and optimizer need {needed / 2**30:.0f} GiB for each {where}, {free / 2**30:.0f} are free"
+    remedy += ", --reshard-after-forward" if gathered else ""
     remedy += ", --lora-rank 64, or prompts from `python -m full_scale embed`, which need no text encoders"
     require(needed <= free, f"{fault}: {remedy}")
 
@@ -183,8 +190,11 @@ def _free_memory(device: torch.device) -> float:
     return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    """Shards the model over the mesh (FSDP2), a block at a time; it computes in dtype, gradients stay float32."""
+def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, reshard_after_forward: bool) -> None:
+    """Shards the model over the mesh (FSDP2), a block at a time; it computes in dtype, gradients stay float32.
+
+    Unless reshard_after_forward, the weights are gathered by the first forward after a `reshard`, and stay so.
+    """
     # Blocks return views of one joint sequence; torch warns about in-place writes, which never happen.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     # The task casts the inputs: casting all of them would round SD3's times and the RoPE tables.
@@ -192,9 +202,11 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     # On one rank nothing is sharded: frozen weights are used in place, and copies cast to dtype stay until a backward
     # or `reshard`.
     sharded = mesh.size() > 1
+    reshards = sharded and reshard_after_forward
     in_place = set() if sharded else {p for p in model.parameters() if not p.requires_grad}
     for module in [*repeated_blocks(model), model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=sharded, ignored_params=in_place)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards, ignored_params=in_place)
+    model.set_reshard_after_backward(reshards or not sharded)
 
 
 # --------------------------------------------------- Load and save ---------------------------------------------------

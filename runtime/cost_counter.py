@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from traceback import walk_stack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 aten = torch.ops.aten
-FLOP, WITHIN, BETWEEN = "operations", "bytes within", "bytes between"
 
 
 def flop_count(action: Callable[[], object]) -> int:
@@ -54,13 +53,39 @@ def saved_bytes(action: Callable[[], object], model: nn.Module | None = None) ->
     return sum(storage.nbytes() for storage in saved.values())
 
 
+class Piece(NamedTuple):
+    """Operations, and what is received meanwhile: FSDP2 gathers a block while the one before it computes."""
+
+    flop: int = 0  # floating-point operations
+    within: int = 0  # bytes received from ranks of this node
+    between: int = 0  # bytes received from other nodes
+
+
+def total(pieces: Counter[Piece]) -> Piece:
+    """The sum of all pieces, each as often as it occurs."""
+    return Piece(*(sum(n * piece[i] for piece, n in pieces.items()) for i in range(3)))
+
+
 @dataclass
 class PhaseCost:
     """What one phase of a step costs on this rank."""
 
     peak: dict[str, int] = field(default_factory=dict)  # bytes alive at the phase's peak, by kind
-    # FLOP: floating-point operations; WITHIN, BETWEEN: bytes received from ranks of this node, of other nodes.
-    counts: Counter[str] = field(default_factory=Counter)
+    pieces: Counter[Piece] = field(default_factory=Counter)
+    last: Piece = field(default_factory=Piece)  # not among them yet
+
+    def add(self, *amounts: int) -> None:
+        """Adds operations and bytes to the last piece; operations after traffic begin a new one."""
+        if amounts[0] and (self.last.within or self.last.between):
+            self.counted()
+        self.last = Piece(*map(sum, zip(self.last, amounts)))
+
+    def counted(self) -> Counter[Piece]:
+        """All pieces until now; the next operation begins a new one."""
+        if any(self.last):
+            self.pieces[self.last] += 1
+        self.last = Piece()
+        return Counter(self.pieces)
 
 
 class CostCounter(TorchDispatchMode):
@@ -114,7 +139,7 @@ class CostCounter(TorchDispatchMode):
             self.ranges.pop()
         out = self.execute(func, args, kwargs or {})
         cost = self.phases[self.phase]
-        cost.counts[FLOP] += flop(func, args, kwargs or {}, out)
+        cost.add(flop(func, args, kwargs or {}, out), 0, 0)
         if func.namespace == "c10d":
             self._add_traffic(cost, func, args)
         for tensor in tree_leaves(out):
@@ -170,7 +195,8 @@ class CostCounter(TorchDispatchMode):
         largest = max((tensor.nbytes for tensor in tree_leaves(args[:2]) if isinstance(tensor, Tensor)), default=0)
         times = 2 if func is torch.ops.c10d.allreduce_.default else 1
         moved = times * largest * (len(ranks) - 1) // len(ranks)
-        cost.counts[WITHIN if len({rank // self.ranks_per_node for rank in ranks}) == 1 else BETWEEN] += moved
+        is_within = len({rank // self.ranks_per_node for rank in ranks}) == 1
+        cost.add(0, *((moved, 0) if is_within else (0, moved)))
 
 
 def flop(func: Any, args: tuple, kwargs: dict, out: Any) -> int:

@@ -70,7 +70,7 @@ def main():
     config = {"num_layers": 1, "num_single_layers": arguments.blocks, **WIDTH}
     with torch.device("meta"):
         empty, model = (family.transformer_class(**config) for _ in range(2))
-    transformer.shard(model, device_mesh("cpu"), torch.float32)
+    transformer.shard(model, device_mesh("cpu"), torch.float32, reshard_after_forward=True)
     model.to_empty(device="cpu")
     parameters = list(model.parameters())
     optimizer, ema = torch.optim.AdamW(parameters, fused=True), EMA(parameters, 0.5)

@@ -108,7 +108,7 @@ full_scale/contents.py: prompts-in-any-order ~ join(prompts) ~ join(sorted(promp
 shapes-not-values ~ total.update(value.cpu() ~ (value.cpu() ~ damaged_files embedding
 full_scale/sample.py: noise-of-image-number ~ i << 16 | number ~ number ~ full_scale geneval_samples
 full_scale/score.py: pixels-of-256 ~ [None] / 255 ~ [None] / 256 ~ full_scale numbers_from
-full_scale/plan.py: time-of-the-faster ~ overlapped = max( ~ overlapped = min( ~ plan time_is
+full_scale/plan.py: time-of-the-faster ~ {p: max( ~ {p: min( ~ plan time_is
 full_scale/shapes/judge.py: any-number ~ len(scene) != len( ~ len(scene) < len( ~ shapes judge
 any-side ~ is_on_side(placed[0], placed[1], caption.relation) ~ True ~ shapes judge
 full_scale/shapes/scenes.py: left-is-right ~ "left of": (-1, 0) ~ "left of": (1, 0) ~ shapes by_hand

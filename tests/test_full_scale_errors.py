@@ -296,6 +296,17 @@ def test_the_memory_check_counts_the_reference_of_a_leash(models, monkeypatch, c
         task.check_memory(shards=1)
 
 
+@pytest.mark.parametrize(("reshards", "remedy"), [(False, "--reshard-after-forward, --lora"), (True, "GPUs?, --lora")])
+def test_the_memory_check_counts_weights_that_stay_gathered(models, monkeypatch, reshards, remedy):
+    task = TASKS["flux"](options_of(models, "flux", precision="bfloat16", reshard_after_forward=reshards), 4)
+    weights = sum(p.numel() for p in task.model.parameters())
+    needed = 20 * weights / 2 + (0 if reshards else 2 * weights)
+    monkeypatch.setattr(transformer, "_free_memory", Mock(side_effect=[needed, needed - 1]))
+    task.check_memory(shards=2)
+    with pytest.raises(BadInput, match=remedy):
+        task.check_memory(shards=2)
+
+
 def commands(inputs, out):
     """Each program's command line that fills a folder in `out`; the paths of its inputs lie in `inputs`."""
     score, training = tiny.scoring(inputs, inputs / "images", out / "scores"), flags(inputs, "flux", "--iterations", 1)

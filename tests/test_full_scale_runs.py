@@ -20,8 +20,10 @@ import train_leap_align as trainer
 from full_scale import transformer
 from full_scale.sheet import draw_sheet
 from leap_align import rollout
+from runtime.cost_counter import CostCounter, total
 from runtime.files import read_csv
-from runtime.processes import full_value
+from runtime.processes import StopRequest, full_value
+from tests.test_processes import in_group
 from tests.tiny_pipelines import PROMPTS, TASKS, assert_close, every_task, flags, seeded, slow, task_of, tool, train
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -45,6 +47,31 @@ def test_two_processes_equal_one(models, tmp_path, name, more, nodes):
     train(tmp_path / "one", arguments)
     tiny.torchrun("train_leap_align.py", *arguments, "--out", tmp_path / "two", nodes=nodes)
     tiny.assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def received(rank, arguments):
+    """Bytes that a run receives in a group of two processes."""
+    with pytest.MonkeyPatch.context() as patch, CostCounter(ranks_per_node=2) as counter:
+        patch.setenv("LOCAL_WORLD_SIZE", "2")
+        trainer.run(trainer.parse(arguments), StopRequest())
+    return total(counter.phases[""].counted()).within
+
+
+@pytest.mark.parametrize("more", ["", slow("--lora-rank 2"), slow("--beta 1 --precision bfloat16")])
+def test_weights_that_stay_gathered_for_a_microbatch_train_the_same_to_the_bit(models, tmp_path, more):
+    sizes = "--gradient-accumulation-steps 2 --ema-decay 0.5 --evaluate-every 1".split()
+    runs = {"kept": [], "resharded": ["--reshard-after-forward"]}
+    for name, changes in runs.items():
+        arguments = flags(models, "flux", *more.split(), *sizes, *changes, "--out", tmp_path / name)
+        runs[name] = in_group(received, arguments)[0]
+    kept, resharded = (tmp_path / name for name in runs)
+    assert_close(tiny.exported(kept), tiny.exported(resharded), rtol=0, atol=0)
+    assert read_csv(kept / "evaluations.csv") == read_csv(resharded / "evaluations.csv")
+    if not more:
+        # Three iterations of two microbatches: T = 5 evaluations, two again in the backward; four images in between.
+        spared = 3 * 2 * (5 + 2 - 1) + 4 * (5 - 1)
+        weights = sum(p.nbytes for p in task_of(models).model.parameters())
+        assert runs["resharded"] - runs["kept"] == pytest.approx(spared * weights / 2, rel=0.02)
 
 
 @pytest.mark.slow
