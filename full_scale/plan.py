@@ -233,7 +233,8 @@ def hours(flags: PlanFlags, costs: Costs) -> dict[str, float]:
     run, machine, disk = flags.run, flags.machine, {name: value / 1e9 for name, value in costs.disk.items()}
     step = sum(seconds(pieces, machine) for pieces in costs.pieces.values())
     images = math.ceil(flags.task.evaluation_images / machine.world_size) * seconds(costs.evaluation, machine)
-    written = checkpoints(run, step) * disk["checkpoint"] + disk["export"]
+    waits = 0 if run.async_checkpoints else checkpoints(run, step)  # for which training stands still
+    written = waits * disk["checkpoint"] + disk["export"]
     return {
         "iterations": run.iterations * step / 3600,
         "evaluations": (1 + math.ceil(run.iterations / run.evaluate_every)) * images / 3600,
