@@ -73,6 +73,7 @@ class PlanConfig(Config):
     tracker: tyro.conf.Suppress[str | None] = None
     out: tyro.conf.Suppress[Path | None] = None
     resume: tyro.conf.Suppress[bool] = False
+    allow_changed: tyro.conf.Suppress[tuple[str, ...]] = ()
 
 
 @dataclass(frozen=True)
@@ -313,7 +314,7 @@ def plan(arguments: list[str]) -> None:
 def read_flags(arguments: list[str]) -> PlanFlags:
     """The command line, for FLUX.1-dev if it names no task; refuses values that cannot work."""
     ignored = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # a training's flags may be pasted
-    ignored.add_argument("--tracker"), ignored.add_argument("--out")
+    ignored.add_argument("--tracker"), ignored.add_argument("--out"), ignored.add_argument("--allow-changed", nargs="+")
     ignored.add_argument("--resume", action="store_true")
     arguments, tasks = ignored.parse_known_args(arguments)[1], {name: TASKS[name] for name in FAMILIES}
     program = "python -m full_scale plan"

@@ -233,7 +233,10 @@ def test_the_plan_is_printed_and_written(models, tmp_path, capsys):
 @pytest.mark.parametrize(("is_async", "nodes", "gb"), [(False, 1, 4.3), (False, 2, 4.3), (True, 1, 16), (True, 2, 8)])
 def test_a_node_holds_a_file_of_each_process_or_its_part_of_an_asynchronous_checkpoint(is_async, nodes, gb):
     """A billion weights: they, two moments and the average are 16 GB."""
-    task = Mock(frozen_modules=list, options=Mock(lora_rank=8))
+    transformer = torch.nn.Linear(2, 2, device="meta")
+    task = Mock(
+        frozen_modules=list, options=Mock(lora_rank=8), dtype=torch.float32, empty_transformer=lambda: transformer
+    )
     weights, config = torch.nn.Parameter(torch.empty(10**9, device="meta")), Config(async_checkpoints=is_async)
     trainer = SimpleNamespace(task=task, parameters=[weights], config=config)
     host, disk = plan.host_and_disk(trainer, plan.Machine(gpus=8, nodes=nodes))
@@ -289,7 +292,7 @@ def test_a_plan_offers_no_flag_that_does_not_matter_to_it_but_takes_a_command_of
     shown = capsys.readouterr().out
     assert "--task STR" in shown and "--lora-rank" in shown and "--gpus" in shown
     assert not re.search(r"--out|--resume|--tracker|toy|digits", shown)
-    training = "--task sd3 --out runs/x --resume --lora-rank 8 --tracker wandb --seed 3".split()
+    training = "--task sd3 --out runs/x --resume --allow-changed lr --lora-rank 8 --tracker wandb --seed 3".split()
     run = plan.read_flags(training).run
     assert (run.task, run.seed, run.out, run.resume) == ("sd3", 3, None, False)
 
