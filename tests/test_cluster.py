@@ -53,7 +53,7 @@ def flags_of(name):
     if name == "pytorchjob.yaml":
         return pod()[1]["args"]
     (command,) = (line for line in COMMANDS if name in line)
-    return shlex.split(command.split(name)[1])
+    return shlex.split(command.split(name)[1], comments=True)
 
 
 FILES = ["slurm.sh", "pytorchjob.yaml", "torchrun.sh"]
@@ -116,21 +116,29 @@ def start(launcher, nodes, processes, folder, flags):
     common = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "REQUEUED": str(folder / "requeued")}
     with (folder / "log").open("a") as log:
         options = {"cwd": ROOT, "stdout": log, "stderr": log}
-        commands = launcher(nodes, processes, folder, list(map(str, flags)))
+        commands = launcher(nodes, processes, folder, [*flags, "--out", str(folder / "run")])
         return [subprocess.Popen(words, env=common | own, **options) for words, own in commands]
 
 
-def finish(started, log):
+def wait_for_rows(started, folder, number):
+    """Until the run in folder/run has made so many iterations."""
+    path, deadline = folder / "run" / "metrics.csv", time.monotonic() + 600
+    while not path.exists() or len(path.read_text().splitlines()) <= number:
+        time.sleep(0.05)
+        assert time.monotonic() < deadline and started[0].poll() is None, (folder / "log").read_text()[-3000:]
+
+
+def finish(started):
     """The exit statuses."""
     try:
         return [process.wait(timeout=600) for process in started]
-    except subprocess.TimeoutExpired:
-        [process.kill() for process in started]
-        raise AssertionError(log.read_text()[-3000:])
+    finally:
+        for process in started:
+            process.kill()
 
 
-def children(process):
-    return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def assert_close(one, two):
@@ -141,6 +149,11 @@ def assert_close(one, two):
         a, b = load_file(one / name), load_file(two / name)
         far = sum((a[key] - b[key]).abs().gt(1e-5).sum().item() for key in a)
         assert a.keys() == b.keys() and far < 0.01 * sum(tensor.numel() for tensor in a.values()), name
+
+
+def numbers(path):
+    """The rows of a CSV file, without the seconds."""
+    return [{k: float(v) for k, v in row.items() if v and k != "seconds"} for row in read_csv(path)]
 
 
 @pytest.fixture(scope="module")
@@ -157,63 +170,51 @@ def small(tmp_path_factory):
     return flags, out
 
 
+WARNED = [  # launcher; nodes and processes of a node, first and then; the signal
+    (slurm, (2, 2), (1, 1), signal.SIGUSR1),
+    (slurm, (1, 1), (2, 1), signal.SIGUSR1),
+    (pytorchjob, (2, 1), (2, 1), signal.SIGTERM),
+    (pytorchjob, (2, 1), (1, 1), signal.SIGTERM),
+    (torchrun, (2, 1), (1, 2), signal.SIGUSR1),
+]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize(
-    ("launcher", "first", "then", "number"),
-    [
-        (slurm, (2, 2), (1, 1), signal.SIGUSR1),
-        (slurm, (1, 1), (2, 1), signal.SIGUSR1),
-        (pytorchjob, (2, 1), (2, 1), signal.SIGTERM),
-        (pytorchjob, (2, 1), (1, 1), signal.SIGTERM),
-        (torchrun, (2, 1), (1, 2), signal.SIGUSR1),
-    ],
-)
+@pytest.mark.parametrize(("launcher", "first", "then", "number"), WARNED)
 def test_a_run_that_is_warned_and_started_again_ends_as_an_undisturbed_one(
     small, tmp_path, launcher, first, then, number
 ):
-    """On another number of nodes and processes: the rows of metrics.csv and evaluations.csv, every export along the
-    way and the weights at the end, up to rounding."""
-    (flags, undisturbed), out, log = small, tmp_path / "run", tmp_path / "log"
-    flags, deadline = [*flags, "--out", out], time.monotonic() + 600
+    """On other nodes and processes: the rows of metrics.csv and evaluations.csv, every export along the way and the
+    weights at the end, up to rounding."""
+    (flags, undisturbed), out = small, tmp_path / "run"
     started = start(launcher, *first, tmp_path, flags)
-    while not (out / "metrics.csv").exists() or len(metrics(out)) < 3:
-        time.sleep(0.05)
-        assert time.monotonic() < deadline and started[0].poll() is None, log.read_text()
-    warned = int(children(started[0])[-1]) if launcher is slurm else started[-1].pid  # Slurm warns the tasks
-    os.kill(warned, number)
-    statuses = finish(started, log)
-    assert f"stopped by {signal.Signals(number).name}, progress is saved: continue with --resume" in log.read_text()
+    wait_for_rows(started, tmp_path, 3)
+    os.kill(children(started[0].pid)[-1] if launcher is slurm else started[-1].pid, number)  # Slurm warns srun's tasks
+    statuses, told = finish(started), (tmp_path / "log").read_text()
+    assert f"stopped by {signal.Signals(number).name}, progress is saved: continue with --resume" in told
     assert all(statuses) and 3 <= int(checkpoints(out)[-1]) < 6 and not (out / "result.json").exists()
     if launcher is slurm:
         assert statuses == [138] and (tmp_path / "requeued").read_text() == f"requeue {JOB}\n"
-    assert finish(start(launcher, *then, tmp_path, flags), log) == [0] * (1 if launcher is slurm else then[0])
+    assert set(finish(start(launcher, *then, tmp_path, flags))) == {0}
     assert sorted(path.name for path in (out / "exports").iterdir()) == ["000002", "000004", "000006"]
     for name in ("metrics.csv", "evaluations.csv"):
-        expected, found = (read_csv(folder / name) for folder in (undisturbed, out))
-        for a, b in zip(expected, found, strict=True):
-            a, b = ({k: float(v) for k, v in row.items() if v and k != "seconds"} for row in (a, b))
-            assert b == pytest.approx(a, rel=1e-4, abs=1e-5)
+        for expected, found in zip(numbers(undisturbed / name), numbers(out / name), strict=True):
+            assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
     for name in ("exports", "transformer"):
         assert_close(undisturbed / name, out / name)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("launcher", [slurm, pytorchjob, torchrun])
 def test_a_lost_process_ends_the_others_and_the_same_command_continues(small, tmp_path, launcher):
-    """Slurm does not start it again: that is for a warning alone."""
-    flags, out, log = (
-        [*small[0], "--checkpoint-every", "1", "--out", tmp_path / "run"],
-        tmp_path / "run",
-        tmp_path / "log",
-    )
+    """Slurm's script asks for no other start: that is for a warning alone."""
+    flags = [*small[0], "--checkpoint-every", "1"]
     started = start(launcher, 2, 1, tmp_path, flags)
-    while not (out / "metrics.csv").exists() or len(metrics(out)) < 2:
-        time.sleep(0.05)
-        assert started[0].poll() is None, log.read_text()
-    (parent,) = children(started[0])[-1:] if launcher is slurm else [started[-1].pid]
-    worker = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()[-1]
-    os.kill(int(worker), signal.SIGKILL)
-    assert all(finish(started, log)) and not (tmp_path / "requeued").exists()
-    assert "lost another process" in log.read_text()
-    assert set(finish(start(launcher, 2, 1, tmp_path, flags), log)) == {0} and len(metrics(out)) == 6
+    wait_for_rows(started, tmp_path, 2)
+    launcher_of_last = children(started[0].pid)[-1] if launcher is slurm else started[-1].pid
+    os.kill(children(launcher_of_last)[-1], signal.SIGKILL)
+    assert all(finish(started)) and not (tmp_path / "requeued").exists()
+    assert "lost another process" in (tmp_path / "log").read_text()
+    assert set(finish(start(launcher, 2, 1, tmp_path, flags))) == {0} and len(metrics(tmp_path / "run")) == 6
