@@ -164,7 +164,7 @@ def small(tmp_path_factory):
 
     flags = recommended_run(ROOT / "full_scale" / "shapes" / "trained").split()[2:]
     flags += "--batch-size 4 --gradient-accumulation-steps 1 --iterations 6 --export-every 2 --evaluate-every 3".split()
-    flags += "--evaluation-images 12 --evaluation-T 8".split()
+    flags += "--evaluation-images 6 --evaluation-T 8".split()
     out = tmp_path_factory.mktemp("small") / "run"
     trainer.main([*flags, "--out", str(out)])
     return flags, out
