@@ -25,7 +25,9 @@ from runtime.files import read_csv
 ROOT = Path(__file__).resolve().parent.parent
 LAB, RESULTS, COST = (f"toy/laboratory/{name}.md" for name in ("README", "results/README", "cost"))
 TOY, RUNTIME, FULL_SCALE = (f"{folder}/README.md" for folder in ("toy", "runtime", "full_scale"))
-PAGES = {name: (ROOT / name).read_text() for name in ("README.md", TOY, LAB, RESULTS, COST, FULL_SCALE, RUNTIME)}
+CLUSTER = "full_scale/cluster/README.md"
+NAMES = ("README.md", TOY, LAB, RESULTS, COST, FULL_SCALE, CLUSTER, RUNTIME)
+PAGES = {name: (ROOT / name).read_text() for name in NAMES}
 README = PAGES["README.md"]
 EQUATIONS = re.search(r"\| equation \|.*?\n\n", README, re.S).group().split("\n")[2:-2]
 TESTS = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
