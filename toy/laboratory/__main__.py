@@ -60,7 +60,7 @@ def main(
         name: The experiment, or all of them.
         out: Folder of the tables, the figures and, in cache/, the results that they are made of.
         workers: Processes that compute, one core each.
-        smoke: Check within half a minute that everything runs.  Its results mean nothing: it needs an --out of its own.
+        smoke: Check in a few minutes that everything runs.  Its results mean nothing: it needs an --out of its own.
     """
     if workers < 1:
         sys.exit(f"error: workers={workers} must be at least 1")
