@@ -22,9 +22,9 @@ from full_scale.sheet import draw_sheet
 from leap_align import rollout
 from runtime.cost_counter import CostCounter, total
 from runtime.files import read_csv
-from runtime.processes import StopRequest, full_value
-from tests.test_processes import in_group
+from runtime.processes import full_value
 from tests.tiny_pipelines import PROMPTS, TASKS, assert_close, every_task, flags, seeded, slow, task_of, tool, train
+from tests.toy_runs import in_group, train_rank
 
 pytestmark = pytest.mark.usefixtures("one_process")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -45,15 +45,14 @@ IN_4BIT = "--lora-rank 2 --load-in-4bit"
 def test_two_processes_equal_one(models, tmp_path, name, more, nodes):
     arguments = flags(models, name, *more.split())
     train(tmp_path / "one", arguments)
-    tiny.torchrun("train_leap_align.py", *arguments, "--out", tmp_path / "two", nodes=nodes)
+    in_group(train_rank, [*arguments, "--out", tmp_path / "two"], nodes)
     tiny.assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
 def received(rank, arguments):
     """Bytes that a run receives in a group of two processes."""
-    with pytest.MonkeyPatch.context() as patch, CostCounter(ranks_per_node=2) as counter:
-        patch.setenv("LOCAL_WORLD_SIZE", "2")
-        trainer.run(trainer.parse(arguments), StopRequest())
+    with CostCounter(ranks_per_node=2) as counter:
+        train_rank(rank, arguments)
     return total(counter.phases[""].counted()).within
 
 

@@ -1,6 +1,5 @@
 """Runs of several processes: what ends them, and that every line about it names its cause."""
 
-import gc
 import os
 import signal
 import subprocess
@@ -8,9 +7,7 @@ import sys
 import time
 from contextlib import suppress
 from importlib import import_module
-from multiprocessing import get_context
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from unittest.mock import Mock
 
 import pytest
@@ -20,7 +17,7 @@ import torch.distributed as dist
 import train_leap_align as trainer
 from runtime import environment, processes, run_dir
 from runtime.exit import exit_process
-from tests.toy_runs import ROOT, SMALL, TORCHRUN, checkpoints
+from tests.toy_runs import ROOT, SMALL, TORCHRUN, checkpoints, in_group
 from toy.modes import Modes
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -147,23 +144,6 @@ def test_a_rank_that_falls_silent_is_named(mortal, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said == (f"warning: {mortal} has not answered for 60 s\n" if mortal else "")  # once
     assert int(store["leap_align/beat/0"]) >= (24 if mortal == "store" else 120)  # and its own beat goes on
-
-
-def in_group(work, *arguments):
-    """work(rank, ...) in two forked processes that form a group; returns what each returned, or its error's text."""
-    # Without garbage collection: it would destroy objects of other tests, which wait for threads that no fork has.
-    with TemporaryDirectory() as folder, get_context("fork").Pool(2, gc.disable) as pool:
-        inputs = [(work, rank, f"{folder}/store", *arguments) for rank in range(2)]
-        return pool.starmap_async(_join_and_work, inputs, chunksize=1).get(timeout=300)
-
-
-def _join_and_work(work, rank, path, *arguments):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(path, 2), rank=rank, world_size=2)
-    try:
-        return work(rank, *arguments)
-    finally:
-        dist.destroy_process_group()
 
 
 # What rank 1 has otherwise, as flags or in its environment, and what the line says.

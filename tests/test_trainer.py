@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shlex
+import subprocess
 import time
 from unittest.mock import Mock
 
@@ -20,7 +21,8 @@ from leap_align import BadInput, sample_pair
 from runtime import command_line, task
 from runtime.checkpoint import training_tensors
 from runtime.report import next_command
-from tests.toy_runs import SMALL, before_every_step, error_line, metrics, result, run, run_two
+from tests import toy_runs
+from tests.toy_runs import SMALL, before_every_step, error_line, in_group, metrics, result, run, train_rank
 from toy.laboratory.__main__ import EXPERIMENTS
 from toy.modes import Modes
 from toy.task import ToyOptions
@@ -184,7 +186,7 @@ SLOW = [METHOD_FLAGS[name] for name in ("leap_align", "leap_align_per_sample", "
 @pytest.mark.parametrize("flags", [LEASH, *(pytest.param(f, marks=pytest.mark.slow) for f in SLOW)], ids=" ".join)
 def test_two_processes_equal_one(flags, tmp_path):
     one = run(tmp_path / "one", *flags)
-    run_two(tmp_path / "two", *flags)
+    in_group(train_rank, [*SMALL, *flags, "--out", tmp_path / "two"])
     assert_same(one, metrics(tmp_path / "two"))
     assert result(tmp_path / "one")["after"] == pytest.approx(result(tmp_path / "two")["after"], rel=1e-3)
     weights = [load_file(tmp_path / name / WEIGHTS) for name in ("one", "two")]
@@ -192,11 +194,13 @@ def test_two_processes_equal_one(flags, tmp_path):
 
 
 def test_one_process_resumes_a_run_of_two_and_a_refusal_of_rank_0_is_printed_once(reference, tmp_path):
-    run_two(tmp_path, "--iterations", "2", "--checkpoint-every", "1", "--async-checkpoints")
-    errors = run_two(tmp_path, status=1)
-    lines = [line for line in errors.splitlines() if "holds another run" in line]
+    flags = [*SMALL, "--out", tmp_path]
+    in_group(train_rank, [*flags, "--iterations", 2, "--checkpoint-every", 1, "--async-checkpoints"])
+    done = subprocess.run([*toy_runs.TORCHRUN, *flags], cwd=toy_runs.ROOT, capture_output=True, text=True, timeout=300)
+    lines = [line for line in done.stderr.splitlines() if "holds another run" in line]
+    assert done.returncode == 1
     assert len(lines) == 2 and lines[0].startswith("error: ")  # ours, and the one in torchrun's table
-    assert "[rank1]" not in errors
+    assert "[rank1]" not in done.stderr
     assert_same(run(tmp_path, "--resume"), metrics(reference))
 
 

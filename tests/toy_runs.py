@@ -2,17 +2,23 @@
 
 import errno
 import fcntl
+import gc
 import json
 import os
 import stat
-import subprocess
 import sys
+from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import pytest
+import torch
+import torch.distributed as dist
 
 import train_leap_align as trainer
 from runtime.files import read_csv
+from runtime.processes import StopRequest
 
 TOYS = ["toy", "digits"]
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,12 +32,27 @@ def run(out, *flags):
     return metrics(out)
 
 
-def run_two(out, *flags, status=0):
-    """The same on two processes; returns what it wrote to stderr."""
-    command = [*TORCHRUN, *SMALL, "--out", str(out), *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == status, done.stderr
-    return done.stderr
+def in_group(work, *arguments):
+    """work(rank, ...) in two forked processes that form a group; returns what each returned, or its error's text."""
+    # Without garbage collection: it would destroy objects of other tests, which wait for threads that no fork has.
+    with TemporaryDirectory() as folder, get_context("fork").Pool(2, gc.disable) as pool:
+        inputs = [(work, rank, f"{folder}/store", *arguments) for rank in range(2)]
+        return pool.starmap_async(_join_and_work, inputs, chunksize=1).get(timeout=300)
+
+
+def _join_and_work(work, rank, path, *arguments):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(path, 2), rank=rank, world_size=2)
+    try:
+        return work(rank, *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def train_rank(rank, arguments, nodes=1):
+    """For `in_group`: one process of a run, on one node or on two."""
+    with patch.dict(os.environ, {"LOCAL_WORLD_SIZE": str(2 // nodes)}):
+        trainer.run(trainer.parse(list(map(str, arguments))), StopRequest())
 
 
 def metrics(out):
