@@ -150,6 +150,7 @@ def test_processes_that_cannot_find_each_other_do_not_train_side_by_side(no_laun
         processes.init_process_group()
 
 
+@pytest.mark.slow
 def test_processes_of_any_launcher_join_their_group(no_launcher, tmp_path):
     """As Kubernetes' jobs and `accelerate launch` start them: with torchrun's variables, without torchrun."""
     with socket.socket() as free:
@@ -162,10 +163,11 @@ def test_processes_of_any_launcher_join_their_group(no_launcher, tmp_path):
     printed = [process.communicate(timeout=300)[0].decode() for process in both]
     assert [process.returncode for process in both] == [0, 0] and printed[1] == ""
     assert "Processes: 2; device: cpu; precision: float32." in printed[0]
-    no_launcher.setenv("RANK", "one")
-    for name, value in group.items():
-        no_launcher.setenv(name, value)
-    no_launcher.setenv("LOCAL_RANK", "0")
+
+
+def test_a_rank_that_is_no_number_is_refused(no_launcher):
+    for name in processes.GROUP:
+        no_launcher.setenv(name, "one" if name == "RANK" else "1")
     with pytest.raises(BadInput, match=r"^RANK=.one. in the environment is no number$"):
         processes.init_process_group()
 
