@@ -11,6 +11,8 @@ from runtime.files import digest
 from runtime.processes import world_size
 from runtime.task import Task
 
+STANDARD_LIBRARY = sysconfig.get_path("stdlib") + os.sep
+
 
 def environment(task: type[Task]) -> dict[str, str]:
     """Processes a node, kind of device, versions of packages, and `sources`, by name."""
@@ -29,11 +31,10 @@ def sources() -> dict[str, str]:
     """A short digest of the code of each imported module that was not installed; for a single process nothing."""
     if world_size() == 1:
         return {}
-    files = {name: Path(getattr(module, "__file__", None) or "") for name, module in list(sys.modules.items())}
-    return {f"code of {name}": digest(file)[:8] for name, file in files.items() if _is_own(file)}
+    files = {name: getattr(module, "__file__", None) or "" for name, module in list(sys.modules.items())}
+    return {f"code of {name}": digest(Path(file))[:8] for name, file in files.items() if _is_own(file)}
 
 
-def _is_own(file: Path) -> bool:
-    is_of_python = file.is_relative_to(sysconfig.get_path("stdlib"))
-    is_installed = is_of_python or {"site-packages", "dist-packages"} & {*file.parts}
-    return file.suffix == ".py" and not is_installed and file.is_file()  # some modules only claim to have one
+def _is_own(file: str) -> bool:
+    is_installed = file.startswith(STANDARD_LIBRARY) or "/site-packages/" in file or "/dist-packages/" in file
+    return file.endswith(".py") and not is_installed and os.path.isfile(file)  # some modules only claim to have one

@@ -139,7 +139,8 @@ def test_learning_rates_are_chosen_by_the_reward_and_a_broken_run_is_worst(monke
         metrics = [{"reward": reward} for reward in rewards[s["lr"]]]
         return {"metrics": [] if broken else metrics, "error": "broke" if broken else ""}
 
-    scale = {"tasks": ("toy", "digits"), "tuning_seeds": (9,), "budgets": {"small": 1, "large": 2}}
+    scale = {"tasks": ("toy", "digits"), "tuning_seeds": (9,), "learning_rates": (1e-4, 1e-3)}
+    scale["budgets"] = {"small": 1, "large": 2}
     rates = fake_laboratory(monkeypatch, result, **scale).learning_rates(("refl",), {"hinge": 0.0})
     expected = {("toy", "small"): 1e-4, ("toy", "large"): 1e-3, ("digits", "small"): 1e-4, ("digits", "large"): 1e-4}
     assert rates == {(task, "hinge", "refl", budget): lr for (task, budget), lr in expected.items()}

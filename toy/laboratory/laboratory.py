@@ -46,7 +46,7 @@ class Scale:
 
 
 SMOKE = Scale(
-    tasks=("toy",), seeds=(0, 1), tuning_seeds=(100,), more_tuning_seeds=(100,), learning_rates=(1e-4, 1e-3),
+    tasks=("toy",), seeds=(0, 1), tuning_seeds=(100,), more_tuning_seeds=(100,), learning_rates=(1e-3,),
     budgets={"small": 1, "large": 4}, ablation_iterations=(1, 2), step_counts=(3, 5), samplers=((25, "euler"),),
     beyond_iterations=2, training_stages=(0, 2), shapes_iterations=1, shapes_seeds=(0, 1),
     shapes_learning_rates=(1e-4,), max_draws=4, batch_size=8, smoke=True,
