@@ -23,7 +23,7 @@ from full_scale.prompts import embedding_folders, few_prompts, find_embedding, r
 from full_scale.sheet import draw_sheet
 from leap_align import require, rollout, shifted_times
 from runtime.files import atomic_file, read_json
-from runtime.processes import all_gather, rank, reshard, run_on_all_ranks, world_size
+from runtime.processes import all_gather, rank, run_on_all_ranks, world_size
 from runtime.task import EVALUATION_SEED, Task
 
 IMAGES_PER_PROMPT = 2  # in an evaluation; the difference between them is the diversity
@@ -376,7 +376,6 @@ class DiffusersTask(Task):
         self.evaluator_models.to(self.device)
         images = {i: self.evaluate_images(prompts[i], x_T[i : i + 1]) for i in turns}
         self.evaluator_models.to("cpu")
-        reshard(self.model)
         for images_of_a_rank in all_gather(images):
             images |= images_of_a_rank
         scores, thumbnails, pixels = zip(*(images[i] for i in range(len(prompts))))

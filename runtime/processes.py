@@ -83,7 +83,7 @@ def init_process_group(backend: str | None = None, minutes: float = GROUP_MINUTE
     missing = ", ".join(name for name in GROUP if name not in os.environ)
     for name in COUNTS:
         is_alone = os.environ.get(name, "1").strip() in ("", "0", "1")
-        remedy = "start one torchrun on each node (srun --ntasks-per-node=1 torchrun ...), or set them"
+        remedy = "start one torchrun on each node, or set them as full_scale/cluster/ does"
         require(is_alone, f"{name}={os.environ.get(name)}, but {missing} are not set: {remedy}")
 
 

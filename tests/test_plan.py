@@ -69,7 +69,7 @@ def flags_of(models, name, changes=None, batch_size=2, **machine):
     return plan.PlanFlags(run, hyper, options_of(models, name, **options), machine)
 
 
-@pytest.mark.parametrize(("name", "changes"), [*CASES, ("flux", "{}"), ("sd3", '{"gradient_checkpointing": "off"}')])
+@pytest.mark.parametrize(("name", "changes"), [*CASES, ("sd3", '{"gradient_checkpointing": "off"}')])
 def test_the_counter_agrees_with_the_allocator_within_3_percent(models, name, changes):
     step = measured(models, name, changes)
     print(f"{name} {changes}: counter / allocator = {(step.peak - step.before) / step.allocated:.3f}")  # pytest -s
@@ -114,8 +114,7 @@ def test_a_simulated_step_costs_what_a_real_one_costs(models, name, changes):
     assert costs.peaks["backward"]["weights"] == step.phases["backward"].peak["weights"]
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize(("reshard", "gathers"), [(True, 2 + 2 + 2), (False, 1)])  # rollout, leaps and backward
+@pytest.mark.parametrize(("steps", "reshard", "gathers"), [(1, True, 2 + 2 + 2), (3, False, 1)])  # rollout, leaps, back
 def test_nodes_exchange_gradients_once_an_iteration_and_gather_weights_once_a_microbatch(
     models, steps, reshard, gathers
 ):
@@ -336,8 +335,10 @@ SKIPPED = Mock(**{"step.return_value": {"skipped": 1.0, "seconds": 1.0}})
 )
 def test_a_step_that_does_not_fit_or_is_skipped_is_not_measured(tmp_path, monkeypatch, start, shown):
     monkeypatch.setattr(benchmark, "start_trainer", Mock(side_effect=start))
+    costs = plan.Costs({"leaps": {"weights": 2 * plan.GIB}}, {}, plan.Counter(), {}, {})
+    monkeypatch.setattr(benchmark, "simulate", lambda *_: costs)
     row = benchmark.measure(small_step(tmp_path))
-    assert row["GiB"] == shown and row["s"] == "" and row["planned GiB"] > 0
+    assert (row["GiB"], row["s"], row["planned GiB"]) == (shown, "", 2)
 
 
 def test_the_table_has_a_row_for_each_combination(tmp_path, monkeypatch):
