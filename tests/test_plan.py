@@ -252,13 +252,16 @@ def test_few_prompts_and_stored_embeddings_need_no_text_encoders(source, tmp_pat
 
 
 PAGE = (Path(__file__).parents[1] / "full_scale" / "README.md").read_text()
-ROWS = re.findall(r"^\| (?:`(--[^`]*)`|no other) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+ (?:s|min)) \|$", PAGE, re.M)
+ROW = r"^\| (?:`(--[^`]*)`|no other) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+ (?:s|min)) \| ([\d.]+) \| ([\d.]+) \|$"
+ROWS = re.findall(ROW, PAGE, re.M)
 assert len(ROWS) == 12
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("flags", "training", "every", "step"), ROWS, ids=lambda value: value or "no other")
-def test_the_page_shows_what_the_plan_computes(flags, training, every, step, tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "training", "every", "step", "hours", "gpu_hours"), ROWS, ids=lambda value: value or "no other"
+)
+def test_the_page_shows_what_the_plan_computes(flags, training, every, step, hours, gpu_hours, tmp_path):
     gpus = 1 if "--gpus 1" in flags else 16 if "--nodes 2" in flags else 8
     tool("plan", *flags.split(), "--gradient-accumulation-steps", 64 // gpus, "--json", tmp_path / "plan.json")
     numbers, (time, unit) = read(tmp_path / "plan.json"), step.split()
@@ -266,6 +269,8 @@ def test_the_page_shows_what_the_plan_computes(flags, training, every, step, tmp
     assert numbers["peak_gib"] == pytest.approx(float(every), abs=0.06)
     rounding = 0.505 / 10 ** len(time.partition(".")[2])
     assert numbers["seconds_per_step"] / (60 if unit == "min" else 1) == pytest.approx(float(time), abs=rounding)
+    for found, shown in (sum(numbers["hours"].values()), hours), (numbers["gpu_hours"], gpu_hours):
+        assert found == pytest.approx(float(shown), abs=0.505 / 10 ** len(shown.partition(".")[2]))
 
 
 @pytest.mark.parametrize(
