@@ -359,7 +359,7 @@ def test_a_refused_start_says_why_and_changes_nothing(reference, tmp_path):
     assert "no undamaged checkpoint among 1" in error_line(*again)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="faults.py forks")
+@pytest.mark.slow
 def test_four_faults_lose_nothing():
     done = subprocess.run([sys.executable, "-m", "tests.faults", "--short"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

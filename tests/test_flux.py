@@ -2,6 +2,7 @@
 
 import math
 import re
+from itertools import product
 from unittest.mock import patch
 
 import pytest
@@ -27,8 +28,9 @@ a_flux = pytest.mark.parametrize("name", ["flux", "klein"])
 every_rank = pytest.mark.parametrize("lora_rank", [0, 2], ids=["full", "lora"])
 
 
-@pytest.mark.parametrize("T", [4, 25])
-@pytest.mark.parametrize("name, tolerance", [("flux", 0.0), ("sd3", 1e-5), ("klein", 0.0)])
+@pytest.mark.parametrize(
+    "name, tolerance, T", [("flux", 0.0, 25), ("flux", 0.0, 4), ("sd3", 1e-5, 4), ("klein", 0.0, 4)]
+)
 def test_the_rollout_is_the_pipelines(models, name, tolerance, T):
     task = task_of(models, name, T)
     x_T = task.noise(2, seeded())
@@ -200,8 +202,9 @@ def test_the_gradient_is_the_plain_models_with_and_without_gradient_checkpointin
         assert_close(gradient, plain, 1e-5, 1e-9)
 
 
-@every_task
-@pytest.mark.parametrize("method", trainer.METHODS)
+@pytest.mark.parametrize(
+    ("name", "method"), [*product(["flux"], trainer.METHODS), ("sd3", "leap_align"), ("klein", "leap_align")]
+)
 def test_every_parameter_gets_a_gradient(models, name, method):
     task = task_of(models, name, T=5)
     by_name = gradients(task, method)
@@ -274,8 +277,7 @@ def task_with_reference(models, name, **changes):
 
 
 @every_task
-@every_rank
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("lora_rank", "precision"), [(0, "float32"), (2, "bfloat16")])
 def test_the_reference_is_the_pretrained_model_whatever_the_trained_one_becomes(models, name, lora_rank, precision):
     pretrained = task_of(models, name, precision=precision, lora_rank=lora_rank)
     x, t = pretrained.noise(2, seeded()), pretrained.times[2]

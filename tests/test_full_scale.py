@@ -69,7 +69,8 @@ def test_the_whole_path_on_one_process_and_on_two(tmp_path, others):
     assert logs[0]["mean"] == pytest.approx(sum(row["reward"] for row in logs[0]["images"]) / len(images[0]))
 
 
-@pytest.mark.parametrize("name", ["flux", slow("sd3"), slow("klein")])
+@pytest.mark.slow
+@every_task
 def test_a_pipeline_of_the_real_size_trains_and_samples(tmp_path, monkeypatch, name):
     """The path of `tiny --full-size`, with fewer and narrower blocks in place of the real ones."""
     networks = FAMILIES[name].configs

@@ -56,21 +56,30 @@ def received(rank, arguments):
     return total(counter.phases[""].counted()).within
 
 
+def gathering(models, tmp_path, *more):
+    """Flags of two runs: one keeps the weights gathered for a microbatch, the other does not; and their folders."""
+    sizes = "--iterations 2 --gradient-accumulation-steps 2 --ema-decay 0.5 --evaluate-every 1".split()
+    kept, resharded = tmp_path / "kept", tmp_path / "resharded"
+    arguments = flags(models, "flux", *more, *sizes)
+    return [*arguments, "--out", kept], [*arguments, "--reshard-after-forward", "--out", resharded], kept, resharded
+
+
 @pytest.mark.parametrize("more", ["", slow("--lora-rank 2"), slow("--beta 1 --precision bfloat16")])
 def test_weights_that_stay_gathered_for_a_microbatch_train_the_same_to_the_bit(models, tmp_path, more):
-    sizes = "--iterations 2 --gradient-accumulation-steps 2 --ema-decay 0.5 --evaluate-every 1".split()
-    runs = {"kept": [], "resharded": ["--reshard-after-forward"]}
-    for name, changes in runs.items():
-        arguments = flags(models, "flux", *more.split(), *sizes, *changes, "--out", tmp_path / name)
-        runs[name] = in_group(received, arguments)[0]
-    kept, resharded = (tmp_path / name for name in runs)
+    *runs, kept, resharded = gathering(models, tmp_path, *more.split())
+    for arguments in runs:
+        in_group(train_rank, arguments)
     assert_close(tiny.exported(kept), tiny.exported(resharded), rtol=0, atol=0)
     assert read_csv(kept / "evaluations.csv") == read_csv(resharded / "evaluations.csv")
-    if not more:
-        # Two iterations of two microbatches: T = 5 evaluations, two again in the backward; three images in between.
-        spared = 2 * 2 * (5 + 2 - 1) + 3 * (5 - 1)
-        weights = sum(p.nbytes for p in task_of(models).model.parameters())
-        assert runs["resharded"] - runs["kept"] == pytest.approx(spared * weights / 2, rel=0.02)
+
+
+@pytest.mark.slow
+def test_weights_that_stay_gathered_are_received_once_a_microbatch(models, tmp_path):
+    kept, resharded = (in_group(received, arguments)[0] for arguments in gathering(models, tmp_path)[:2])
+    # Two iterations of two microbatches: T = 5 evaluations, two again in the backward; three images in between.
+    spared = 2 * 2 * (5 + 2 - 1) + 3 * (5 - 1)
+    weights = sum(p.nbytes for p in task_of(models).model.parameters())
+    assert resharded - kept == pytest.approx(spared * weights / 2, rel=0.02)
 
 
 @pytest.mark.slow
@@ -171,7 +180,7 @@ def test_a_sheet_shows_every_image_unchanged_and_its_prompt_below():
     ("name", "more", "on_resume"),
     [
         ("flux", "--lora-rank 2 --method lagrange", ""),
-        ("flux", "--T 8 --solver ab2", "--gradient-accumulation-steps 2 --gradient-checkpointing off"),
+        slow("flux", "--T 8 --solver ab2", "--gradient-accumulation-steps 2 --gradient-checkpointing off"),
         pytest.param("flux", f"{IN_4BIT} --precision bfloat16 --beta 1e-3", "", marks=tiny.needs_torchao),
         ("flux", "--lora-rank 0 --beta 1", ""),
         *(slow(name, f"--lora-rank {rank} --beta 1", "") for name in ("sd3", "klein") for rank in (0, 2)),
@@ -209,6 +218,7 @@ def test_a_run_may_move_from_text_to_embeddings_and_to_another_place_on_resume(m
     assert contents.keys() == {"model", "text_encoders", "prompts", "evaluation_prompts", "reward_weights"}
 
 
+@pytest.mark.slow
 def test_sd3_without_t5_is_planned_embedded_trained_and_sampled_alike(models, tmp_path):
     """diffusers leaves T5 out of a folder that says so, and puts zeros in place of its text."""
     whole, folder = models / "sd3", tmp_path / "sd3"
@@ -276,7 +286,7 @@ def test_the_export_is_the_average_of_the_weights(models, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "more"), [("flux", "--precision bfloat16"), ("sd3", ""), ("klein", "--lora-rank 2 --lora-alpha 6")]
+    ("name", "more"), [("flux", "--precision bfloat16"), slow("sd3", ""), ("flux", "--lora-rank 2 --lora-alpha 6")]
 )
 def test_export_gives_the_raw_and_the_averaged_weights_of_any_checkpoint(models, tmp_path, capsys, name, more):
     """What the checkpoint's files hold; the last average is, with every other file, what the run's end wrote."""
@@ -327,11 +337,13 @@ def test_export_refuses_what_is_no_checkpoint_of_an_image_model(models, tmp_path
     assert message.format(run=run) in line
 
 
-FOUR_BITS = pytest.param({"lora_rank": 2, "load_in_4bit": True}, marks=tiny.needs_torchao)
+LORA, IN_4_BITS = {"lora_rank": 2, "lora_alpha": 6.0}, {"lora_rank": 2, "load_in_4bit": True}
+EXPORTED = [("flux", {}), ("flux", LORA), ("sd3", {}), ("klein", LORA), slow("sd3", LORA), slow("klein", {})]
 
 
-@every_task
-@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2, "lora_alpha": 6.0}, FOUR_BITS])
+@pytest.mark.parametrize(
+    ("name", "changes"), [*EXPORTED, *(pytest.param(name, IN_4_BITS, marks=tiny.needs_torchao) for name in TASKS)]
+)
 def test_diffusers_draws_from_the_export_what_the_trained_model_draws(models, tmp_path, name, changes):
     more = " ".join(f"--{key} {value}" for key, value in changes.items()).replace("_", "-").replace(" True", "")
     train(tmp_path, flags(models, name, "--iterations", "2", "--lr", "0.02", *more.split()))

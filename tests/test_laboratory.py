@@ -5,8 +5,7 @@ import math
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
-from functools import partial
-from importlib.util import find_spec
+from functools import cache, partial
 from io import StringIO
 from itertools import product
 
@@ -168,7 +167,8 @@ def test_a_leash_starts_from_the_pretrained_model_whatever_was_trained_before():
     assert "v_norm" not in run(hyper={"lam": None})["metrics"][0]
 
 
-EXPERIMENTS = [name for name in laboratory.ALL if name != "shapes" or find_spec("diffusers")]
+SLOW = {"ablations", "leash", "beyond", "shapes"}
+EXPERIMENTS = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in laboratory.ALL]
 
 
 def half_way(velocity, x_T, times, hyper, generator, step=leap):
@@ -180,42 +180,46 @@ def half_way(velocity, x_T, times, hyper, generator, step=leap):
 
 
 @pytest.fixture(scope="module")
-def experiments(tmp_path_factory):
-    """Every experiment's rows, and what it printed; all share one output folder, and so a cache."""
-    found, folder = {}, tmp_path_factory.mktemp("laboratory")
+def experiment(tmp_path_factory):
+    """experiment(name): its rows, and what it printed; all share one output folder, and so a cache."""
+    folder = tmp_path_factory.mktemp("laboratory")
     mine = ablations.Ablation({"two": ("leap_align", {}), "one": ("one_leap_again", {})}, expected=(), source="")
-    with pytest.MonkeyPatch.context() as patch:
-        for table in (METHODS, trainer.METHODS):
-            patch.setitem(table, "half_way", half_way)
-        patch.setitem(VARIANTS, "one_leap_again", VARIANTS["one_leap"])
-        patch.setitem(ablations.ABLATIONS, "mine", mine)
-        for name in EXPERIMENTS:
-            with redirect_stdout(StringIO()) as printed:
-                laboratory.main(name, folder, workers=1, smoke=True)
-            found[name] = read_csv(folder / f"{name}.csv"), printed.getvalue()
-    return folder, found
+
+    @cache
+    def experiment(name):
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+            for table in (METHODS, trainer.METHODS):
+                patch.setitem(table, "half_way", half_way)
+            patch.setitem(VARIANTS, "one_leap_again", VARIANTS["one_leap"])
+            patch.setitem(ablations.ABLATIONS, "mine", mine)
+            laboratory.main(name, folder, workers=1, smoke=True)
+        return read_csv(folder / f"{name}.csv"), printed.getvalue()
+
+    experiment.folder = folder
+    return experiment
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_at_a_small_scale(name, experiments):
-    folder, found = experiments
-    rows, printed = found[name]
+def test_every_experiment_at_a_small_scale(name, experiment):
+    if name == "shapes":
+        pytest.importorskip("diffusers")
+    folder, (rows, printed) = experiment.folder, experiment(name)
     assert len(rows) >= 2 and all(row["task"] == ("shapes" if name == "shapes" else "toy") for row in rows)
     assert name == "guidance" or (folder / f"{name}.png").stat().st_size > 10_000
     assert (folder / f"{name}.md").read_text().strip() in printed
     assert (folder / f"{name}-directions.csv").exists() == (name in ("compare", "ablations"))
 
 
-def test_a_finished_experiment_computes_nothing(experiments, monkeypatch):
-    folder, found = experiments
+def test_a_finished_experiment_computes_nothing(experiment, monkeypatch):
+    rows, _ = experiment("pairs")
     monkeypatch.setattr(result_cache, "compute", None)
-    laboratory.main("pairs", folder, workers=1, smoke=True)
-    assert read_csv(folder / "pairs.csv") == found["pairs"][0]
+    laboratory.main("pairs", experiment.folder, workers=1, smoke=True)
+    assert read_csv(experiment.folder / "pairs.csv") == rows
 
 
 @pytest.mark.parametrize("name", ["compare", "pairs"])
-def test_equal_compute_is_equal(name, experiments):
-    rows = [row for row in experiments[1][name][0] if row.get("equal") != "samples" and row["iterations"]]
+def test_equal_compute_is_equal(name, experiment):
+    rows = [row for row in experiment(name)[0] if row.get("equal") != "samples" and row["iterations"]]
     for budget, iterations in SMOKE.budgets.items():
         costs = [(int(row["evaluations"]), int(row["iterations"])) for row in rows if row["budget"] == budget]
         assert len(costs) >= 2
@@ -223,24 +227,25 @@ def test_equal_compute_is_equal(name, experiments):
         assert all(abs(total - 29 * iterations) <= total / max(1, n) / 2 + 1 or n == 0 for total, n in costs)
 
 
-def test_tables_have_every_method_and_the_users_own(experiments):
-    rows = {name: rows for name, (rows, _) in experiments[1].items()}
-    assert {row["option"] for row in rows["ablations"] if row["ablation"] == "mine"} == {"two", "one"}
-    assert "half_way" in {row["method"] for row in rows["fidelity"]}
-    tables = [[row["method"] for row in table] for table in groups(rows["compare"], *compare.BY).values()]
+def test_tables_have_every_method_and_the_users_own(experiment):
+    assert "half_way" in {row["method"] for row in experiment("fidelity")[0]}
+    tables = [[row["method"] for row in table] for table in groups(experiment("compare")[0], *compare.BY).values()]
     assert tables == [["pretrained", *METHODS, "half_way"]] * 8  # of two hinges, two budgets, samples or compute
-    assert all(float(row["v_norm"]) > 0 for row in rows["leash"])
-    kinds = {(row["method"], row["kind"]) for row in rows["leash"]}
+
+
+@pytest.mark.slow
+def test_tables_of_slow_experiments_have_every_option_of_every_method_and_the_users_own(experiment):
+    """In the leash's table, of each kind: whether it has a hinge and a leash, and whether it trained to the end."""
+    assert {row["option"] for row in experiment("ablations")[0] if row["ablation"] == "mine"} == {"two", "one"}
+    rows, _ = experiment("leash")
     kinds_of_all = set(product([*METHODS, "half_way"], ["stop", "none", "leash"]))
-    assert kinds == kinds_of_all | {("leap_align", "hinge"), ("leap_align", "both")}
-
-
-def test_every_run_of_the_leash_says_what_restrained_it(experiments):
-    """Each kind: whether it has a hinge and a leash, and whether it trained to the end."""
+    kinds_of_all |= {("leap_align", "hinge"), ("leap_align", "both")}
+    assert {(row["method"], row["kind"]) for row in rows} == kinds_of_all
     kinds = {"stop": (False, False, False), "none": (False, False, True), "leash": (False, True, True)}
     kinds |= {"hinge": (True, False, True), "both": (True, True, True)}
-    for row in experiments[1]["leash"][0]:
+    for row in rows:
         assert kinds[row["kind"]] == (row["lambda"] != "none", row["beta"] != "0.0", row["iterations"] == "4")
+        assert float(row["v_norm"]) > 0
 
 
 def results(name, *numbers):

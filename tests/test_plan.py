@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 LORA = '{"precision": "bfloat16", "lora_rank": 4}'
 FOUR_BITS = pytest.param("flux", LORA.replace("}", ', "load_in_4bit": true}'), marks=needs_torchao)
-CASES = [("flux", '{"precision": "bfloat16"}'), ("flux", LORA), ("sd3", "{}"), slow("klein", LORA), FOUR_BITS]
+CASES = [("flux", '{"precision": "bfloat16"}'), ("flux", LORA), slow("sd3", "{}"), slow("klein", LORA), FOUR_BITS]
 STRATIFIED = slow("flux", '{"method": "stratified"}')  # evaluates earlier leaps again after the endpoint's backward
 
 
@@ -129,6 +129,7 @@ def test_nodes_exchange_gradients_once_an_iteration_and_gather_weights_once_a_mi
     assert costs.peaks["optimizer"]["gradients"] == pytest.approx(parameters / 2, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_backward_through_two_leaps_never_holds_the_unsharded_gradients_of_both(models, tmp_path):
     """On a transformer of FLUX.1-dev's width, so that its weights outweigh the tiny VAE's activations."""
     shutil.copytree(models / "flux", tmp_path / "flux")

@@ -63,22 +63,22 @@ def runs_after_all_others():
     return list(zip(codes, (*again, None, check), strict=True))
 
 
-@pytest.mark.parametrize("skipped", [pytest.param("", marks=pytest.mark.slow, id="all cells"), "digits"])
-def test_running_the_notebook_gives_the_committed_outputs(skipped):
-    """Its asserts hold, and it prints and draws nearly the same; in the slow test also cells that run after all others.
+@pytest.mark.slow
+def test_running_the_notebook_gives_the_committed_outputs():
+    """Its asserts hold, and it prints and draws nearly the same, also cells that run after all others.
 
     The check of (d) does so even where the timesteps of (b) have been changed.
     """
     pytest.importorskip("ipykernel")
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    again = [] if skipped else runs_after_all_others()
+    again = runs_after_all_others()
     notebook.cells += [nbformat.v4.new_code_cell(code) for code, _ in again]
     resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
-    nbclient.NotebookClient(notebook, timeout=600, resources=resources, skip_cells_with_tag=skipped).execute()
+    nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
     found = [cell for cell in notebook.cells if cell["cell_type"] == "code"]
     for committed, fresh in zip(CODE + [cell for _, cell in again], found, strict=True):
-        if committed and skipped not in committed["metadata"].get("tags", []):
+        if committed:
             check_same_outputs(committed, fresh)
 
 
