@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from matplotlib.animation import PillowWriter
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from leap_align import BadInput, require
 from toy import pictures
@@ -30,7 +31,7 @@ CAPTIONS = (  # at x_T, x_k, x_j and x_0
 MARGINS = {"left": 0.01, "right": 0.99, "bottom": 0.07, "top": 0.86, "wspace": 0.02}
 
 
-def animate(folder: Path, path: Path, real: np.ndarray, fps: int = 10) -> None:
+def animate(folder: Path, path: Path, real: np.ndarray) -> None:
     """A GIF of a `toy` run's first and last evaluation: noise flows to the modes, and two leaps span one rollout.
 
     real: data (N, 2) for the background.  The film stops at the noise, where the leaps start and at the image.  The
@@ -42,18 +43,19 @@ def animate(folder: Path, path: Path, real: np.ndarray, fps: int = 10) -> None:
     first, last = evaluations[min(evaluations)], evaluations[max(evaluations)]
     titles = {"before training": first, f"after {max(evaluations)} iterations": last}
     (i_k, i_j), T, n = last["pair"], len(last["states"]) - 1, _clearest_rollout(first, last)
-    figure, writer = Figure(figsize=(8, 4.8)), PillowWriter(fps=fps)
+    canvas, frames, milliseconds = FigureCanvasAgg(figure := Figure(figsize=(8, 4.8), dpi=100)), [], []
     axes = figure.subplots(1, 2, gridspec_kw=MARGINS)
     _legend(figure)
     stops = dict(zip((T, i_k, i_j, 0), CAPTIONS))
-    with writer.saving(figure, path, dpi=100):
-        for i in (0, *range(T, 0, -1)):  # it runs in a loop: a page that shows one frame alone shows the first
-            for axis, (title, evaluation) in zip(axes, titles.items()):
-                axis.clear()
-                _frame(axis, evaluation, real, i, n, title)
-            figure.suptitle(stops.get(i, f"sampling without gradient: timestep {i} of {T}"), fontsize=13)
-            for _ in range(2 * fps if i in stops else 1):
-                writer.grab_frame()
+    for i in (0, *range(T, 0, -1)):  # it runs in a loop: a page that shows one frame alone shows the first
+        for axis, (title, evaluation) in zip(axes, titles.items()):
+            axis.clear()
+            _frame(axis, evaluation, real, i, n, title)
+        figure.suptitle(stops.get(i, f"sampling without gradient: timestep {i} of {T}"), fontsize=13)
+        canvas.draw()
+        frames.append(Image.fromarray(np.array(canvas.buffer_rgba())))
+        milliseconds.append(2000 if i in stops else 100)
+    frames[0].save(path, format="gif", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 
 
 def _legend(figure: Figure) -> None:
