@@ -4,7 +4,7 @@ import argparse
 import math
 import pkgutil
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 import tyro
@@ -78,8 +78,8 @@ def changeable_on_resume(config: Any) -> frozenset[str]:
 
 
 def allowed_changes(before: dict[str, Any], config: Any, iteration: int) -> list[dict[str, Any]]:
-    """What --allow-changed has changed in the settings before this iteration: {"iteration", name: [before, now]}."""
-    found = {name: [before.get(name), getattr(config, name)] for name in config.allow_changed}
+    """Which of `Allowed` differ from the settings before this iteration: {"iteration", name: [before, now]}."""
+    found = {name: [before.get(name), getattr(config, name)] for name in get_args(Allowed)}
     found = {name: values for name, values in found.items() if values[0] != values[1]}
     return [{"iteration": iteration, **found}] if found else []
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from runtime.checkpoint import Progress
 from runtime.files import atomic_file, read_csv, write_csv, write_json
-from runtime.processes import RaisedOnAllRanks, full_value, printable, rank, world_size
+from runtime.processes import RaisedOnAllRanks, full_value, printable, rank, reshard, world_size
 from runtime.run_dir import checkpoints
 from runtime.task import Task
 
@@ -79,6 +79,7 @@ def postfix(row: dict[str, float], evaluation: dict[str, float], task: Task) -> 
 
 def not_finite_gradients(model: nn.Module) -> str:
     """Names the first parameters whose gradient is not finite, for a message; every rank calls it."""
+    reshard(model)  # the gradients are those of the shards
     norms = {n: torch.linalg.vector_norm(p.grad) for n, p in model.named_parameters() if p.grad is not None}
     broken = [name for name, norm in norms.items() if not full_value(norm).isfinite()]
     return f"not finite in {', '.join(broken[:3]) or 'no parameter'} ({len(broken)})"

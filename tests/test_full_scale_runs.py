@@ -1,7 +1,9 @@
 """Runs of the image models: processes, resuming, exports, settings, sheets of images."""
 
 import json
+import math
 import os
+import re
 import shutil
 from pathlib import Path
 from unittest.mock import Mock
@@ -22,7 +24,7 @@ from full_scale.sheet import draw_sheet
 from leap_align import rollout
 from runtime.cost_counter import CostCounter, total
 from runtime.files import read_csv
-from runtime.processes import full_value
+from runtime.processes import RaisedOnAllRanks, full_value
 from tests.tiny_pipelines import PROMPTS, TASKS, assert_close, every_task, flags, seeded, slow, task_of, tool, train
 from tests.toy_runs import in_group, train_rank
 
@@ -80,6 +82,22 @@ def test_weights_that_stay_gathered_are_received_once_a_microbatch(models, tmp_p
     spared = 2 * 2 * (5 + 2 - 1) + 3 * (5 - 1)
     weights = sum(p.nbytes for p in task_of(models).model.parameters())
     assert resharded - kept == pytest.approx(spared * weights / 2, rel=0.02)
+
+
+def skips(rank, arguments):
+    """The error of a run whose loss is never a number."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RaisedOnAllRanks) as error:
+        patch.setattr(trainer, "objective", lambda reward, weight, lam: math.nan * reward.mean())
+        train_rank(rank, arguments)
+    return str(error.value)
+
+
+def test_gradients_that_are_not_finite_are_named_on_two_processes(models, tmp_path):
+    more = ["--lora-rank", 2, "--max-skipped-steps", 1, "--evaluate-every", 9, "--out", tmp_path]
+    one, two = in_group(skips, flags(models, "flux", *more))
+    adapters = sum(p.requires_grad for p in task_of(models, lora_rank=2).model.parameters())
+    names = r"(\w+\.)+lora_[AB]\.default\.weight"
+    assert one == two and re.search(rf"not finite in {names}, {names}, {names} \({adapters}\)", one)
 
 
 @pytest.mark.slow

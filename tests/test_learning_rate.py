@@ -7,6 +7,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
+import train_leap_align as trainer
 from tests.toy_runs import error_line, metrics, run
 
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -55,6 +56,25 @@ def test_the_learning_rate_of_every_iteration_also_of_a_resumed_run_to_the_bit(t
         remove_checkpoints(part, done)
         assert run(part, *EACH, *flags.split(), "--resume") == rows and changes(part) == []
         assert (part / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+
+
+def test_a_skipped_iteration_does_not_delay_the_decay(tmp_path, monkeypatch):
+    steps, clip = [], trainer.clip_gradient
+    monkeypatch.setattr(
+        trainer, "clip_gradient", lambda *a: steps.append(1) or (clip(*a) if len(steps) != 3 else math.nan)
+    )
+    rows = run(tmp_path, *EACH, "--lr-scheduler", "linear")
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 0, 0, 0, 0, 0]
+    assert rates(tmp_path) == pytest.approx([1e-3 * (1 - n / 8) for n in range(8)], rel=1e-12)
+
+
+def test_a_change_is_noted_also_where_its_checkpoints_are_lost_and_no_permission_is_needed_again(tmp_path):
+    run(tmp_path, *EACH)
+    remove_checkpoints(tmp_path, 5)
+    run(tmp_path, *EACH, "--lr", "5e-4", "--resume", "--allow-changed", "lr")
+    remove_checkpoints(tmp_path, 3)
+    rows = run(tmp_path, *EACH, "--lr", "5e-4", "--resume")
+    assert changes(tmp_path) == [{"iteration": 3, "lr": [1e-3, 5e-4]}] and rows[3]["lr"] == 5e-4
 
 
 def test_the_optimizer_uses_the_learning_rate(tmp_path):
