@@ -132,6 +132,62 @@ def test_a_run_logs_saturated_pixels_and_active_hinges_and_writes_its_images(mod
     assert [call.args[1] for call in sheet.call_args_list] == [PROMPTS[:2]] * 2 and not warning.called
 
 
+PLANNED = "9.00 s an iteration, 2.5 GiB on a GPU, 4.00 hours and 8.0 GPU-hours in all"
+OWN = {"task": "flux", "iterations": 12, "processes": 1, "processes a node": "1", "lora_targets": ["to_q", "to_k"]}
+MEASURED = "Measured: 500.00 s an iteration, "  # the mean of 100, ..., 900
+
+
+@pytest.mark.parametrize("gib", [0, 3])
+@pytest.mark.parametrize(
+    ("stop", "settings", "differences"),
+    [
+        (0, None, None),
+        (0, OWN, ""),
+        (1, OWN, ""),
+        (0, OWN | {"processes": 8}, ", with other settings: processes was 8, is 1"),
+        (0, OWN | {"task": "sd3", "T": 25}, ", with other settings: T was 25, is 2; task was sd3, is flux"),
+    ],
+)
+def test_a_run_prints_its_plan_and_after_ten_iterations_what_it_measured(
+    models, tmp_path, monkeypatch, capsys, gib, stop, settings, differences
+):
+    """Also on --resume, which may add the plan.  The first iteration of a process takes an hour, the eleventh, too."""
+    few = flags(models, "flux", *"--lora-rank 1 --lora-targets to_q to_k --T 2 --i-max 1 --evaluate-every 99".split())
+    arguments, step = [*few, "--iterations", 12], trainer.Trainer.step
+    if stop:
+        train(tmp_path / "run", [*few, "--iterations", stop])
+        arguments.append("--resume")
+    if settings:
+        (tmp_path / "plan.json").write_text(json.dumps({"summary": PLANNED, "settings": settings}))
+        arguments += ["--plan", tmp_path / "plan.json"]
+    took = iter([3600, *range(100, 1000, 100), 3600, 3600])
+    monkeypatch.setattr(trainer.Trainer, "step", lambda self: step(self) | {"seconds": next(took)})
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2 * gib * 2**30)
+    capsys.readouterr()
+    train(tmp_path / "run", arguments)
+    printed, plan = capsys.readouterr().out.splitlines(), differences is not None and f"{PLANNED}{differences}."
+    assert [line for line in printed if "lanned" in line][:1] == ([f"Planned: {plan}"] if plan else [])
+    memory = "3.0 GiB on a GPU (6.0 with torch's cache), " if gib else ""
+    left = f"{memory}{[0.28, 0.14][stop]} hours for {2 - stop} more"  # of 500 s
+    measured = [f"{MEASURED}{left}{f'; planned: {plan}' if plan else '.'}"] if plan or gib else []
+    assert [line for line in printed if "Measured" in line] == measured
+    assert not plan or printed[4] == f"Planned: {plan}"
+
+
+NO_PLANS = ["[]", "3", '"summary"', "{", "\0", "{}", '{"settings": {}}', '{"summary": ""}', '{"hours": {}}']
+NO_PLANS += [f'{{"summary": "", "settings": {wrong}}}' for wrong in ("[]", "3", "null", '"x"')]
+
+
+@pytest.mark.parametrize("text", [None, ..., *NO_PLANS])
+def test_a_file_that_is_no_plan_is_refused_before_the_folder_is_claimed(models, tmp_path, text):
+    """None for no file, ... for a folder."""
+    path = tmp_path / "plan.json"
+    path.write_text(text) if isinstance(text, str) else text and path.mkdir()
+    line = tiny.refusal([*flags(models, "flux"), "--plan", path, "--out", tmp_path / "run"])
+    assert line.startswith(f"error: plan={path} is no plan (") and "`python -m full_scale plan --json FILE`" in line
+
+
 def test_held_out_rewards_are_watched_and_every_term_of_a_sum_is_logged(models, tmp_path, capsys):
     """Training lowers PickScore, so its evaluator warns; before training it is what a run that raises it evaluates."""
     folders = {name: models / "flux" / name for name in ("pickscore", "reward")}
