@@ -257,14 +257,14 @@ def build_task(flags: Flags) -> Task:
     return task
 
 
-def train(trainer: Trainer, folder: Path, stop_request: processes.StopRequest, tracker: Any) -> None:
+def train(trainer: Trainer, folder: Path, stop_request: processes.StopRequest, tracker: Any, plan: str) -> None:
     """Iterates, evaluating and saving as often as the configuration says; saves the averaged model at the end.
 
     A stop request ends it before the model's next forward pass, and saves the last finished iteration.
     """
     config, task, progress, is_rank0 = trainer.config, trainer.task, trainer.progress, rank() == 0
     saved_at, saved = time.monotonic(), progress.iteration if progress.evaluations else None  # the newest checkpoint
-    columns = (*METRICS, *task.step_metric_names)
+    columns, seconds = (*METRICS, *task.step_metric_names), []
     log = run_dir.CsvLog(folder / "metrics.csv", columns, progress.iteration) if is_rank0 else report.NoTracker()
     tracker.replay(progress.evaluations)
     bar = tqdm(None, config.method, config.iterations, initial=progress.iteration, mininterval=1, disable=not is_rank0)
@@ -276,19 +276,22 @@ def train(trainer: Trainer, folder: Path, stop_request: processes.StopRequest, t
                 stop_request.check()  # for a model that runs without its hooks
                 row = trainer.step()
                 log.add({"iteration": progress.iteration, **row})
+                seconds.append(row["seconds"])
+                report.print_measured(seconds, progress.iteration, config.iterations, plan)
                 tracker.add("train", progress.iteration, {name: row[name] for name in columns if name in row})
                 if config.export_every and progress.iteration % config.export_every == 0:
                     with trainer.ema.swapped():  # before an evaluation, in which a signal may end the run
                         task.save(folder / "exports" / f"{progress.iteration:06d}")
                 trainer.evaluate_if_due(folder, tracker)
-                checkpoints.finish_if_written()
+                progress.checkpoint_seconds += checkpoints.finish_if_written()
                 is_late = time.monotonic() > saved_at + 60 * config.checkpoint_minutes
                 is_due = progress.iteration % config.checkpoint_every == 0 or progress.iteration == config.iterations
                 if any(processes.all_gather(is_late or is_due)) and progress.consecutive_skips == 0:
-                    checkpoints.save(progress)
+                    progress.checkpoint_seconds += checkpoints.save(progress)
                     saved_at, saved = time.monotonic(), progress.iteration
                 bar.set_postfix(report.postfix(row, progress.evaluations[-1], task), refresh=False)
                 bar.update()
+            progress.checkpoint_seconds += checkpoints.finish()
         except processes.StoppedBySignal as stop:
             stop.is_saved = bool(progress.evaluations) and progress.consecutive_skips == 0
             if stop.is_saved and saved != progress.iteration:
@@ -312,7 +315,7 @@ def run(flags: Flags, stop_request: processes.StopRequest) -> None:
     changeable = command_line.changeable_on_resume(config) | kind.changeable_on_resume
     with run_dir.locked_folder(folder, "config.json", TOOL):
         run_on_rank0(lambda: run_dir.check_run_folder(folder, settings, config.resume, changeable))
-        run_on_rank0(lambda: report.announce(flags, kind, method, folder))
+        plan = run_on_all_ranks(lambda: report.announce(flags, kind, method, folder) if rank() == 0 else "")
         trainer = Trainer(config, hyper, build_task(flags))  # may take minutes
         contents = run_on_all_ranks(lambda: trainer.task.contents() if processes.is_first_of_node() else {})
         processes.check_same(contents | sources())  # now with what the task has imported
@@ -323,7 +326,7 @@ def run(flags: Flags, stop_request: processes.StopRequest) -> None:
         run_on_rank0(lambda: run_dir.write_settings(folder / "config.json", settings | more))
         with run_on_all_ranks(lambda: open_tracker(folder, settings)) as tracker:
             stop_request.is_deferred = True  # from here on `train` looks for it
-            train(trainer, folder, stop_request, tracker)
+            train(trainer, folder, stop_request, tracker, plan)
             # The other ranks wait for the report: torchrun ends every process as soon as one has failed.
             run_on_rank0(lambda: report.write_report(folder, trainer.task, trainer.progress, tracker, flags))
 

@@ -14,7 +14,7 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -230,12 +230,12 @@ def seconds(pieces: Counter[Piece], machine: Machine) -> float:
 
 
 def hours(flags: PlanFlags, costs: Costs) -> dict[str, float]:
-    """Hours of the whole run, by what takes them.  Evaluators of --held-out are not known."""
+    """Hours of the whole run, by what takes them, exports with the checkpoints.  Evaluators of --held-out not known."""
     run, machine, disk = flags.run, flags.machine, {name: value / 1e9 for name, value in costs.disk.items()}
     step = sum(seconds(pieces, machine) for pieces in costs.pieces.values())
     images = math.ceil(flags.task.evaluation_images / machine.world_size) * seconds(costs.evaluation, machine)
-    waits = 0 if run.async_checkpoints else checkpoints(run, step)  # for which training stands still
-    written = waits * disk["checkpoint"] + disk["export"]
+    waits = min(checkpoints(run, step), 1 if run.async_checkpoints else run.iterations)  # the run ends with a wait
+    written = waits * disk["checkpoint"] + disk["export"] + disk.get("exports along the way", 0)
     return {
         "iterations": run.iterations * step / 3600,
         "evaluations": (1 + math.ceil(run.iterations / run.evaluate_every)) * images / 3600,
@@ -304,7 +304,9 @@ def plan(arguments: list[str]) -> None:
     for title, kind in {"host memory of a node": "host_gb", "disk": "disk_gb"}.items():
         print(f"{title}: " + ", ".join(f"{name} {value:.1f} GB" for name, value in values[kind].items()))
     parts = ", ".join(f"{name} {value:.2f}" for name, value in values["hours"].items())
-    print(f"hours of {flags.run.iterations} iterations: {parts}; {values['gpu_hours']:.1f} GPU-hours")
+    share = 100 * values["hours"]["checkpoints"] / sum(values["hours"].values())
+    print(f"hours of {flags.run.iterations} iterations: {parts}; checkpoints take {share:.1f} % of them")
+    print(values["summary"])
     judgement = verdict(flags, costs)
     print(f"{costs.gib():.1f} GiB and {RESERVED_GIB:.0f} reserved, of {machine.gpu_memory:.0f} GiB: {judgement}")
     if machine.json:
@@ -347,18 +349,30 @@ def numbers(flags: PlanFlags, costs: Costs) -> dict[str, Any]:
         phases[name] = {"gib": {kind: peak.get(kind, 0) / GIB for kind in KINDS}, "peak_gib": total_gib(peak)}
         phases[name] |= {"tflop": flop / 1e12, "seconds": seconds(pieces, machine)}
         phases[name] |= {"gb_within": within / 1e9, "gb_between": between / 1e9}
+    step, gpu_hours = sum(phase["seconds"] for phase in phases.values()), sum(run_hours.values()) * machine.world_size
+    whole = f"{sum(run_hours.values()):.2f} hours and {gpu_hours:.1f} GPU-hours in all"
     return {
+        "summary": f"{step:.2f} s an iteration, {costs.gib():.1f} GiB on a GPU, {whole}",
+        "settings": planned_settings(flags),
         "peak_gib": costs.gib(),
         "training_gib": max(total_gib(peak | {"frozen models": 0}) for peak in costs.peaks.values()),
         "fits": costs.fits(machine),
         "tflop_per_step": sum(phase["tflop"] for phase in phases.values()) * machine.world_size,
-        "seconds_per_step": sum(phase["seconds"] for phase in phases.values()),
+        "seconds_per_step": step,
         "hours": run_hours,
-        "gpu_hours": sum(run_hours.values()) * machine.world_size,
+        "gpu_hours": gpu_hours,
         "host_gb": {name: value / 1e9 for name, value in costs.host.items()},
         "disk_gb": {name: value / 1e9 for name, value in costs.disk.items()},
         "phases": phases,
     }
+
+
+def planned_settings(flags: PlanFlags) -> dict[str, Any]:
+    """Those that a run compares with its own."""
+    settings = asdict(flags.run) | asdict(flags.method) | asdict(flags.task)
+    settings |= {"processes": flags.machine.world_size, "processes a node": str(flags.machine.gpus)}
+    unknown = {"tracker", "out", "resume", "allow_changed", *task_class(flags.run.task).paths}
+    return {name: settings[name] for name in settings.keys() - unknown}
 
 
 def print_tables(phases: dict[str, dict[str, Any]]) -> None:

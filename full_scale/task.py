@@ -65,6 +65,7 @@ class Options:
     compile: bool = False  # Compile the transformer's repeated blocks; the first iteration takes minutes.
     lora: Path | None = None  # Start from these adapters: a run's folder lora/, or a LoRA that diffusers or peft read.
     transformer: Path | None = None  # Without LoRA: start from this folder transformer/ of a run.
+    plan: Path | None = None  # File of `plan --json`, to print its figures, and those measured beside them.
     # Prompts to evaluate on, also a file or a folder; the first training prompts if not given.
     evaluation_prompts: Path | None = None
     evaluation_images: int = 16  # Images of an evaluation, two per prompt, always from the same noise.
@@ -82,7 +83,7 @@ class DiffusersTask(Task):
     held_out: ClassVar[dict[str, float]] = {"diversity": 0.02}
     step_metric_names: ClassVar[tuple[str, ...]] = ("saturated",)
     paths: ClassVar[frozenset[str]] = frozenset(
-        "model prompts evaluation_prompts reward_weights held_out_weights lora transformer".split()
+        "model prompts evaluation_prompts reward_weights held_out_weights lora transformer plan".split()
     )
     changeable_on_resume: ClassVar[frozenset[str]] = frozenset(
         {"gradient_checkpointing", "reshard_after_forward", "compile", *paths}

@@ -9,6 +9,7 @@ file, and any number of ranks can read them.
 import json
 import math
 import shutil
+import time
 import warnings
 from collections import ChainMap
 from collections.abc import Iterable, Iterator
@@ -55,6 +56,7 @@ class Progress:
     iteration: int = 0
     updates: int = 0  # of the weights: iterations that were not skipped
     seconds: float = 0.0  # of training, without evaluations
+    checkpoint_seconds: float = 0.0  # for which training has stood still, without the wait before a restart
     evaluations: list[dict[str, float]] = field(default_factory=list)
     warnings: dict[str, str] = field(default_factory=dict)  # those of reward hacking that hold now, by evaluator
     consecutive_skips: int = 0  # iterations skipped in a row, up to now
@@ -107,15 +109,16 @@ class Checkpoints(AbstractContextManager):
 
     is_async: `save` only copies what this rank writes to host memory, for a thread that writes it during training;
     the checkpoint is not finished before one of the later calls.  All ranks call each method equally often, and raise
-    BadInput if one of them cannot write.
+    BadInput if one of them cannot write.  Each method returns the seconds that it took.
     """
 
     def __init__(self, folder: Path, state: TrainingState, limit: int, is_async: bool = False) -> None:
         self.folder, self.state, self.limit, self.is_async = folder, state, limit, is_async
         self.running: Running | None = None
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: Progress) -> float:
         """Finishes the running checkpoint and begins one of the present state."""
+        start = time.perf_counter()
         self.finish()
         folder, state, path = self.folder, self.state, self.folder / "checkpoint" / f"{progress.iteration:06d}"
         run_on_rank0(lambda: check_not_removed(folder / "config.json"))
@@ -132,21 +135,23 @@ class Checkpoints(AbstractContextManager):
             executor.shutdown(wait=False)  # the thread ends when all is written
         if not self.is_async:
             self.finish()
+        return time.perf_counter() - start
 
-    def finish_if_written(self) -> None:
+    def finish_if_written(self) -> float:
         """Finishes the running checkpoint if no rank has to wait for it."""
-        if self.running and all(all_gather(self.running.digests.done())):
-            self.finish()
+        return self.finish() if self.running and all(all_gather(self.running.digests.done())) else 0.0
 
-    def finish(self) -> None:
+    def finish(self) -> float:
         """Waits until the running checkpoint, if there is one, is written, and adds its state.json."""
         if self.running is None:
-            return
+            return 0.0
+        start = time.perf_counter()
         (path, content, sizes, written), self.running = self.running, None
         with _failures_of(path):
             digests = dict(ChainMap(*all_gather(run_on_all_ranks(written.result))))
             run_on_rank0(lambda: _check_complete(path, digests, sizes))
             run_on_rank0(lambda: _publish(path, content | {"digests": digests}, self.limit))
+        return time.perf_counter() - start
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         # After an error of one rank alone the others do not come here.
@@ -298,7 +303,7 @@ def _is_evaluation(row: Any) -> bool:
 IS_RIGHT = {
     **dict.fromkeys(("iteration", "updates", "consecutive_skips"), lambda value: isinstance(value, int)),
     **dict.fromkeys(LOGS, lambda value: isinstance(value, str)),
-    "seconds": lambda value: isinstance(value, float),
+    **dict.fromkeys(("seconds", "checkpoint_seconds"), lambda value: isinstance(value, float)),
     "evaluations": lambda value: isinstance(value, list) and all(map(_is_evaluation, value)),
     "warnings": lambda value: _has_values(value, str),
     "changes": lambda value: isinstance(value, list) and all(isinstance(row, dict) for row in value),

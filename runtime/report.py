@@ -1,7 +1,9 @@
 """What a run prints before and after training, result.json, curves.png, warnings of reward hacking, its tracker."""
 
 import math
+import os
 import pkgutil
+import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -13,10 +15,11 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
+from leap_align import BadInput
 from runtime.checkpoint import Progress
-from runtime.files import atomic_file, read_csv, write_csv, write_json
-from runtime.processes import RaisedOnAllRanks, full_value, printable, rank, reshard, world_size
-from runtime.run_dir import checkpoints
+from runtime.files import atomic_file, check_no_pipe, parse_json, read_csv, write_csv, write_json
+from runtime.processes import RaisedOnAllRanks, full_value, one_line, printable, rank, reshard, world_size
+from runtime.run_dir import checkpoints, differences
 from runtime.task import Task
 
 Evaluation = dict[str, float]  # `iteration` and the value of every evaluator
@@ -53,9 +56,12 @@ def add_evaluation(
     progress.warnings = warnings
 
 
-def announce(flags: Any, task: type[Task], method: Callable[..., Any], folder: Path) -> None:
-    """Prints in four lines what the run with these flags will do; `weight` and `leash` are columns of metrics.csv."""
-    config, hyper = flags.run, flags.method
+def announce(flags: Any, task: type[Task], method: Callable[..., Any], folder: Path) -> str:
+    """Prints in four lines what the run with these flags will do, and in one its plan, which it returns.
+
+    `weight` and `leash` are columns of metrics.csv.
+    """
+    config, hyper, plan = flags.run, flags.method, read_plan(flags)
     loss = "-weight * reward" if hyper.lam is None else f"weight * max(0, {hyper.lam:g} - reward)"
     leash = f" + {config.beta:g} * leash" if config.beta else ""
     sizes = f"{config.iterations} iterations of {config.batch_size} samples, {config.T} steps each"
@@ -69,6 +75,37 @@ def announce(flags: Any, task: type[Task], method: Callable[..., Any], folder: P
     print(f"Training never sees these evaluators: {evaluators}. The folder is {printable(folder)}.")
     precision = asdict(flags.task).get("precision", "float32")
     print(f"Processes: {world_size()}; device: {task.choose_device()}; precision: {precision}.", flush=True)
+    if plan:
+        print(f"Planned: {plan}.", flush=True)
+    return plan
+
+
+def read_plan(flags: Any) -> str:
+    """What the file of --plan says of the whole run, and which of its settings are not this run's; "" without one."""
+    if (path := getattr(flags.task, "plan", None)) is None:
+        return ""
+    settings = asdict(flags.run) | asdict(flags.method) | asdict(flags.task) | {"processes": world_size()}
+    settings["processes a node"] = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    try:
+        plan = parse_json(check_no_pipe(path).read_text(encoding="utf-8"))
+        others = differences(plan["settings"], settings, settings.keys() - plan["settings"].keys())
+        return printable(plan["summary"]) + (f", with other settings: {others}" if others else "")
+    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        remedy = "give the file that `python -m full_scale plan --json FILE` wrote"
+        raise BadInput(f"plan={path} is no plan ({one_line(error)}): {remedy}") from error
+
+
+def print_measured(seconds: list[float], iteration: int, iterations: int, plan: str) -> None:
+    """Prints on rank 0, at the tenth iteration of this process, what one takes, with a plan or on a GPU.
+
+    seconds: of each iteration of this process.  The first does not count: it compiles and allocates.
+    """
+    gib, cached = torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30  # 0 on a CPU
+    if len(seconds) == 10 and rank() == 0 and (gib or plan):
+        step, left = statistics.fmean(seconds[1:]), iterations - iteration
+        memory = f"{gib:.1f} GiB on a GPU ({cached:.1f} with torch's cache), " if gib else ""
+        measured = f"{step:.2f} s an iteration, {memory}{left * step / 3600:.2f} hours for {left} more"
+        tqdm.write(f"Measured: {measured}{plan and f'; planned: {plan}'}.")
 
 
 def postfix(row: dict[str, float], evaluation: dict[str, float], task: Task) -> dict[str, str]:
@@ -109,12 +146,14 @@ def next_command(task: Task, lam: float | None, beta: float) -> str:
 
 def write_report(folder: Path, task: Task, progress: Progress, tracker: Any, flags: Any) -> None:
     """Draws and tracks the figures, writes result.json, prints the evaluators before and after, and what to try."""
-    evaluations, seconds, warnings = progress.evaluations, progress.seconds, progress.warnings
+    evaluations, seconds, waiting = progress.evaluations, progress.seconds, progress.checkpoint_seconds
     task.draw_figures(folder)
     result = {"before": _evaluators(evaluations[0]), "after": _evaluators(evaluations[-1]), "seconds": seconds}
-    write_json(folder / "result.json", result | {"warnings": list(warnings.values())})  # those that still hold
+    result |= {"checkpoint_seconds": waiting, "warnings": list(progress.warnings.values())}  # those that still hold
+    write_json(folder / "result.json", result)
     draw_curves(folder, evaluations, read_csv(folder / "metrics.csv"))
-    print_summary(folder, evaluations, seconds, warnings)
+    print_summary(evaluations, progress.warnings)
+    print(f"{seconds:.1f} s of training, {waiting:.2f} of waiting for checkpoints; files are in {printable(folder)}")
     tracker.add_figures(progress.iteration)
     pictures = [*sorted(folder.glob("*.png")), *sorted(folder.glob("samples/*.png"))[-1:]]
     print(f"look at {', '.join(map(printable, pictures))}")
@@ -139,7 +178,7 @@ def draw_curves(folder: Path, evaluations: list[Evaluation], metrics: list[dict[
         figure.savefig(temporary, dpi=120, format="png")
 
 
-def print_summary(folder: Path, evaluations: list[Evaluation], seconds: float, warnings: dict[str, str]) -> None:
+def print_summary(evaluations: list[Evaluation], warnings: dict[str, str]) -> None:
     """Prints the evaluators before and after training, and the warnings of reward hacking."""
     before, after = evaluations[0], evaluations[-1]
     print(f"{'':14}{'before':>10}{'after':>10}")
@@ -147,7 +186,6 @@ def print_summary(folder: Path, evaluations: list[Evaluation], seconds: float, w
         print(f"{name:14}{before[name]:10.3f}{after[name]:10.3f}")
     for warning in warnings.values():
         print(warning)
-    print(f"{seconds:.1f} s of training; figures, metrics and weights are in {printable(folder)}")
 
 
 def _evaluators(row: Evaluation) -> dict[str, float]:

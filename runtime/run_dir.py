@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def check_run_folder(folder: Path, settings: dict[str, Any], resume: bool, chang
         require(is_new, f"{folder} holds a finished run without its checkpoints: choose another --out, or delete it")
         return
     require(resume, f"{folder} holds another run: choose another --out, continue with --resume, or delete it")
-    if changes := _changes(folder / "config.json", settings, changeable):
+    if changes := differences(read_json(folder / "config.json"), settings, changeable):
         remedy = "give those, start a run in another --out, or see --allow-changed in --help"
         raise BadInput(f"{folder} was run with other settings: {changes}; {remedy}")
 
@@ -73,7 +73,7 @@ def claimed_output_folder(folder: Path, tool: str, settings: dict[str, Any]) -> 
     check_same(settings)
 
     def check_and_write() -> None:
-        changes = path.exists() and _changes(path, settings)
+        changes = path.exists() and differences(read_json(path), settings)
         require(not changes, f"{folder} was filled with other settings: {changes}; choose another folder")
         write_settings(path, settings)
 
@@ -191,9 +191,9 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for path in checkpoint_folders(folder) if (path / "state.json").exists()]
 
 
-def _changes(path: Path, settings: dict[str, Any], ignored: frozenset[str] = frozenset()) -> str:
-    """How the settings differ from those in a file, for an error message; empty if they are equal."""
-    old, new = read_json(path), json.loads(json.dumps(settings, default=str))  # paths become strings, tuples lists
+def differences(old: dict[str, Any], settings: dict[str, Any], ignored: Set[str] = frozenset()) -> str:
+    """How settings differ from those of a JSON file, for a message; empty if they are equal."""
+    new = json.loads(json.dumps(settings, default=str))  # paths become strings, tuples lists
     names = sorted(name for name in new.keys() - ignored if old.get(name) != new[name])
     return "; ".join(f"{name} was {old.get(name)}, is {new[name]}" for name in names)
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -114,8 +115,9 @@ def late_writes(monkeypatch):
 
     def finish_late(self):
         waited.set()
-        finish(self)
+        seconds = finish(self)
         waited.clear()
+        return seconds
 
     monkeypatch.setattr(checkpoint, "_write", write_late)
     monkeypatch.setattr(checkpoint.Checkpoints, "finish", finish_late)
@@ -128,7 +130,8 @@ def contents(out):
     states = {path.parent.name: json.loads(path.read_text().split("\n")[1]) for path in out.rglob("state.json")}
     rows = {name: len(state.pop("metrics.csv").splitlines()) for name, state in states.items()}
     tensors = {path.relative_to(out): path.read_bytes() for path in out.rglob("*/0*/*.safetensors")}
-    return tensors, rows, [state | {"seconds": 0, "config.json": ""} for state in states.values()]
+    differ = {"seconds": 0, "checkpoint_seconds": 0, "config.json": ""}
+    return tensors, rows, [state | differ for state in states.values()]
 
 
 def test_an_asynchronous_checkpoint_is_that_of_its_iteration_to_the_bit(tmp_path, late_writes):
@@ -159,6 +162,43 @@ def test_what_ends_a_run_waits_for_its_asynchronous_checkpoint(reference, tmp_pa
     assert stop.value.code == status or stop.value.code.endswith(status)
     assert checkpoints(tmp_path) == left and len(late_writes) == 1
     assert_resumes(tmp_path, reference, "--async-checkpoints")
+
+
+@pytest.mark.parametrize("stop, flags, waits", [(4, [], 4), (4, ["--async-checkpoints"], 1), (2, [], 3)])
+def test_a_run_says_how_long_training_stood_still_for_checkpoints(tmp_path, monkeypatch, capsys, stop, flags, waits):
+    """Each takes 10 s, by a clock that only their writing moves; asynchronous ones are written during an iteration.
+
+    What the last one before a restart took is not known to it.
+    """
+    is_open, written, write, own_files = threading.Event(), [], checkpoint._write, checkpoint._own_files
+    finish = checkpoint.Checkpoints.finish
+
+    def write_when_open(path, files):
+        assert is_open.wait(60)
+        digests = write(path, files)
+        written.append(path)
+        return digests
+
+    def write_during_the_iteration(done):
+        if flags and done:
+            is_open.set()
+            while len(written) < done:
+                time.sleep(1e-3)
+
+    def finish_open(self):
+        is_open.set()
+        return finish(self)
+
+    monkeypatch.setattr(checkpoint, "_write", write_when_open)
+    monkeypatch.setattr(checkpoint, "_own_files", lambda tensors: is_open.clear() or own_files(tensors))
+    monkeypatch.setattr(checkpoint.Checkpoints, "finish", finish_open)
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(perf_counter=lambda: 10.0 * len(written)))
+    before_every_step(monkeypatch, write_during_the_iteration)
+    run(tmp_path, *EACH, "--iterations", str(stop), *flags)
+    if stop < 4:
+        run(tmp_path, *EACH, "--resume")
+    assert result(tmp_path)["checkpoint_seconds"] == 10 * waits
+    assert f" s of training, {10 * waits}.00 of waiting for checkpoints; files are in" in capsys.readouterr().out
 
 
 @pytest.mark.slow

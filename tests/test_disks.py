@@ -140,7 +140,7 @@ def out(stopped, tmp_path):
 
 
 NAMES = ["iteration", "updates", "consecutive_skips", "seconds", "evaluations", "warnings", "digests", "generator"]
-NAMES += ["metrics.csv", "evaluations.csv"]
+NAMES += ["metrics.csv", "evaluations.csv", "checkpoint_seconds"]
 WRONG = [(name, value) for name in NAMES for value in (None, "x\ud800", [None], {"a": None}, ...)]
 WRONG += [("evaluations", [{"iteration": 1}]), ("generator", [300] * 5056), ("digests", {"a/b": "c"})]
 DIGESTS = {

@@ -159,6 +159,65 @@ def test_a_run_logs_saturated_pixels_and_active_hinges_and_writes_its_images(mod
     assert [call.args[1] for call in sheet.call_args_list] == [PROMPTS[:2]] * 2 and not warning.called
 
 
+PLANNED = "9.00 s an iteration, 2.5 GiB on a GPU, 4.00 hours and 8.0 GPU-hours in all"
+OWN = {"task": "flux", "iterations": 12, "processes": 1, "processes a node": "1", "lora_targets": ["to_q", "to_k"]}
+OTHER, DIFFERENCES = OWN | {"T": 25, "processes": 8}, ", with other settings: T was 25, is 5; processes was 8, is 1"
+
+
+@pytest.mark.parametrize(
+    ("done", "gib", "settings", "planned"),
+    [
+        (0, 0, None, ""),
+        (0, 3, None, ""),
+        (1, 3, OWN, f"{PLANNED}."),
+        (0, 0, OTHER, f"{PLANNED}{DIFFERENCES}."),
+    ],
+)
+def test_a_run_prints_its_plan_and_after_ten_iterations_what_it_measured(
+    models, tmp_path, monkeypatch, capsys, done, gib, settings, planned
+):
+    """Also on --resume, which may add the plan.  The first iteration of a process does not count."""
+    took = iter([])
+
+    def step(self):
+        self.progress.iteration += 1
+        return {"reward": 0.0, "grad_norm": 1.0, "seconds": next(took)}
+
+    monkeypatch.setattr(trainer.Trainer, "step", step)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2 * gib * 2**30)
+    arguments = flags(models, "flux", *"--lora-rank 1 --lora-targets to_q to_k --evaluate-every 99".split())
+    if done:
+        took = iter([3600])
+        train(tmp_path / "run", [*arguments, "--iterations", done])
+        capsys.readouterr()
+    if settings:
+        (tmp_path / "plan.json").write_text(json.dumps({"summary": PLANNED, "settings": settings}))
+        arguments += ["--plan", tmp_path / "plan.json"]
+    took = iter([3600, *range(100, 1000, 100), 3600, 3600])  # nine between 100 and 900, with a mean of 500
+    train(tmp_path / "run", [*arguments, "--iterations", 12, "--resume"])
+    memory = "3.0 GiB on a GPU (6.0 with torch's cache), " if gib else ""
+    rest = "0.14 hours for 1 more" if done else "0.28 hours for 2 more"
+    measured = f"Measured: 500.00 s an iteration, {memory}{rest}{'; planned: ' if planned else '.'}{planned}"
+    expected = [f"Planned: {planned}"] * bool(planned) + [measured] * bool(planned or gib)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in printed if "lanned" in line or "Measured" in line] == expected
+    assert not planned or printed.index(expected[0]) == 4
+
+
+NO_PLANS = ["[]", "3", '"summary"', "{", "\0", "{}", '{"settings": {}}', '{"summary": ""}', '{"hours": {}}']
+NO_PLANS += [f'{{"summary": "", "settings": {wrong}}}' for wrong in ("[]", "3", "null", '"x"')]
+
+
+@pytest.mark.parametrize("text", [None, ..., *NO_PLANS])
+def test_a_file_that_is_no_plan_is_refused(models, tmp_path, text):
+    """None for no file, ... for a folder."""
+    path = tmp_path / "plan.json"
+    path.write_text(text) if isinstance(text, str) else text and path.mkdir()
+    line = tiny.refusal([*flags(models, "flux"), "--plan", path, "--out", tmp_path / "run"])
+    assert line.startswith(f"error: plan={path} is no plan (") and "`python -m full_scale plan --json FILE`" in line
+
+
 def test_held_out_rewards_are_watched_and_every_term_of_a_sum_is_logged(models, tmp_path, capsys):
     """Training lowers PickScore, so its evaluator warns; before training it is what a run that raises it evaluates."""
     folders = {name: models / "flux" / name for name in ("pickscore", "reward")}

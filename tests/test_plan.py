@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from tests import tiny_pipelines  # noqa: F401 (first: skips without the libraries)
+from tests import tiny_pipelines
 
 # isort: split
 
@@ -26,7 +26,18 @@ from full_scale.simulation import Simulation
 from leap_align import BadInput
 from runtime.cost_counter import CostCounter, PhaseCost, Piece, flop_count, total
 from runtime.files import read_csv
-from tests.tiny_pipelines import TASKS, needs_torchao, options_of, read, refusal, slow, small_config, task_of, tool
+from tests.tiny_pipelines import (
+    TASKS,
+    needs_torchao,
+    options_of,
+    read,
+    refusal,
+    slow,
+    small_config,
+    task_of,
+    tool,
+    train,
+)
 from train_leap_align import Config, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -161,15 +172,23 @@ def test_operations_after_traffic_begin_a_new_piece():
     assert cost.counted() == {Piece(0, 5, 0): 1, Piece(3, 6, 7): 1, Piece(4, 0, 0): 1}
 
 
-def test_the_hours_of_a_run_are_those_of_iterations_evaluations_checkpoints_and_start():
-    flags = plan.read_flags("--gpus 8 --tflops 1 --disk 0.5 --evaluation-images 12".split())
+@pytest.mark.parametrize(
+    ("more", "gb"), [("", 3 * 10), ("--async-checkpoints", 10), ("--export-every 50", 3 * 10 + 6 * 5)]
+)
+def test_the_hours_of_a_run_are_those_of_iterations_evaluations_checkpoints_and_start(more, gb):
+    """An asynchronous checkpoint keeps no iteration waiting, but the end of the run."""
+    flags = plan.read_flags(f"--gpus 8 --tflops 1 --disk 0.5 --evaluation-images 12 {more}".split())
     disk = {"read at the start": 4e9, "checkpoint": 10e9, "checkpoints at most": 30e9, "export": 5e9}
+    disk |= {"exports along the way": 6 * 5e9} if "export" in more else {}
     pieces, image = {"rollout": plan.Counter({Piece(2e12): 3})}, plan.Counter({Piece(5e12): 1})
-    shown = plan.numbers(flags, plan.Costs({"rollout": {}}, pieces, image, {}, disk))
+    shown = plan.numbers(flags, plan.Costs({"rollout": {"weights": plan.GIB}}, pieces, image, {}, disk))
     # 300 iterations of 6 s, 7 evaluations of two images a GPU, 3 checkpoints and the export.
-    seconds = {"iterations": 300 * 6, "evaluations": 7 * 2 * 5, "checkpoints": 35 / 0.5, "start": 4 / 0.5}
+    seconds = {"iterations": 300 * 6, "evaluations": 7 * 2 * 5, "checkpoints": (gb + 5) / 0.5, "start": 4 / 0.5}
     assert shown["hours"] == pytest.approx({name: value / 3600 for name, value in seconds.items()})
     assert shown["gpu_hours"] == pytest.approx(8 * sum(seconds.values()) / 3600)
+    if not more:
+        whole = "0.54 hours and 4.3 GPU-hours in all"  # 1948 s
+        assert shown["summary"] == f"6.00 s an iteration, 1.0 GiB on a GPU, {whole}"
 
 
 @pytest.mark.parametrize(
@@ -217,10 +236,10 @@ def test_a_run_that_does_not_fit_is_told_the_cheapest_change_that_helps(
     assert plan.verdict(flags, simulate(flags)) == verdict
 
 
-def test_the_plan_is_printed_and_written(models, tmp_path, capsys):
-    files = ["--model", models / "flux", "--reward-weights", models / "flux" / "reward"]
-    sizes = "--gpus 1 --height 64 --width 64 --T 3 --batch-size 2 --iterations 300 --export-every 80".split()
-    tool("plan", *files, *sizes, "--json", tmp_path / "plan.json")
+def test_the_plan_is_printed_and_written_and_a_run_knows_it(models, tmp_path, capsys):
+    files = [*tiny_pipelines.files(models), "--reward-weights", models / "flux" / "reward"]
+    sizes = "--height 64 --width 64 --T 3 --batch-size 2 --export-every 80 --evaluation-images 2".split()
+    tool("plan", *files, *sizes, "--gpus", 1, "--json", tmp_path / "plan.json")
     printed, numbers = capsys.readouterr().out, read(tmp_path / "plan.json")
     assert all(phase in printed for phase in plan.PHASES) and "fits" in printed
     assert numbers["fits"] and numbers["verdict"] == "fits" and set(numbers["phases"]) == set(plan.PHASES)
@@ -228,6 +247,12 @@ def test_the_plan_is_printed_and_written(models, tmp_path, capsys):
     assert numbers["host_gb"]["checkpoint"] == numbers["disk_gb"]["checkpoint"]
     assert numbers["disk_gb"]["checkpoint"] > numbers["host_gb"]["export"] == numbers["disk_gb"]["export"] > 0
     assert numbers["disk_gb"]["exports along the way"] == pytest.approx(3 * numbers["disk_gb"]["export"])
+    share = 100 * numbers["hours"]["checkpoints"] / sum(numbers["hours"].values())
+    assert float(re.search("checkpoints take (.*) % of", printed)[1]) == pytest.approx(share, abs=0.051)
+    other = ["--iterations", 1, "--seed", 3, "--resume", "--plan", tmp_path / "plan.json"]
+    train(tmp_path / "run", ["--task", "flux", *files, *sizes, *other])
+    planned = f"{numbers['summary']}, with other settings: iterations was 300, is 1; seed was 0, is 3"
+    assert f"\nPlanned: {planned}.\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("is_async", "nodes", "gb"), [(False, 1, 4.3), (False, 2, 4.3), (True, 1, 16), (True, 2, 8)])
