@@ -1,7 +1,6 @@
 """The transformer of a diffusers pipeline: build, shard (FSDP2), load, export; all weights or LoRA adapters."""
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -31,7 +30,16 @@ from full_scale.components import (
 from full_scale.pipeline import Family
 from leap_align import BadInput, require
 from runtime.files import atomic_folder, disk_remedy, write_errors_named, write_json
-from runtime.processes import full_value, one_line, rank, reshard, run_on_all_ranks, run_on_rank0, world_size
+from runtime.processes import (
+    free_host_memory,
+    full_value,
+    one_line,
+    rank,
+    reshard,
+    run_on_all_ranks,
+    run_on_rank0,
+    world_size,
+)
 
 EXPORT_FILE_BYTES = 2 * 10**9  # the most in a file of an export, unless a weight is larger; rank 0 holds one file
 NF4_BLOCKS = 64, 16  # weights that share a scale, scales that share one: their product divides the size of every layer
@@ -182,12 +190,8 @@ def check_memory(
 
 
 def _free_memory(device: torch.device) -> float:
-    """Bytes that this process can still allocate; the processes of a node share its main memory."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    """Bytes that this process can still allocate."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_memory()
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, reshard_after_forward: bool) -> None:

@@ -35,6 +35,7 @@ from runtime.processes import (
     RaisedOnAllRanks,
     StoppedBySignal,
     all_gather,
+    free_host_memory,
     one_line,
     printable,
     rank,
@@ -108,8 +109,9 @@ class Checkpoints(AbstractContextManager):
     """Writes checkpoint/ITERATION into a run's folder and keeps the newest `limit`; the context ends when all is done.
 
     is_async: `save` only copies what this rank writes to host memory, for a thread that writes it during training;
-    the checkpoint is not finished before one of the later calls.  All ranks call each method equally often, and raise
-    BadInput if one of them cannot write.  Each method returns the seconds that it took.
+    the checkpoint is not finished before one of the later calls.  Where no memory is free for a copy, `save` waits.
+    All ranks call each method equally often, and raise BadInput if one of them cannot write.  Each method returns the
+    seconds that it took.
     """
 
     def __init__(self, folder: Path, state: TrainingState, limit: int, is_async: bool = False) -> None:
@@ -128,12 +130,12 @@ class Checkpoints(AbstractContextManager):
             content = asdict(progress) | {"generator": state.generator.get_state().tolist()} | logs
             tensors = training_tensors(state.model, state.optimizer, state.ema)
             files, executor = _own_files(tensors), ThreadPoolExecutor(1)
-            if self.is_async:
+            if is_async := self.is_async and _fits_in_memory(files):
                 files = [{name: (part.to("cpu", copy=True), at) for name, (part, at) in file.items()} for file in files]
             sizes = {name: tensor.numel() for name, tensor in tensors.items()}
             self.running = Running(path, content, sizes, executor.submit(_write, path, files))
             executor.shutdown(wait=False)  # the thread ends when all is written
-        if not self.is_async:
+        if not is_async:
             self.finish()
         return time.perf_counter() - start
 
@@ -196,6 +198,17 @@ def _own_files(tensors: dict[str, Tensor]) -> list[Parts]:
         files[-1][item.index.fqn] = part, list(item.tensor_data.chunk.offsets)
         size += part.nbytes
     return files
+
+
+def _fits_in_memory(files: list[Parts]) -> bool:
+    """Whether each rank has host memory for a copy of what it writes; without it the system would kill the run."""
+    size = sum(part.nbytes for file in files for part, _ in file.values())
+    fits = all(all_gather(size < free_host_memory()))
+    if not fits and rank() == 0:
+        tqdm.write(
+            f"too little host memory for a copy ({size / 1e9:.1f} GB a process): training waits for the checkpoint"
+        )
+    return fits
 
 
 def _write(path: Path, files: list[Parts]) -> dict[str, str]:

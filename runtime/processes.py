@@ -188,6 +188,13 @@ def full_value(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def free_host_memory() -> float:
+    """Bytes of main memory that this process can still allocate; the processes of a node share it."""
+    import psutil  # the toy runs without it
+
+    return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 # ------------------------------------------- Errors that concern every rank ------------------------------------------
 class RaisedOnAllRanks(BadInput):
     """Raised on every rank; only rank 0 prints it."""

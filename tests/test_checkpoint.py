@@ -9,17 +9,33 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import train_leap_align as trainer
 from leap_align import BadInput
 from runtime import checkpoint, files
-from runtime.processes import stop_on_signals
-from tests.toy_runs import ROOT, TORCHRUN, before_every_step, checkpoints, error_line, flip_a_bit, metrics, result, run
+from runtime.ema import EMA
+from runtime.processes import StoppedBySignal, stop_on_signals
+from tests.toy_runs import (
+    ROOT,
+    TORCHRUN,
+    before_every_step,
+    checkpoints,
+    error_line,
+    flip_a_bit,
+    in_group,
+    metrics,
+    result,
+    run,
+)
 from toy.modes import Modes
 from toy.nets import VelocityNet
 
@@ -199,6 +215,42 @@ def test_a_run_says_how_long_training_stood_still_for_checkpoints(tmp_path, monk
         run(tmp_path, *EACH, "--resume")
     assert result(tmp_path)["checkpoint_seconds"] == 10 * waits
     assert f" s of training, {10 * waits}.00 of waiting for checkpoints; files are in" in capsys.readouterr().out
+
+
+def written_and_signalled(rank, folder):
+    """An asynchronous checkpoint that is not waited for while it is written, and one that a signal waits for."""
+    model, may_write, write = torch.nn.Linear(2, 2), threading.Event(), checkpoint._write
+    parameters, progress = list(model.parameters()), checkpoint.Progress(iteration=1)
+    optimizer = torch.optim.AdamW(parameters)
+    state = checkpoint.TrainingState(model, optimizer, EMA(parameters, 0.5), torch.Generator())
+    with pytest.MonkeyPatch.context() as patch, suppress(StoppedBySignal):
+        patch.setattr(checkpoint, "_write", lambda *arguments: may_write.wait(60) and write(*arguments))
+        with checkpoint.Checkpoints(folder, state, 2, is_async=True) as saved:
+            saved.save(progress)
+            is_waited_for = saved.finish_if_written() > 0
+            may_write.set()
+            saved.running.digests.result()
+            saved.finish_if_written()
+            is_finished = (folder / "checkpoint" / "000001" / "state.json").exists()
+            saved.save(replace(progress, iteration=2))
+            raise StoppedBySignal(15, True)
+    return is_waited_for, is_finished, checkpoints(folder)
+
+
+def test_an_asynchronous_checkpoint_is_finished_when_it_is_written_and_before_a_signal_ends_two_processes(tmp_path):
+    for name in ("config.json", *checkpoint.LOGS):
+        (tmp_path / name).write_text("{}")
+    assert in_group(written_and_signalled, tmp_path) == [(False, True, ["000001", "000002"])] * 2
+    assert all((path / "state.json").exists() for path in (tmp_path / "checkpoint").iterdir())
+
+
+@pytest.mark.parametrize("free, waits", [(0, 4), (1e12, 0)])
+def test_without_memory_for_a_copy_training_waits_for_an_asynchronous_checkpoint(
+    tmp_path, capsys, monkeypatch, free, waits
+):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    run(tmp_path, *EACH, "--async-checkpoints")
+    assert capsys.readouterr().out.count("too little host memory for a copy (0.0 GB a process)") == waits
 
 
 @pytest.mark.slow
