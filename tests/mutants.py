@@ -75,7 +75,8 @@ signal-waits-for-the-iteration ~ pre_hook(stop_request.check, ~ pre_hook(lambda 
 runtime/checkpoint.py: digest-not-checked ~ if digest(path / name) != ~ if "" == ~ checkpoint reported
 shards-not-synced ~ fsync(file) ~ pass ~ checkpoint on_the_disk
 live-weights-written ~ part.to("cpu", copy=True) ~ part ~ checkpoint bit
-end-does-not-wait ~ RaisedOnAllRanks | StoppedBySignal): ~ ()): ~ checkpoint waits
+end-does-not-wait ~ RaisedOnAllRanks | StoppedBySignal): ~ ()): ~ checkpoint asynchronous
+copy-does-not-fit ~ self.is_async and _fits_in_memory(files) ~ self.is_async ~ checkpoint memory_for
 state-not-synced ~ fsync(temporary) ~ pass ~ checkpoint on_the_disk
 name-not-synced ~ fsync(path, path.parent) ~ fsync(path) ~ checkpoint on_the_disk
 shards-not-counted ~ values == size ~ True ~ disks damaged or shard
