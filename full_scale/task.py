@@ -62,8 +62,8 @@ class Options:
     # Free a block's weights after each use, instead of keeping all of them gathered for a microbatch: on several GPUs
     # less memory (22 GiB of FLUX.1-dev), but six times the traffic.
     reshard_after_forward: bool = False
-    # Keep the transformer's weights, gradients and optimizer in host memory, and run the optimizer there: far less GPU
-    # memory, but slower, and some 300 GB of host memory in all for every weight of FLUX.1-dev.
+    # Keep the transformer's weights, gradients and optimizer in host memory, and run the optimizer there: less GPU
+    # memory, but slower. Every weight of FLUX.1-dev takes 292 GB of a node's host memory.
     cpu_offload: bool = False
     compile: bool = False  # Compile the transformer's repeated blocks; the first iteration takes minutes.
     lora: Path | None = None  # Start from these adapters: a run's folder lora/, or a LoRA that diffusers or peft read.
