@@ -28,13 +28,13 @@ from beyond import DEFAULTS, Hyper
 from full_scale.models import FAMILIES
 from full_scale.pipeline import check_trainable
 from full_scale.prompts import few_prompts, read_prompts
-from full_scale.simulation import SIMULATED_REWARD, Simulation, simulated, simulated_cluster
+from full_scale.simulation import SIMULATED_REWARD, Simulation, counted_host_copies, simulated, simulated_cluster
 from full_scale.transformer import EXPORT_FILE_BYTES, export_files
 from leap_align import require
 from runtime import processes
 from runtime.checkpoint import FILE_BYTES, checkpoint_bytes
 from runtime.command_line import check, choose, parse
-from runtime.cost_counter import Piece, total
+from runtime.cost_counter import HOST, Piece, total
 from runtime.files import write_json
 from train_leap_align import METHODS, TASKS, Config, Flags, TaskOptions, Trainer, task_class
 
@@ -54,6 +54,7 @@ class Machine:
     tflops: float = 400.0  # Operations that a GPU really does, in TFLOP/s: about 40 % of the bfloat16 peak of an H100.
     bandwidth: tuple[float, float] = (400.0, 40.0)
     """GB/s at which a GPU receives from its own node, and from other nodes."""
+    host_bandwidth: float = 20.0  # GB/s at which a GPU and host memory exchange, with --cpu-offload.
     disk: float = 1.0  # GB/s at which all processes of a node together read and write files.
     stored_embeddings: bool = False
     """Plan for prompts from `python -m full_scale embed`, or for at most 200 prompts, without giving --prompts."""
@@ -116,6 +117,7 @@ def simulate(flags: PlanFlags, title: str) -> Costs:
     with (
         tempfile.TemporaryDirectory() as folder,
         simulated_cluster(machine.nodes, machine.gpus),
+        counted_host_copies(simulation),
         tqdm(desc=title, total=3, leave=False) as bar,
     ):
         trainer = start_trainer(flags, simulation, Path(folder))
@@ -158,7 +160,10 @@ def label(simulation: Simulation, trainer: Trainer) -> None:
     for kind, module in modules + [("frozen models", each) for each in task.frozen_modules()]:
         simulation.label(kind, [*module.parameters(), *module.buffers()])
     simulation.label("average", trainer.ema.average)
-    simulation.label("moments", [value for state in states for value in state.values() if torch.is_tensor(value)])
+    moments = [value for state in states for value in state.values() if torch.is_tensor(value)]
+    simulation.label("moments", moments)
+    if task.options.cpu_offload:
+        simulation.label(HOST, [*task.transformers().parameters(), *trainer.ema.average, *moments])
     shapes = [(p.shape, p.to_local().shape if hasattr(p, "to_local") else p.shape) for p in trainer.parameters]
     simulation.gradient_shapes = {shape for pair in shapes for shape in pair}
 
@@ -215,17 +220,28 @@ def host_and_disk(trainer: Trainer, machine: Machine) -> tuple[dict[str, int], d
     is_async = trainer.config.async_checkpoints
     saving = checkpoint // machine.nodes if is_async else min(machine.gpus * FILE_BYTES, checkpoint)
     host, start = {"loading": loading, "checkpoint": saving}, 2 * (loading + transformer)  # once for the digest
+    if task.options.cpu_offload:
+        processes.reshard(task.model)
+        host["training"] = machine.gpus * sum(map(offloaded_bytes, task.transformers().parameters()))
     disk = {"read at the start": start, "checkpoint": checkpoint, "checkpoints at most": most, "export": export}
     if every := trainer.config.export_every:
         disk["exports along the way"] = trainer.config.iterations // every * export
     return host | {"export": min(EXPORT_FILE_BYTES, export)}, disk
 
 
+def offloaded_bytes(parameter: torch.nn.Parameter) -> int:
+    """Bytes of host memory for a process's shard: weight, gradient, two moments and average, or a frozen weight."""
+    size = parameter.to_local().nbytes
+    pinned = 1 << (size - 1).bit_length()  # torch rounds page-locked memory, of weight and gradient, up to a power of 2
+    return 2 * pinned + 3 * size if parameter.requires_grad else pinned
+
+
 # ------------------------------------------------------- Judge -------------------------------------------------------
 def seconds(pieces: Counter[Piece], machine: Machine) -> float:
-    """Time of a phase: a piece's computing overlaps with its traffic within the node, not with that between nodes."""
-    within, between = (1e9 * bandwidth for bandwidth in machine.bandwidth)
-    times = {p: max(p.flop / machine.tflops / 1e12, p.within / within) + p.between / between for p in pieces}
+    """Time of a phase: a piece's computing overlaps with its traffic within the node, and with no other."""
+    within, between, host = (1e9 * bandwidth for bandwidth in (*machine.bandwidth, machine.host_bandwidth))
+    overlapping = {p: max(p.flop / machine.tflops / 1e12, p.within / within) for p in pieces}
+    times = {p: overlapping[p] + p.between / between + p.host / host for p in pieces}
     return sum(n * times[piece] for piece, n in pieces.items())
 
 
@@ -331,7 +347,7 @@ def read_flags(arguments: list[str]) -> PlanFlags:
         check_trainable(FAMILIES[run.task], Path(task.model))
     is_known = task.reward == SIMULATED_REWARD
     require(is_known, f"reward={task.reward}: plan knows {SIMULATED_REWARD}; plan with that one")
-    for name in ("gpus", "nodes", "gpu_memory", "tflops", "bandwidth", "disk"):
+    for name in ("gpus", "nodes", "gpu_memory", "tflops", "bandwidth", "host_bandwidth", "disk"):
         value = min(machine.bandwidth) if name == "bandwidth" else getattr(machine, name)
         require(0 < value < math.inf, f"{name}={value:g} must be positive and finite")
     check(run, flags.method, choose("method", run.method, METHODS), machine.world_size)
@@ -345,10 +361,10 @@ def numbers(flags: PlanFlags, costs: Costs) -> dict[str, Any]:
     machine, run_hours, phases = flags.machine, hours(flags, costs), {}
     for name, peak in costs.peaks.items():
         pieces = costs.pieces.get(name, Counter())
-        flop, within, between = total(pieces)
+        flop, within, between, host = total(pieces)
         phases[name] = {"gib": {kind: peak.get(kind, 0) / GIB for kind in KINDS}, "peak_gib": total_gib(peak)}
         phases[name] |= {"tflop": flop / 1e12, "seconds": seconds(pieces, machine)}
-        phases[name] |= {"gb_within": within / 1e9, "gb_between": between / 1e9}
+        phases[name] |= {"gb_within": within / 1e9, "gb_between": between / 1e9, "gb_host": host / 1e9}
     step, gpu_hours = sum(phase["seconds"] for phase in phases.values()), sum(run_hours.values()) * machine.world_size
     whole = f"{sum(run_hours.values()):.2f} hours and {gpu_hours:.1f} GPU-hours in all"
     return {
@@ -380,8 +396,8 @@ def print_tables(phases: dict[str, dict[str, Any]]) -> None:
     print(f"\n{'GiB per GPU':12}" + "".join(f"{kind.split()[0]:>12}" for kind in (*KINDS, "sum")))
     for name, phase in phases.items():
         print(f"{name:12}" + "".join(f"{value:12.2f}" for value in (*phase["gib"].values(), phase["peak_gib"])))
-    print(f"\n{'per GPU':12}{'TFLOP':>12}{'GB in node':>12}{'GB between':>12}{'seconds':>12}")
-    columns = ("tflop", "gb_within", "gb_between", "seconds")
+    print(f"\n{'per GPU':12}{'TFLOP':>12}{'GB in node':>12}{'GB between':>12}{'GB to host':>12}{'seconds':>12}")
+    columns = ("tflop", "gb_within", "gb_between", "gb_host", "seconds")
     rows = {name: [phase[column] for column in columns] for name, phase in phases.items()}
     rows = {name: values for name, values in rows.items() if any(values)}
     for name, values in (rows | {"step": map(sum, zip(*rows.values()))}).items():

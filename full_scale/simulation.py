@@ -24,7 +24,7 @@ from full_scale.components import network_from_config
 from full_scale.pipeline import config_alone
 from full_scale.rewards.hpsv2 import HPSv2
 from leap_align import Velocity
-from runtime.cost_counter import CostCounter
+from runtime.cost_counter import HOST, CostCounter
 from runtime.files import read_json
 
 aten = torch.ops.aten
@@ -64,6 +64,21 @@ class Simulation(CostCounter):
             network.tie_weights()  # to_empty gave every use of a weight its own
         network._apply = lambda *_: network  # torch cannot move fake weights, and they are everywhere
         return network
+
+
+@contextmanager
+def counted_host_copies(simulation: Simulation) -> Iterator[None]:
+    """Counts what FSDP2 copies between GPU and host memory, which are one device here: shards of weights, gradients."""
+    plain = Tensor.to
+
+    def to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if "non_blocking" in kwargs:
+            simulation.label(HOST, [tensor])
+            simulation.phases[simulation.phase].add(0, 0, 0, tensor.nbytes)
+        return plain(tensor, *args, **kwargs)
+
+    with patch.object(Tensor, "to", to):
+        yield
 
 
 @contextmanager

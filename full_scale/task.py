@@ -62,6 +62,9 @@ class Options:
     # Free a block's weights after each use, instead of keeping all of them gathered for a microbatch: on several GPUs
     # less memory (22 GiB of FLUX.1-dev), but six times the traffic.
     reshard_after_forward: bool = False
+    # Keep the transformer's weights, gradients and optimizer in host memory, and run the optimizer there: less GPU
+    # memory, but slower. Every weight of FLUX.1-dev takes 292 GB of a node's host memory.
+    cpu_offload: bool = False
     compile: bool = False  # Compile the transformer's repeated blocks; the first iteration takes minutes.
     lora: Path | None = None  # Start from these adapters: a run's folder lora/, or a LoRA that diffusers or peft read.
     transformer: Path | None = None  # Without LoRA: start from this folder transformer/ of a run.
@@ -86,7 +89,7 @@ class DiffusersTask(Task):
         "model prompts evaluation_prompts reward_weights held_out_weights lora transformer plan".split()
     )
     changeable_on_resume: ClassVar[frozenset[str]] = frozenset(
-        {"gradient_checkpointing", "reshard_after_forward", "compile", *paths}
+        {"gradient_checkpointing", "reshard_after_forward", "cpu_offload", "compile", *paths}
     )
 
     @classmethod
@@ -109,7 +112,7 @@ class DiffusersTask(Task):
         transformer.check_lora(options.lora_rank, options.lora_alpha)
         transformer.check_start(options.lora, options.transformer, options.lora_rank)
         if options.load_in_4bit:
-            transformer.check_4bit(options.lora_rank, options.compile)
+            transformer.check_4bit(options.lora_rank, options.compile, options.cpu_offload)
         images, T_in_evaluation = options.evaluation_images, options.evaluation_T or T
         even = images >= 2 and images % IMAGES_PER_PROMPT == 0
         require(even, f"evaluation_images={images} must be even and at least 2")
@@ -249,10 +252,13 @@ class DiffusersTask(Task):
     def check_memory(self, shards: int) -> None:
         """Refuses a device on which not even weights and optimizer fit."""
         options, gathered = self.options, 0
-        if shards > 1 and not options.reshard_after_forward:
+        if (shards > 1 or options.cpu_offload) and not options.reshard_after_forward:
             gathered = self.dtype.itemsize * sum(p.numel() for p in self.model.parameters())
-        models = self.transformers(), self.frozen_modules()
-        transformer.check_memory(*models, self.device, shards, options.load_in_4bit, gathered)
+        sharded, frozen = self.transformers(), self.frozen_modules()
+        if options.cpu_offload:
+            transformer.check_memory(sharded, [], torch.device("cpu"), shards)
+            sharded = nn.ModuleList()
+        transformer.check_memory(sharded, frozen, self.device, shards, options.load_in_4bit, gathered)
 
     def parallelize(self, mesh: DeviceMesh | None) -> None:
         """Moves everything to the device, shards the transformers over the mesh and loads their weights.
@@ -272,11 +278,13 @@ class DiffusersTask(Task):
                 for block in transformer.repeated_blocks(model):
                     block.compile()  # before `shard`: blocks of one class share the compiled code
             reshards = self.options.reshard_after_forward or model is self.reference  # that one runs rarely
-            transformer.shard(model, mesh, self.dtype, reshards)
+            transformer.shard(model, mesh, self.dtype, reshards, self.options.cpu_offload)
             if self.options.load_in_4bit:
                 self.quantize(model)
-            model.to_empty(device=self.device)
+            model.to_empty(device="cpu" if self.options.cpu_offload else self.device)
             self.load_pretrained(model)
+            for buffer in model.buffers():
+                buffer.data = buffer.to(self.device)  # FSDP2 gathers parameters alone
 
     def save(self, folder: Path) -> None:
         """Writes `transformer/` or `lora/` into the folder, as diffusers reads them."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from full_scale.components import (
     MAIN_FILES,
@@ -95,10 +95,11 @@ def add_lora(
             parameter.data = parameter.data.float()
 
 
-def check_4bit(lora_rank: int, compiled: bool) -> None:
+def check_4bit(lora_rank: int, compiled: bool, cpu_offload: bool) -> None:
     """Refuses four-bit weights that would be trained, compiled or sharded, or that no library can make."""
     require(lora_rank, "load_in_4bit keeps frozen weights, but every weight is trained: give --lora-rank, too")
     require(not compiled, "load_in_4bit: torch cannot compile these weights: leave out --compile")
+    require(not cpu_offload, "load_in_4bit keeps its weights on the GPU: leave out --cpu-offload")
     require(world_size() == 1, "load_in_4bit does not shard the weights: start one process, or leave it out")
     require(find_spec("torchao"), "load_in_4bit needs torchao: pip install torchao==0.18.0")
 
@@ -181,8 +182,8 @@ def check_memory(
     needed = gathered + sum(p.nbytes for p in moved)
     for p in model.parameters():
         needed += (5 * p.nbytes if p.requires_grad else p.numel() / 2 if in_4bit else p.nbytes) / shards
-    free = _free_memory(device)
-    where, remedy = ("GPU", "use more GPUs") if device.type == "cuda" else ("process on the CPU", "use GPUs")
+    free, on_cpu = _free_memory(device), ("process on the CPU", "leave out --cpu-offload, use GPUs")
+    where, remedy = ("GPU", "use more GPUs") if device.type == "cuda" else on_cpu
     fault = f"weights and optimizer need {needed / 2**30:.0f} GiB for each {where}, {free / 2**30:.0f} are free"
     remedy += ", --reshard-after-forward" if gathered else ""
     remedy += ", --lora-rank 64, or prompts from `python -m full_scale embed`, which need no text encoders"
@@ -194,22 +195,27 @@ def _free_memory(device: torch.device) -> float:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_memory()
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, reshard_after_forward: bool) -> None:
+def shard(
+    model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, reshard_after_forward: bool, cpu_offload: bool = False
+) -> None:
     """Shards the model over the mesh (FSDP2), a block at a time; it computes in dtype, gradients stay float32.
 
     Unless reshard_after_forward, the weights are gathered by the first forward after a `reshard`, and stay so.
+    cpu_offload: the shards, and so gradients and optimizer, are in host memory; buffers stay where the model computes.
     """
     # Blocks return views of one joint sequence; torch warns about in-place writes, which never happen.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     # The task casts the inputs: casting all of them would round SD3's times and the RoPE tables.
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    offload = CPUOffloadPolicy(torch.cuda.is_available()) if cpu_offload else OffloadPolicy()  # pinned for a GPU
     # On one rank nothing is sharded: frozen weights are used in place, and copies cast to dtype stay until a backward
     # or `reshard`.
-    sharded = mesh.size() > 1
+    sharded = mesh.size() > 1 or cpu_offload
     reshards = sharded and reshard_after_forward
     in_place = set() if sharded else {p for p in model.parameters() if not p.requires_grad}
+    settings = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload, "reshard_after_forward": reshards}
     for module in [*repeated_blocks(model), model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards, ignored_params=in_place)
+        fully_shard(module, ignored_params=in_place, **settings)
     model.set_reshard_after_backward(reshards or not sharded)
 
 

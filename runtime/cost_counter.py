@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 aten = torch.ops.aten
+HOST = "host memory"  # the kind of a storage that takes no GPU memory
 
 
 def flop_count(action: Callable[[], object]) -> int:
@@ -59,11 +60,12 @@ class Piece(NamedTuple):
     flop: int = 0  # floating-point operations
     within: int = 0  # bytes received from ranks of this node
     between: int = 0  # bytes received from other nodes
+    host: int = 0  # bytes copied between GPU and host memory
 
 
 def total(pieces: Counter[Piece]) -> Piece:
     """The sum of all pieces, each as often as it occurs."""
-    return Piece(*(sum(n * piece[i] for piece, n in pieces.items()) for i in range(3)))
+    return Piece(*(sum(n * piece[i] for piece, n in pieces.items()) for i in range(4)))
 
 
 @dataclass
@@ -76,9 +78,9 @@ class PhaseCost:
 
     def add(self, *amounts: int) -> None:
         """Adds operations and bytes to the last piece; operations after traffic begin a new one."""
-        if amounts[0] and (self.last.within or self.last.between):
+        if amounts[0] and any(self.last[1:]):
             self.counted()
-        self.last = Piece(*map(sum, zip(self.last, amounts)))
+        self.last = Piece(*map(sum, zip(self.last, Piece(*amounts))))
 
     def counted(self) -> Counter[Piece]:
         """All pieces until now; the next operation begins a new one."""
@@ -124,7 +126,7 @@ class CostCounter(TorchDispatchMode):
                 continue
             storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
             self._track(storage, kind)
-            self._set(storage._cdata, kind, storage.nbytes())
+            self._set(storage._cdata, kind, 0 if kind == HOST else storage.nbytes())
 
     @property
     def phase(self) -> str:
@@ -139,7 +141,7 @@ class CostCounter(TorchDispatchMode):
             self.ranges.pop()
         out = self.execute(func, args, kwargs or {})
         cost = self.phases[self.phase]
-        cost.add(flop(func, args, kwargs or {}, out), 0, 0)
+        cost.add(flop(func, args, kwargs or {}, out))
         if func.namespace == "c10d":
             self._add_traffic(cost, func, args)
         for tensor in tree_leaves(out):

@@ -125,6 +125,7 @@ sample --lora-scale 0.5                 | lora_scale=0.5 scales adapters, but th
 sample --lora-scale nan                 | lora_scale=nan must be finite
 train --load-in-4bit                    | every weight is trained: give --lora-rank, too
 train --load-in-4bit --lora-rank 2 --compile | torch cannot compile these weights: leave out --compile
+train --load-in-4bit --lora-rank 2 --cpu-offload | load_in_4bit keeps its weights on the GPU: leave out --cpu-offload
 plan --load-in-4bit --lora-rank 64 --gpus 2  | load_in_4bit does not shard the weights: start one process
 plan --task klein --model {odd}/klein   | {odd}/klein {DISTILLED}2-klein-base-4B
 plan --prompts /nowhere                 | cannot read prompts from /nowhere

@@ -133,7 +133,7 @@ def test_nodes_exchange_gradients_once_an_iteration_and_gather_weights_once_a_mi
     costs = plan.simulate(replace(flags, run=replace(flags.run, gradient_accumulation_steps=steps)), "")
     parameters = sum(p.nbytes for p in task_of(models).model.parameters())
     # Each GPU holds half of the float32 gradients; a ring of two moves them twice, half at a time.
-    _, within, between = total(sum(costs.pieces.values(), plan.Counter()))
+    _, within, between, _ = total(sum(costs.pieces.values(), plan.Counter()))
     assert between == pytest.approx(parameters / 2, rel=0.02)
     assert within == pytest.approx(steps * (gathers + 2) * parameters / 2, rel=0.02)  # and two reduce-scatters
     assert 0 < costs.peaks["rollout"]["gathered weights"] < 3 * parameters
@@ -260,7 +260,10 @@ def test_a_node_holds_a_file_of_each_process_or_its_part_of_an_asynchronous_chec
     """A billion weights: they, two moments and the average are 16 GB."""
     transformer = torch.nn.Linear(2, 2, device="meta")
     task = Mock(
-        frozen_modules=list, options=Mock(lora_rank=8), dtype=torch.float32, empty_transformer=lambda: transformer
+        frozen_modules=list,
+        options=Mock(lora_rank=8, cpu_offload=False),
+        dtype=torch.float32,
+        empty_transformer=lambda: transformer,
     )
     weights, config = torch.nn.Parameter(torch.empty(10**9, device="meta")), Config(async_checkpoints=is_async)
     trainer = SimpleNamespace(task=task, parameters=[weights], config=config)
