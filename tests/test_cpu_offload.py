@@ -15,6 +15,7 @@ from runtime.cost_counter import total
 from runtime.files import read_csv
 from tests.test_plan import flags_of
 from tests.tiny_pipelines import TASKS, flags, options_of, slow, task_of, train
+from tests.toy_runs import in_group, train_rank
 
 pytestmark = pytest.mark.usefixtures("one_process")
 SIZES = "--gradient-accumulation-steps 2 --ema-decay 0.5 --evaluate-every 1 --iterations 2".split()
@@ -37,7 +38,7 @@ def test_offloaded_training_is_the_same_to_the_bit_and_resumes_either_way(
         arguments = [*flags(models, name, *more.split(), *SIZES), *changes]
         if processes == 1:
             return train(tmp_path / out, arguments)
-        tiny.torchrun("train_leap_align.py", *arguments, "--out", tmp_path / out, nodes=nodes)
+        in_group(train_rank, [*arguments, "--out", tmp_path / out], nodes)
 
     start("device"), start("host", "--cpu-offload", "--iterations", 1), start("host", "--cpu-offload", "--resume")
     tiny.assert_close(tiny.exported(tmp_path / "device"), tiny.exported(tmp_path / "host"), rtol=0, atol=0)
