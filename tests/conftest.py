@@ -18,6 +18,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; left out unless -m is given")
     if not config.option.markexpr:
         config.option.markexpr = "not slow"
+    torch.ones((), requires_grad=True).backward()  # if FSDP2's is the first, no forked process can run a backward
     if hasattr(config, "workerinput"):  # several processes, each with threads for all cores, would wait for one another
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         torch.set_num_threads(1)
