@@ -82,7 +82,7 @@ def main():
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("config.json", *LOGS):
-            (folder / name).touch()
+            (folder / name).write_text("{}")
     state = checkpoint.TrainingState(model, optimizer, ema, generator)
     result = {
         "weights": sum(p.numel() * p.itemsize for p in parameters),
