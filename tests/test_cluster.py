@@ -197,9 +197,9 @@ def wait_for_rows(started, folder, number):
         assert time.monotonic() < deadline and started[0].poll() is None, (folder / "log").read_text()[-3000:]
 
 
-def finish(started):
+def finish(started, seconds=600):
     """The exit statuses."""
-    return [process.wait(timeout=600) for process in started]
+    return [process.wait(timeout=seconds) for process in started]
 
 
 # In place of `python train_leap_align.py`: what the tasks of slurm.sh do, in bash.
@@ -235,7 +235,7 @@ def start_script(start, folder, tasks, **environment):
     (folder / "python").write_text(f"#!/usr/bin/env bash\n{tasks}")
     for name in ("sleep", "python"):
         (folder / name).chmod(0o755)
-    (status,) = finish(start(slurm, 2, 1, [], FOLDER=str(folder / "run"), **environment))
+    (status,) = finish(start(slurm, 2, 1, [], FOLDER=str(folder / "run"), **environment), seconds=60)
     return status, (folder / "requeued").exists(), (folder / "log").read_text()
 
 
