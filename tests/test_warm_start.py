@@ -106,7 +106,7 @@ def test_adapters_of_any_layers_start_a_run_with_the_flags_that_the_refusal_give
 
 def test_a_file_of_kohya_for_some_blocks_starts_a_run(models, tmp_path):
     torch.manual_seed(0)
-    layer = "lora_unet_double_blocks_1_img_attn_qkv"
+    layer = "lora_unet_double_blocks_0_img_attn_qkv"
     down, up = torch.randn(RANK, 32), torch.randn(3 * 32, RANK)
     file = {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up, f"{layer}.alpha": torch.tensor(6.0)}
     save_file(file, tmp_path / "kohya.safetensors")
@@ -114,7 +114,7 @@ def test_a_file_of_kohya_for_some_blocks_starts_a_run(models, tmp_path):
     _, advice = refusal([*arguments, "--out", tmp_path / "run"]).split(": give ")
     train(tmp_path / "run", [*arguments, *shlex.split(advice)])
     parts = zip(("to_q", "to_k", "to_v"), up.chunk(3))
-    expected = {f"transformer_blocks.1.attn.{name}": 6 / RANK * part @ down for name, part in parts}
+    expected = {f"transformer_blocks.0.attn.{name}": 6 / RANK * part @ down for name, part in parts}
     tiny.assert_close(products(tiny.exported(tmp_path / "run")), expected, 1e-5, 1e-6)
 
 
