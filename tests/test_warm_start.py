@@ -59,7 +59,7 @@ def products(adapters):
         {key.removeprefix("transformer.").split(".lora_")[0]: w.float() for key, w in adapters.items() if side in key}
         for side in (".lora_A.", ".lora_B.")
     )
-    return {layer: b[layer] @ a[layer] for layer in a}
+    return {layer: b[layer].flatten(1) @ a[layer].flatten(1) for layer in a}
 
 
 FORMS = {  # the factor of B A in the transformer with these adapters
@@ -118,11 +118,18 @@ def test_a_file_of_kohya_for_some_blocks_starts_a_run(models, tmp_path):
     tiny.assert_close(products(tiny.exported(tmp_path / "run")), expected, 1e-5, 1e-6)
 
 
-@pytest.mark.parametrize("alpha", [0, -1, float("inf"), float("nan")])
-def test_adapters_scaled_by_no_positive_number_are_refused(models, tmp_path, alpha):
-    path, _ = write_lora(models, "flux", tmp_path / "foreign", "peft", lora_alpha=alpha)
-    line = refusal([*flags(models, "flux", *LIKE_IT, "--lora", path), "--out", tmp_path / "run"])
-    assert f"to_q by {alpha / RANK}: its alpha must be positive and finite" in line
+UNUSABLE = [("flux", {"lora_alpha": float(value)}, "its alpha must be positive") for value in ("0", "-1", "inf", "nan")]
+UNUSABLE += [
+    ("flux", {"rank_pattern": {"to_q": 2}}, "several ranks [2, 3]"),
+    ("flux", {"target_modules": "proj_out"}, "adapts proj_out and not all layers that end so"),
+    ("sd3", {"target_modules": ["pos_embed.proj"]}, "no plain LoRA (pos_embed.proj.lora_A.weight)"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "words"), UNUSABLE)
+def test_adapters_that_no_flags_fit_are_refused(models, tmp_path, name, changes, words):
+    path, _ = write_lora(models, name, tmp_path / "foreign", "peft", **changes)
+    assert words in refusal([*flags(models, name, *LIKE_IT, "--lora", path), "--out", tmp_path / "run"])
 
 
 @pytest.mark.parametrize("name", ["flux", slow("sd3"), slow("klein")])
