@@ -154,7 +154,7 @@ def test_a_run_continues_from_an_export_of_another_and_its_leash_holds_the_base(
     assert recorded[kind] == str(exported[1]) and recorded["contents"][kind]
     shutil.rmtree(exported[1])
     train(part, [*arguments, "--iterations", 1, "--resume"])
-    assert train(part, [*arguments, *exported, "--resume"]) == warm
+    assert train(part, [*arguments, exported[0], tmp_path / "gone", "--resume"]) == warm
     resumed = tiny.read(part / "config.json")
     assert (resumed[kind], resumed["contents"]) == (recorded[kind], recorded["contents"])
 
