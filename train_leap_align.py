@@ -19,7 +19,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -281,7 +281,7 @@ def train(trainer: Trainer, folder: Path, stop_request: processes.StopRequest, t
                 tracker.add("train", progress.iteration, {name: row[name] for name in columns if name in row})
                 if config.export_every and progress.iteration % config.export_every == 0:
                     with trainer.ema.swapped():  # before an evaluation, in which a signal may end the run
-                        task.save(folder / "exports" / f"{progress.iteration:06d}")
+                        processes.only_warn(partial(task.save, folder / "exports" / f"{progress.iteration:06d}"))
                 trainer.evaluate_if_due(folder, tracker)
                 progress.checkpoint_seconds += checkpoints.finish_if_written()
                 is_late = time.monotonic() > saved_at + 60 * config.checkpoint_minutes
@@ -316,14 +316,15 @@ def run(flags: Flags, stop_request: processes.StopRequest) -> None:
     with run_dir.locked_folder(folder, "config.json", TOOL):
         run_on_rank0(lambda: run_dir.check_run_folder(folder, settings, config.resume, changeable))
         plan = run_on_all_ranks(lambda: report.announce(flags, kind, method, folder) if rank() == 0 else "")
-        trainer = Trainer(config, hyper, build_task(flags))  # may take minutes
+        is_resumed = config.resume and bool(run_dir.checkpoints(folder))
+        unread = dict.fromkeys(kind.start_paths if is_resumed else ())
+        trainer = Trainer(config, hyper, build_task(replace(flags, task=replace(flags.task, **unread))))
         contents = run_on_all_ranks(lambda: trainer.task.contents() if processes.is_first_of_node() else {})
         processes.check_same(contents | sources())  # now with what the task has imported
-        if config.resume and run_dir.checkpoints(folder):
+        if is_resumed:
             run_on_rank0(lambda: run_dir.check_contents(folder, contents))
             trainer.load(folder)
-        more = {"contents": contents, "changes": trainer.progress.changes}
-        run_on_rank0(lambda: run_dir.write_settings(folder / "config.json", settings | more))
+        run_on_rank0(lambda: run_dir.record_run(folder, settings, contents, trainer.progress.changes, unread))
         with run_on_all_ranks(lambda: open_tracker(folder, settings)) as tracker:
             stop_request.is_deferred = True  # from here on `train` looks for it
             train(trainer, folder, stop_request, tracker, plan)
@@ -341,8 +342,7 @@ def main(arguments: list[str] | None = None) -> None:
             run(flags, stop_request)
     except REPORTED as caught:
         error = caught
-    memory = "raise --gradient-accumulation-steps; full_scale/README.md says what else helps"
-    exit_process(error, "continue with --resume", memory)
+    exit_process(error, "continue with --resume", "raise --gradient-accumulation-steps, or see full_scale/README.md")
 
 
 if __name__ == "__main__":

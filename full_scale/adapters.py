@@ -1,6 +1,9 @@
 """LoRA adapters in a file: those of a run, or any that diffusers or peft read."""
 
 import math
+import re
+import shlex
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 
 from full_scale.components import PEFT_FILE, check_finite, loading, weight_files
 from full_scale.pipeline import Family
-from full_scale.transformer import lora_scale
+from full_scale.transformer import chosen_layers, linear_layers, lora_scale
 from leap_align import BadInput, require
 from runtime.files import check_no_pipe
 from runtime.processes import one_line
@@ -48,12 +51,14 @@ def load_adapters(path: Path, family: Family, model: nn.Module) -> dict[str, Ten
 
 def read_adapters(file: Path) -> dict[str, Tensor]:
     """The tensors in a file of adapters; refuses a damaged one, and DoRA's scales, which diffusers would drop."""
+    remedy = "give the folder lora/ of a run, or the file of a LoRA"
     try:
         adapters = load_file(check_no_pipe(file))
     except (OSError, SafetensorError) as error:
-        raise BadInput(f"{file} is missing or damaged ({one_line(error)}): restore it") from error
+        fault = f"is damaged ({one_line(error)}): restore it" if file.exists() else f"does not exist: {remedy}"
+        raise BadInput(f"{file} {fault}") from error
     check_finite(adapters, file)
-    require(adapters, f"{file} holds no adapters: give the folder lora/ of a finished run")
+    require(adapters, f"{file} holds no adapters: {remedy}")
     dora = next((name for name in adapters if "dora_scale" in name), None)
     require(dora is None, f"{file} holds {dora} of a DoRA: give a LoRA")
     return adapters
@@ -75,21 +80,19 @@ def adapters_of_run(path: Path, family: Family, empty: nn.Module, model: nn.Modu
     Whatever alpha the file has, B is scaled for the model's own.  empty: the transformer without adapters, on the meta
     device; it gets the file's.  Refuses adapters of other layers, another rank or another kind than the model's.
     """
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import Linear
 
+    layers = linear_layers(empty)
     weights = {name.removeprefix("transformer."): w.float() for name, w in load_adapters(path, family, empty).items()}
-    found, own = ({n: m for n, m in part.named_modules() if isinstance(m, LoraLayer)} for part in (empty, model))
-    if differing := sorted(found.keys() ^ own.keys()):
-        side = "the file" if differing[0] in found else "the run"
-        names = " ".join(sorted({end_of_name(name) for name in found}))
-        remedy = f"let --lora-targets name the file's layers, which end in {names}"
-        raise BadInput(f"lora={path}: only {side} has an adapter of {differing[0]}: {remedy}")
-    ranks = {rank for layer in found.values() for rank in layer.r.values()}
-    known, one = ", ".join(map(str, sorted(ranks))), model.peft_config["default"].r
-    require(ranks == {one}, f"lora={path} has adapters of rank {known}, not lora_rank={one}: give its --lora-rank")
+    found, own = ({n: m for n, m in part.named_modules() if isinstance(m, Linear)} for part in (empty, model))
     expected = {f"{name}.lora_{side}.weight" for name in found for side in "AB"}
     other = min(weights.keys() ^ expected, default=None)
     require(other is None, f"lora={path} is not whole, or no plain LoRA ({other}): give another file")
+    ranks = sorted({rank for layer in found.values() for rank in layer.r.values()})
+    require(len(ranks) == 1, f"lora={path} has adapters of several ranks {ranks}: give a LoRA with one")
+    if found.keys() != own.keys() or ranks != [model.peft_config["default"].r]:
+        remedy = f"give --lora-rank {ranks[0]} --lora-targets {shlex.join(targets_of(found, layers))}"
+        raise BadInput(f"lora={path} has adapters of other layers than the run, or of another rank: {remedy}")
     state = {}
     for name, layer in found.items():
         (scale,) = layer.scaling.values()
@@ -99,7 +102,15 @@ def adapters_of_run(path: Path, family: Family, empty: nn.Module, model: nn.Modu
     return state
 
 
-def end_of_name(layer: str) -> str:
-    """to_q of a.to_q, to_out.0 of a.to_out.0: what --lora-targets calls a layer."""
-    parts = layer.split(".")
-    return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
+def targets_of(chosen: Collection[str], layers: Iterable[str]) -> list[str]:
+    """The shortest --lora-targets that choose exactly these of a model's linear layers."""
+    targets = set()
+    for name in chosen:
+        parts = name.split(".")
+        ends = [".".join(parts[i:]) for i in reversed(range(len(parts))) if not parts[i].isdigit()]
+        choices = (choice for end in ends for choice in (re.sub(r"\.\d+\.", ".*.", end), end))
+        target = next((choice for choice in choices if chosen_layers(choice, layers) <= set(chosen)), None)
+        fault = f"the LoRA adapts {name} and not all layers that end so, which peft cannot choose"
+        require(target, f"{fault}: give another one")
+        targets.add(target)
+    return sorted(targets)

@@ -16,6 +16,7 @@ from full_scale.components import load_component
 from full_scale.contents import files_content, prompts_content
 from full_scale.pipeline import TEXT_SUBFOLDERS, Precision, pipeline_folder
 from full_scale.prompts import read_lines, read_prompts
+from full_scale.transformer import check_start
 from leap_align import require
 from runtime.files import atomic_file, parse_json, write_text
 from runtime.processes import (
@@ -171,13 +172,11 @@ def open_trained(model: str, transformer: Path | None, lora: Path | None, lora_s
     require(math.isfinite(lora_scale), f"lora_scale={lora_scale} must be finite")
     require(lora or lora_scale == 1, f"lora_scale={lora_scale} scales adapters, but there are none: give --lora, too")
     require(not (transformer and lora), "give --transformer or --lora, not both: a run trains one of them")
+    check_start(lora, transformer)
     folder = pipeline_folder(model)
     family, components = pipeline.family_of(folder), {}
     if transformer:
-        remedy = "a finished run leaves one in its own folder"
-        require(transformer.is_dir(), f"transformer={transformer} is not a folder: {remedy}")
         components["transformer"] = load_component(transformer, family.transformer_class, dtype)
-    require(not lora or lora.exists(), f"lora={lora} does not exist: a finished run leaves it in its own folder")
     pipe = pipeline.open_pipeline(family, folder, dtype, **components)
     if lora:
         load_adapters(lora, family, pipe.transformer)

@@ -53,7 +53,7 @@ class Options:
     precision: pipeline.Precision = "bfloat16"
     lora_rank: int = 0  # Rank of the LoRA adapters; 0 trains every weight of the transformer.
     lora_alpha: float | None = None  # LoRA's scale times its rank; the rank itself if not given.
-    # Linear layers that get an adapter, by the end of their names.
+    # Linear layers that get an adapter, by the end of their names; '*' is any part of a name.
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     # With LoRA on one GPU: keep the frozen weights of the transformer's blocks in four bits (NF4, by torchao).
     load_in_4bit: bool = False
@@ -88,6 +88,7 @@ class DiffusersTask(Task):
     paths: ClassVar[frozenset[str]] = frozenset(
         "model prompts evaluation_prompts reward_weights held_out_weights lora transformer plan".split()
     )
+    start_paths: ClassVar[frozenset[str]] = frozenset({"lora", "transformer"})
     changeable_on_resume: ClassVar[frozenset[str]] = frozenset(
         {"gradient_checkpointing", "reshard_after_forward", "cpu_offload", "compile", *paths}
     )
@@ -124,6 +125,9 @@ class DiffusersTask(Task):
         self.evaluation_prompts = read_prompts(evaluation_source)[: images // IMAGES_PER_PROMPT]
         pipeline.check_trainable(self.family, pipeline.pipeline_folder(options.model, ()))  # before any gigabyte moves
         self.folder = pipeline.pipeline_folder(options.model)
+        self.model = self.build_transformer()  # before what takes minutes to load
+        self.adapters = self.read_lora(options.lora) if options.lora else {}  # those to start from
+        pipeline.check_positions(self.model, options.height, options.width)
         sources = [(options.prompts, self.prompts), (evaluation_source, self.evaluation_prompts)]
         self.embedding_folders = embedding_folders(sources, self.folder, options.max_sequence_length)
         needs_text = len(self.embedding_folders) < len(sources)
@@ -136,9 +140,6 @@ class DiffusersTask(Task):
         self.pipeline.vae.enable_gradient_checkpointing()
         for module in self.frozen_modules():
             module.requires_grad_(False)
-        self.model = self.build_transformer()
-        self.adapters = self.read_lora(options.lora) if options.lora else {}  # those to start from
-        pipeline.check_positions(self.model, options.height, options.width)
         self.times, self.evaluation_times = self.times_of(T), self.times_of(T_in_evaluation)
 
     def times_of(self, T: int) -> Tensor:

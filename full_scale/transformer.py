@@ -2,8 +2,9 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from fnmatch import fnmatchcase
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,7 @@ from full_scale.components import (
     MAIN_FILES,
     REMEDY,
     check_finite,
+    check_format,
     loading,
     read_config,
     weight_files,
@@ -62,13 +64,29 @@ def check_lora(lora_rank: int, lora_alpha: float | None) -> None:
         require(0 < lora_alpha < math.inf, f"lora_alpha={lora_alpha} must be positive and finite")
 
 
-def check_start(lora: Path | None, start: Path | None, lora_rank: int) -> None:
-    """Refuses to start from adapters where none are trained, and from a transformer that would stay frozen."""
+def check_start(lora: Path | None, start: Path | None, lora_rank: int = 0) -> None:
+    """Refuses paths to no adapters or transformer, names those of a run, and a transformer that would stay frozen."""
     for name, path in {"lora": lora, "transformer": start}.items():
-        require(path is None or path.exists(), f"{name}={path} does not exist: give what a run has written")
-    require(lora is None or lora_rank, f"lora={lora} holds adapters, but every weight is trained: give its --lora-rank")
+        if path is None:
+            continue
+        fault = "does not exist" if not path.exists() else "is a file" if name != "lora" and path.is_file() else ""
+        require(not fault, f"{name}={path} {fault}: give the folder {name}/ of a run")
+        if path.is_dir() and not any(path.glob("*.safetensors")):
+            check_format(path)
+            known = [own for place in ("exports/*", "*", ".") for own in sorted(path.glob(f"{place}/{name}"))]
+            raise BadInput(f"{name}={path} holds no weights: give {[f'the folder {name}/ of a run', *known][-1]}")
     remedy = "leave out --lora-rank, or put it into a pipeline for --model"
     require(start is None or not lora_rank, f"transformer={start} would stay frozen under LoRA: {remedy}")
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers of a model without adapters that may get one, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def chosen_layers(target: str, layers: Iterable[str]) -> set[str]:
+    """The layers whose names end in one of --lora-targets, where * is any part of a name."""
+    return {name for name in layers if fnmatchcase(f".{name}", f"*.{target}")}
 
 
 def add_lora(
@@ -76,20 +94,21 @@ def add_lora(
 ) -> None:
     """Freezes the model in dtype and adds float32 adapters, W x + alpha / rank B A x, to some of its linear layers.
 
-    lora_alpha: None for the rank.  targets: the ends of these layers' names.
+    lora_alpha: None for the rank.  targets: as in `chosen_layers`.
     """
     from peft import LoraConfig
 
     require(targets, "lora_targets is empty: name at least one linear layer")
-    layers = {f".{name}": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    chosen = {target: [layers[name] for name in layers if name.endswith(f".{target}")] for target in targets}
-    for target, matches in chosen.items():
+    layers, chosen = linear_layers(model), set()
+    for target in targets:
+        matches = chosen_layers(target, layers)
         require(matches, f"lora_targets: no linear layer of {type(model).__name__} is called {target!r}")
-    width = min(min(layer.weight.shape) for matches in chosen.values() for layer in matches)
+        chosen.update(matches)
+    width = min(min(layers[name].weight.shape) for name in chosen)
     too_large = f"lora_rank={lora_rank} must be at most {width}, the width of the narrowest target layer"
     require(lora_rank <= width, too_large)
     nn.Module.to(model.requires_grad_(False), dtype)  # diffusers' own `to` prints a warning that concerns other models
-    model.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_alpha or lora_rank, target_modules=list(targets)))
+    model.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_alpha or lora_rank, target_modules=sorted(chosen)))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -281,7 +300,9 @@ def set_lora(model: nn.Module, state: dict[str, Tensor]) -> None:
 def export(model: nn.Module, family: Family, empty: nn.Module, dtype: torch.dtype, folder: Path) -> None:
     """Writes `transformer/` or `lora/` into the folder, as diffusers reads them; every rank calls it."""
     path = folder / ("lora" if has_lora(model) else "transformer")
-    with atomic_folder(path) if rank() == 0 else nullcontext(path) as temporary:
+    with ExitStack() as stack:
+        context = atomic_folder(path) if rank() == 0 else nullcontext(path)
+        temporary = run_on_all_ranks(lambda: stack.enter_context(context))
         if has_lora(model):
             export_lora(model, family, temporary)
         else:

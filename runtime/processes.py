@@ -223,6 +223,16 @@ def run_on_rank0(action: Callable[[], Any]) -> None:
     run_on_all_ranks(action if rank() == 0 else lambda: None)
 
 
+def only_warn(action: Callable[[], Any]) -> None:
+    """Runs action() on every rank; if it raises BadInput or OSError on one, rank 0 prints that, and all continue."""
+    try:
+        run_on_all_ranks(action)
+    except RaisedOnAllRanks as error:
+        if rank() == 0:
+            text = printable(error).removesuffix(", then continue with --resume")
+            tqdm.write(f"warning: {text}; the run continues without it", file=sys.stderr)
+
+
 def check_same(values: dict[str, Any]) -> None:
     """Refuses ranks whose values differ from rank 0's; every rank calls it.  Names that a rank lacks do not count.
 

@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator, Set
+from collections.abc import Collection, Iterator, Set
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,19 @@ def check_contents(folder: Path, contents: dict[str, str]) -> None:
     require(isinstance(old, dict), f"{folder / 'config.json'} is damaged (no `contents`): restore it")
     changed = ", ".join(sorted(name for name in contents if old.get(name) != contents[name]))
     require(not changed, f"{changed} changed since {folder} was started: restore it, or choose another --out")
+
+
+def record_run(
+    folder: Path, settings: dict[str, Any], contents: dict[str, str], changes: list[Any], unread: Collection[str]
+) -> None:
+    """Writes config.json.
+
+    unread: the settings that a resumed run does not use; they, and the contents of their files, stay recorded.
+    """
+    old = read_json(folder / "config.json") if unread else {}
+    settings = settings | {name: old.get(name) for name in unread}
+    contents = {name: old["contents"][name] for name in unread if name in old["contents"]} | contents
+    write_settings(folder / "config.json", settings | {"contents": contents, "changes": changes})
 
 
 def write_settings(path: Path, settings: dict[str, Any]) -> None:

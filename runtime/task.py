@@ -39,6 +39,7 @@ class Task(ABC):
     Options: ClassVar[type] = NoOptions  # a dataclass of the task's own flags
     changeable_on_resume: ClassVar[frozenset[str]] = frozenset()  # options that affect speed or memory, never results
     paths: ClassVar[frozenset[str]] = frozenset()  # options that lead to files, of which only `contents` counts
+    start_paths: ClassVar[frozenset[str]] = frozenset()  # those of them that a resumed run does not read: it gets None
     held_out: ClassVar[dict[str, float]] = {}
     """Evaluators that training never sees, with the drop that brings a warning; negative where lower is better."""
     step_metric_names: ClassVar[tuple[str, ...]] = ()  # the columns that step_metrics adds to metrics.csv

@@ -179,12 +179,12 @@ gone ~ flux/tokenizer_2/tokenizer.json ~ tokenizer_2 holds no vocabulary ~ train
 {{}} ~ flux/text_encoder/config.json ~ text_encoder cannot be loaded as CLIPTextModel ~ train, sample
 {{}} ~ flux/tokenizer/tokenizer.json ~ tokenizer cannot be loaded as CLIPTokenizer ~ train, sample
 {{}} ~ flux/tokenizer/tokenizer_config.json ~ tokenizer_config.json gives no model_max_length ~ train, sample
-half ~ lora/{LORA} ~ {LORA} is missing or damaged ~ lora, lora's file
+half ~ lora/{LORA} ~ {LORA} is damaged ~ lora, lora's file
 binary gone none ~ lora/{LORA} ~ lora ~ lora
 half ~ trained/{WEIGHTS} trained/config.json ~ FILE is damaged ~ trained
 fewer ~ trained/{WEIGHTS} ~ weights are missing in ~ trained
 gone ~ trained/config.json ~ FILE is missing ~ trained
-{{}} ~ trained/config.json ~ is not a folder ~ trained's file
+{{}} ~ trained/config.json ~ is a file: give the folder transformer/ of a run ~ trained's file
 gone ~ flux/vae ~ FILE does not exist ~ train, sample
 half [1] binary {{}} gone ~ e/settings.json ~ /e ~ train on e
 {{ [1] 5 {{"00000_0.png":5}} {{"none.png":"a"}} {{}} binary ~ images/prompts.json ~ images ~ score

@@ -48,7 +48,7 @@ def odd(models, tmp_path_factory):
     weights = load_file(models / "flux" / "reward" / "open_clip_model.safetensors")
     shutil.copytree(models / "flux" / "reward", odd / "reward")
     save_file({k: w for k, w in weights.items() if k != "logit_scale"}, odd / "reward" / "open_clip_model.safetensors")
-    tiny.train(odd / "run", flags(models, "sd3", "--iterations", "1", "--lora-rank", "2"))
+    tiny.train(odd / "run", flags(models, "sd3", "--iterations", "1", "--lora-rank", "2", "--export-every", "1"))
     weights = load_file(odd / "run" / "lora" / "pytorch_lora_weights.safetensors")
     wide = {k.replace("transformer_blocks.1", "transformer_blocks.0"): w.repeat(1, 2) for k, w in weights.items()}
     save_file(wide, odd / "wide.safetensors")
@@ -67,7 +67,7 @@ def odd(models, tmp_path_factory):
 
 
 DISTILLED = "holds a model that is distilled to few steps: train its base model, such as black-forest-labs/FLUX."
-TARGETS = "let --lora-targets name the file's layers, which end in"
+LIKE_IT = "of another rank: give --lora-rank 2 --lora-targets to_k to_out.0 to_q to_v"
 ANOTHER = "choose the files of this pipeline's kind"
 REFUSALS = """
 train --height 500                      | height=500 must be a multiple of 16
@@ -107,16 +107,24 @@ train --lora-rank 2 --lora-alpha 0      | lora_alpha=0.0 must be positive and fi
 train --lora-rank 2 --lora-alpha inf    | lora_alpha=inf must be positive and finite
 train --lora-rank 2 --lora-targets to_q nothing | no linear layer of FluxTransformer2DModel is called 'nothing'
 train --lora-rank 2 --lora-targets      | lora_targets is empty
-train --lora {odd}/run/lora             | run/lora holds adapters, but every weight is trained: give its --lora-rank
-sd3 --lora-rank 2 --lora {odd}/none     | lora={odd}/none does not exist: give what a run has written
-sd3 --lora-rank 3 --lora {odd}/run/lora | run/lora has adapters of rank 2, not lora_rank=3: give its --lora-rank
-sd3 --lora-rank 2 --lora-targets to_q --lora {odd}/run/lora | .to_k: {TARGETS} to_k to_out.0 to_q to_v
-sd3 --lora-rank 2 --lora-targets to_q to_k to_v to_out.0 to_add_out --lora {odd}/run/lora | only the run has an adapter
+sd3 --lora {odd}/run/lora               | {LIKE_IT}
+sd3 --lora-rank 3 --lora {odd}/run/lora | {LIKE_IT}
+sd3 --lora-rank 2 --lora-targets to_q --lora {odd}/run/lora | {LIKE_IT}
+sd3 --lora-rank 2 --lora-targets to_q to_k to_v to_out.0 to_add_out --lora {odd}/run/lora | {LIKE_IT}
+sd3 --lora-rank 2 --lora {odd}/run      | lora={odd}/run holds no weights: give {odd}/run/lora
+sd3 --lora {odd}/run/exports/000001     | 000001 holds no weights: give {odd}/run/exports/000001/lora
+sd3 --lora {odd}/run/exports            | exports holds no weights: give {odd}/run/exports/000001/lora
+sd3 --lora {odd}/run/checkpoint         | checkpoint holds no weights: give the folder lora/ of a run
+sd3 --lora {odd}                        | lora_weights.safetensors does not exist: give the folder lora/ of a run
+sd3 --lora-rank 2 --lora {odd}/none     | lora={odd}/none does not exist: give the folder lora/ of a run
 sd3 --lora-rank 2 --lora {odd}/half.safetensors | half.safetensors
 sd3 --lora-rank 2 --lora {odd}/dora.safetensors | dora_scale of a DoRA: give a LoRA
 sd3 --lora-rank 2 --lora {odd}/text.safetensors | text.safetensors does not fit the model: text_encoder.
 train --lora-rank 2 --lora {odd}/run/lora | run/lora does not fit the model: transformer_blocks.
-train --transformer {odd}/none          | transformer={odd}/none does not exist: give what a run has written
+train --transformer {odd}/none          | transformer={odd}/none does not exist: give the folder transformer/ of a run
+train --transformer {models}/flux       | flux holds no weights: give {models}/flux/transformer
+train --transformer {odd}/run           | run holds no weights: give the folder transformer/ of a run
+train --transformer {odd}/mine.txt      | transformer={odd}/mine.txt is a file: give the folder transformer/ of a run
 train --transformer {models}/flux/transformer --lora-rank 2 | flux/transformer would stay frozen under LoRA: leave out
 train --transformer {models}/sd3/transformer | sd3/transformer holds the weights of another model, or not all
 train --export-every -1                 | export_every=-1 must lie between 0 and
@@ -148,7 +156,9 @@ sample --steps 0                        | steps=0 must be at least 1
 sample --geneval {odd}/mine.txt         | give either --prompts FILE or --geneval
 sample --lora {odd}/run/lora            | lora does not fit the model: transformer_blocks.
 sample --lora {odd}/wide.safetensors    | wide.safetensors does not fit the model: transformer_blocks.
-sample --lora {odd}/none                | none does not exist: a finished run leaves it in its own folder
+sample --lora {odd}/run                 | lora={odd}/run holds no weights: give {odd}/run/lora
+sample --transformer {models}/flux      | flux holds no weights: give {models}/flux/transformer
+sample --lora {odd}/none                | none does not exist: give the folder lora/ of a run
 sample --lora {odd} --transformer {odd} | give --transformer or --lora, not both
 sample --transformer {models}/sd3/transformer   | a SD3Transformer2DModel, not a FluxTransformer2DModel: {ANOTHER}
 score --images {odd}/images             | images lacks 1 of 5 images
@@ -166,7 +176,7 @@ def test_what_cannot_work_is_refused(models, odd, tmp_path, monkeypatch, row):
     """A line is a command, with the usual flags of the tool or task in front of it, and words of the message."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     out, names = tmp_path / "out", {"odd": odd, "models": models, "DISTILLED": DISTILLED, "ANOTHER": ANOTHER}
-    names["TARGETS"] = TARGETS
+    names["LIKE_IT"] = LIKE_IT
     command, _, words = row.format(**names).partition(" | ")
     usual = {"train": flags(models, "flux"), "sd3": flags(models, "sd3"), "klein": flags(models, "klein")}
     usual |= {"few": ["--task", "flux", *tiny.files(models)], "bare": ["--task", "flux", "--model", models / "flux"]}

@@ -1,7 +1,12 @@
 """Runs that start from exported weights: adapters of any origin, a whole transformer; exports along a run's way."""
 
+import errno
 import os
+import pkgutil
+import shlex
+import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,7 +59,7 @@ def products(adapters):
         {key.removeprefix("transformer.").split(".lora_")[0]: w.float() for key, w in adapters.items() if side in key}
         for side in (".lora_A.", ".lora_B.")
     )
-    return {layer: b[layer] @ a[layer] for layer in a}
+    return {layer: b[layer].flatten(1) @ a[layer].flatten(1) for layer in a}
 
 
 FORMS = {  # the factor of B A in the transformer with these adapters
@@ -81,10 +86,59 @@ def test_a_run_starts_with_the_function_of_adapters_of_any_format_and_alpha(mode
     assert tiny.read(tmp_path / "run" / "config.json")["contents"]["lora"]
 
 
+ADVICE = {  # what peft calls the layers, and what --lora-targets does
+    r"transformer_blocks\.\d\.attn\.(to_q|to_out\.0)": "to_out.0 'transformer_blocks.*.attn.to_q'",
+    r".*\.(to_q|proj_mlp|ff\.net\.2)": "ff.net.2 proj_mlp to_q",
+    r"single_transformer_blocks\.1\.(proj_mlp|attn\.to_v)|x_embedder": "single_transformer_blocks.1.attn.to_v "
+    "single_transformer_blocks.1.proj_mlp x_embedder",
+}
+
+
+@pytest.mark.parametrize(("layers", "targets"), ADVICE.items())
+def test_adapters_of_any_layers_start_a_run_with_the_flags_that_the_refusal_gives(models, tmp_path, layers, targets):
+    path, expected = write_lora(models, "flux", tmp_path / "foreign", "diffusers", target_modules=layers)
+    arguments = flags(models, "flux", "--lora", path, "--iterations", 0)
+    _, advice = refusal([*arguments, "--out", tmp_path / "run"]).split(": give ")
+    assert advice == f"--lora-rank {RANK} --lora-targets {targets}"
+    train(tmp_path / "run", [*arguments, *shlex.split(advice)])
+    tiny.assert_close(products(tiny.exported(tmp_path / "run")), expected, 1e-5, 1e-6)
+
+
+def test_a_file_of_kohya_for_some_blocks_starts_a_run(models, tmp_path):
+    torch.manual_seed(0)
+    layer = "lora_unet_double_blocks_0_img_attn_qkv"
+    down, up = torch.randn(RANK, 32), torch.randn(3 * 32, RANK)
+    file = {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up, f"{layer}.alpha": torch.tensor(6.0)}
+    save_file(file, tmp_path / "kohya.safetensors")
+    arguments = flags(models, "flux", "--lora", tmp_path / "kohya.safetensors", "--iterations", 0)
+    _, advice = refusal([*arguments, "--out", tmp_path / "run"]).split(": give ")
+    train(tmp_path / "run", [*arguments, *shlex.split(advice)])
+    parts = zip(("to_q", "to_k", "to_v"), up.chunk(3))
+    expected = {f"transformer_blocks.0.attn.{name}": 6 / RANK * part @ down for name, part in parts}
+    tiny.assert_close(products(tiny.exported(tmp_path / "run")), expected, 1e-5, 1e-6)
+
+
+UNUSABLE = [("flux", {"lora_alpha": float(value)}, "its alpha must be positive") for value in ("0", "-1", "inf", "nan")]
+UNUSABLE += [
+    ("flux", {"rank_pattern": {"to_q": 2}}, "several ranks [2, 3]"),
+    ("flux", {"target_modules": "proj_out"}, "adapts proj_out and not all layers that end so"),
+    ("sd3", {"target_modules": ["pos_embed.proj"]}, "no plain LoRA (pos_embed.proj.lora_A.weight)"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "words"), UNUSABLE)
+def test_adapters_that_no_flags_fit_are_refused(models, tmp_path, name, changes, words):
+    path, _ = write_lora(models, name, tmp_path / "foreign", "peft", **changes)
+    assert words in refusal([*flags(models, name, *LIKE_IT, "--lora", path), "--out", tmp_path / "run"])
+
+
 @pytest.mark.parametrize("name", ["flux", slow("sd3"), slow("klein")])
 @pytest.mark.parametrize("more", ["--lr 0.01", "--lr 0.1 --lora-rank 2 --lora-alpha 5"], ids=["transformer", "lora"])
 def test_a_run_continues_from_an_export_of_another_and_its_leash_holds_the_base(models, tmp_path, name, more):
-    """Its first evaluation is that of the export's iteration; the leash is zero in a run that starts at the base."""
+    """Its first evaluation is that of the export's iteration; the leash is zero in a run that starts at the base.
+
+    On --resume it needs neither the export nor the flag, and still records both.
+    """
     first, second, kind = tmp_path / "first", tmp_path / "second", "lora" if "lora" in more else "transformer"
     arguments = flags(models, name, *more.split(), "--beta", 1, "--iterations", 2)
     cold = train(first, [*arguments, "--export-every", 1])
@@ -94,8 +148,15 @@ def test_a_run_continues_from_an_export_of_another_and_its_leash_holds_the_base(
     before, after, start = ({k: float(v) for k, v in row.items() if k != "iteration"} for row in (*expected, found[0]))
     assert start == pytest.approx(after, abs=1e-5) and start != pytest.approx(before, abs=1e-4)
     assert cold[0]["leash"] == 0 and warm[0]["leash"] > 1e-4
-    train(tmp_path / "part", [*arguments, *exported, "--iterations", 1])
-    assert train(tmp_path / "part", [*arguments, "--resume"]) == warm  # which needs the export no more
+    part = tmp_path / "part"
+    train(part, [*arguments, *exported, "--iterations", 1])
+    recorded = tiny.read(part / "config.json")
+    assert recorded[kind] == str(exported[1]) and recorded["contents"][kind]
+    shutil.rmtree(exported[1])
+    train(part, [*arguments, "--iterations", 1, "--resume"])
+    assert train(part, [*arguments, exported[0], tmp_path / "gone", "--resume"]) == warm
+    resumed = tiny.read(part / "config.json")
+    assert (resumed[kind], resumed["contents"]) == (recorded[kind], recorded["contents"])
 
 
 def weights(folder):
@@ -104,22 +165,68 @@ def weights(folder):
     return {(file, name): w.numpy().tobytes() for file, tensors in files.items() for name, w in tensors.items()}
 
 
+def runner(models, task):
+    """The name of what this task exports, and a function (folder, *flags) that runs two iterations."""
+    if task == "toy":
+        return "model", lambda out, *more: toy_runs.run(out, "--iterations", "2", *more)
+    name, *more = task.split()
+    arguments = flags(models, name, *more, "--iterations", 2)
+    return "lora" if more else "transformer", lambda out, *more: train(out, [*arguments, *more])
+
+
 @pytest.mark.parametrize("task", ["toy", "flux", "flux --lora-rank 2"])
 def test_exports_are_what_a_shorter_run_ends_with_and_all_are_kept(models, tmp_path, task):
-    """Also what a run resumed between two exports writes."""
-    if task == "toy":
-        kind, run = "model", lambda out, *more: toy_runs.run(out, "--iterations", "2", *more)
-    else:
-        name, *more = task.split()
-        arguments, kind = flags(models, name, *more, "--iterations", 2), "lora" if more else "transformer"
-        run = lambda out, *more: train(out, [*arguments, *more])  # noqa: E731
+    """Also what a run resumed between two exports writes, with another number of iterations between them."""
+    kind, run = runner(models, task)
     run(tmp_path / "whole", "--export-every", "1")
     run(tmp_path / "part", "--export-every", "1", "--iterations", "1")
     shorter, exports = weights(tmp_path / "part" / kind), tmp_path / "whole" / "exports"
     assert weights(exports / "000001" / kind) == shorter
     assert weights(exports / "000002" / kind) == weights(tmp_path / "whole" / kind) != shorter
-    run(tmp_path / "part", "--export-every", "1", "--resume")
+    run(tmp_path / "part", "--export-every", "2", "--resume")
     assert weights(tmp_path / "part" / "exports") == weights(exports)
+
+
+def fill_disk(monkeypatch, fault):
+    """The function of this name answers for the export of iteration 1 that the disk is full."""
+    function = pkgutil.resolve_name(fault)
+
+    def call(*inputs, **named):
+        if any("exports/000001" in str(value) for value in inputs if isinstance(value, str | Path)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "FILE")
+        return function(*inputs, **named)
+
+    monkeypatch.setattr(fault, call)
+
+
+SAVE, SAVE_LORA = "full_scale.transformer.save_file", "diffusers.FluxPipeline.save_lora_weights"
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(
+    ("task", "fault"),
+    [("toy", "os.mkdir"), ("toy", "runtime.task.save_file"), ("flux", SAVE), ("flux --lora-rank 2", SAVE_LORA)],
+)
+def test_a_failed_export_is_a_warning_and_changes_nothing_else(models, tmp_path, monkeypatch, capsys, task, fault):
+    kind, run = runner(models, task)
+    fill_disk(monkeypatch, fault)
+    rows = run(tmp_path / "run", "--export-every", "1")
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
+    words = "(No space left on device): free some space" if fault == SAVE else "FILE: No space left on device"
+    assert warning.endswith(f"{words}; the run continues without it")
+    exports = tmp_path / "run" / "exports"
+    assert len(rows) == 2 and not weights(exports / "000001") and not [*exports.rglob("*.part")]
+    assert weights(exports / "000002" / kind) == weights(tmp_path / "run" / kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("more", "fault"), [("", SAVE), ("--lora-rank 2", SAVE_LORA), ("", "os.mkdir")])
+def test_an_export_that_fails_on_rank_0_lets_no_other_rank_wait(models, tmp_path, monkeypatch, fault, more):
+    fill_disk(monkeypatch, fault)
+    arguments = flags(models, "flux", *more.split(), "--iterations", 2, "--export-every", 1, "--out", tmp_path)
+    toy_runs.in_group(toy_runs.train_rank, arguments)
+    exports = tmp_path / "exports"
+    assert weights(exports / "000002") and not weights(exports / "000001") and (tmp_path / "result.json").exists()
 
 
 @pytest.mark.usefixtures("no_figures")
