@@ -45,6 +45,7 @@ def test_results_are_computed_once_and_kept_after_a_failure(tmp_path):
     assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".json"]
 
 
+@pytest.mark.slow
 def test_two_workers_compute_the_same_results_as_one(tmp_path):
     settings = {value: {"value": value} for value in range(5)}
     one, two = (ResultCache(tmp_path / str(n), n).results(dict, settings, "results") for n in (1, 2))

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 LORA = '{"precision": "bfloat16", "lora_rank": 4}'
 FOUR_BITS = pytest.param("flux", LORA.replace("}", ', "load_in_4bit": true}'), marks=needs_torchao)
-CASES = [("flux", '{"precision": "bfloat16"}'), ("flux", LORA), slow("sd3", "{}"), slow("klein", LORA), FOUR_BITS]
+CASES = [("flux", '{"precision": "bfloat16"}'), slow("flux", LORA), slow("sd3", "{}"), slow("klein", LORA), FOUR_BITS]
 STRATIFIED = slow("flux", '{"method": "stratified"}')  # evaluates earlier leaps again after the endpoint's backward
 
 
@@ -80,7 +80,7 @@ def flags_of(models, name, changes=None, batch_size=2, **machine):
     return plan.PlanFlags(run, hyper, options_of(models, name, **options), machine)
 
 
-@pytest.mark.parametrize(("name", "changes"), [*CASES, ("sd3", '{"gradient_checkpointing": "off"}')])
+@pytest.mark.parametrize(("name", "changes"), [*CASES, slow("sd3", '{"gradient_checkpointing": "off"}')])
 def test_the_counter_agrees_with_the_allocator_within_3_percent(models, name, changes):
     step = measured(models, name, changes)
     print(f"{name} {changes}: counter / allocator = {(step.peak - step.before) / step.allocated:.3f}")  # pytest -s
@@ -125,7 +125,9 @@ def test_a_simulated_step_costs_what_a_real_one_costs(models, name, changes):
     assert costs.peaks["backward"]["weights"] == step.phases["backward"].peak["weights"]
 
 
-@pytest.mark.parametrize(("steps", "reshard", "gathers"), [(1, True, 2 + 2 + 2), (3, False, 1)])  # rollout, leaps, back
+@pytest.mark.parametrize(
+    ("steps", "reshard", "gathers"), [slow(1, True, 2 + 2 + 2), (3, False, 1)]
+)  # rollout, leaps, back
 def test_nodes_exchange_gradients_once_an_iteration_and_gather_weights_once_a_microbatch(
     models, steps, reshard, gathers
 ):

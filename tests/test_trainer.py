@@ -193,15 +193,20 @@ def test_two_processes_equal_one(flags, tmp_path):
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
 
 
-def test_one_process_resumes_a_run_of_two_and_a_refusal_of_rank_0_is_printed_once(reference, tmp_path):
-    flags = [*SMALL, "--out", tmp_path]
-    in_group(train_rank, [*flags, "--iterations", 2, "--checkpoint-every", 1, "--async-checkpoints"])
-    done = subprocess.run([*toy_runs.TORCHRUN, *flags], cwd=toy_runs.ROOT, capture_output=True, text=True, timeout=300)
+def test_one_process_resumes_a_run_of_two(reference, tmp_path):
+    flags = ["--out", tmp_path, "--iterations", 2, "--checkpoint-every", 1, "--async-checkpoints"]
+    in_group(train_rank, [*SMALL, *flags])
+    assert_same(run(tmp_path, "--resume"), metrics(reference))
+
+
+@pytest.mark.slow
+def test_a_refusal_of_rank_0_is_printed_once(reference):
+    command = [*toy_runs.TORCHRUN, *SMALL, "--out", reference]
+    done = subprocess.run(command, cwd=toy_runs.ROOT, capture_output=True, text=True, timeout=300)
     lines = [line for line in done.stderr.splitlines() if "holds another run" in line]
     assert done.returncode == 1
     assert len(lines) == 2 and lines[0].startswith("error: ")  # ours, and the one in torchrun's table
     assert "[rank1]" not in done.stderr
-    assert_same(run(tmp_path, "--resume"), metrics(reference))
 
 
 def test_evaluation_and_model_are_of_the_averaged_weights(tmp_path, monkeypatch):

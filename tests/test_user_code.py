@@ -161,6 +161,8 @@ def test_an_exception_of_user_code_becomes_a_user_code_error_unless_it_has_a_lin
 
 MODEL = "--model full_scale/shapes/trained --prompts full_scale/shapes/trained/prompts.txt --out {out}"
 SLOWLY_MISSED = [
+    ("sklearn", "scikit-learn", "train_leap_align", "--task digits"),
+    ("open_clip", "open_clip_torch", "full_scale.__main__", "check-reward hpsv2.1 --reward-weights tests"),
     ("accelerate", "accelerate", "full_scale.__main__", f"sample {MODEL}"),  # diffusers has an error of its own
     ("transformers", "transformers", "full_scale.__main__", "plan"),
     ("transformers", "transformers", "full_scale.__main__", "check-reward imagereward --reward-weights tests"),
@@ -171,8 +173,6 @@ SLOWLY_MISSED = [
     ("module", "package", "program", "arguments"),
     [
         ("diffusers", "diffusers", "train_leap_align", f"--task flux {MODEL}"),
-        ("sklearn", "scikit-learn", "train_leap_align", "--task digits"),
-        ("open_clip", "open_clip_torch", "full_scale.__main__", "check-reward hpsv2.1 --reward-weights tests"),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOWLY_MISSED),
     ],
 )

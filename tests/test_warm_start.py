@@ -133,7 +133,7 @@ def test_adapters_that_no_flags_fit_are_refused(models, tmp_path, name, changes,
 
 
 @pytest.mark.parametrize("name", ["flux", slow("sd3"), slow("klein")])
-@pytest.mark.parametrize("more", ["--lr 0.01", "--lr 0.1 --lora-rank 2 --lora-alpha 5"], ids=["transformer", "lora"])
+@pytest.mark.parametrize("more", [slow("--lr 0.01"), "--lr 0.1 --lora-rank 2 --lora-alpha 5"])
 def test_a_run_continues_from_an_export_of_another_and_its_leash_holds_the_base(models, tmp_path, name, more):
     """Its first evaluation is that of the export's iteration; the leash is zero in a run that starts at the base.
 
@@ -174,7 +174,7 @@ def runner(models, task):
     return "lora" if more else "transformer", lambda out, *more: train(out, [*arguments, *more])
 
 
-@pytest.mark.parametrize("task", ["toy", "flux", "flux --lora-rank 2"])
+@pytest.mark.parametrize("task", ["toy", slow("flux"), "flux --lora-rank 2"])
 def test_exports_are_what_a_shorter_run_ends_with_and_all_are_kept(models, tmp_path, task):
     """Also what a run resumed between two exports writes, with another number of iterations between them."""
     kind, run = runner(models, task)
