@@ -329,7 +329,6 @@ def commands(inputs, out):
         "score": score,
         "score mine": [*score[:-1], out / "my-scores", "--reward", "my_scored:bright", "--reward-weights"],
         "train": [*training, "--out", out / "run"],
-        "train warm": [*training, "--transformer", inputs / "trained", "--out", out / "warm"],
     }
 
 
@@ -386,7 +385,6 @@ train --resume         | prompts.txt         | error: prompts changed since
 train --resume         | flux/transformer    | error: model changed since
 train --resume         | flux/vae            | error: model changed since
 train --resume         | flux/text_encoder   | error: text_encoders changed since
-train warm --resume    | trained             | error: transformer changed since
 train --resume         | flux/reward         | error: reward_weights changed since
 train --resume --prompts {0}/my_scored.py | | error: evaluation_prompts, prompts changed since
 """
