@@ -15,7 +15,9 @@ STANDARD_LIBRARY = sysconfig.get_path("stdlib") + os.sep
 
 
 def environment(task: type[Task]) -> dict[str, str]:
-    """Processes a node, kind of device, versions of packages, and `sources`, by name."""
+    """Processes a node, kind of device, versions of packages, and `sources`, by name; of a single process nothing."""
+    if world_size() == 1:
+        return {}
     node = {"processes a node": os.environ.get("LOCAL_WORLD_SIZE", "1"), "device": task.choose_device().type}
     return node | {name: _version(name) for name in ("torch", "numpy", *PACKAGES.values())} | sources()
 

@@ -8,7 +8,7 @@ import pkgutil
 import socket
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from unittest.mock import patch
 
@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 for library in ("diffusers", "transformers", "peft", "open_clip", "torchvision"):
     pytest.importorskip(library)
 
+import open_clip
+
 import train_leap_align as trainer
 from full_scale import __main__ as tools
 from full_scale.models import FAMILIES
@@ -28,6 +30,7 @@ from tests.problems import seeded  # noqa: F401 (for the tests of pipelines)
 from tests.toy_runs import ROOT
 from tests.toy_runs import metrics as read_metrics
 
+open_clip.SimpleTokenizer = cache(open_clip.SimpleTokenizer)  # reads its vocabulary for a fifth of a second
 PROMPTS = ["a red cube", "two dogs on a beach", "an old clock in the rain", "a photo of a bench", "a"]
 TASKS = {name: pkgutil.resolve_name(trainer.TASKS[name]) for name in FAMILIES}
 every_task = pytest.mark.parametrize("name", TASKS)

@@ -104,7 +104,8 @@ def main() -> None:
     if len(sys.argv) != 3:
         sys.exit(__doc__)
     try:
-        animate(Path(sys.argv[1]), Path(sys.argv[2]), Modes(ToyOptions(), T=25).data[:2000].numpy())
+        data = Modes(ToyOptions(pretrain_steps=1, reward_steps=1), T=25).data  # which needs no pre-training
+        animate(Path(sys.argv[1]), Path(sys.argv[2]), data[:2000].numpy())
     except (BadInput, OSError) as error:
         sys.exit(f"error: {error}")
 
