@@ -46,12 +46,10 @@ def test_offloaded_training_is_the_same_to_the_bit_and_resumes_either_way(
     assert one == two and len(one) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gpus", "lora_rank", "reshard", "gathers"),
-    [
-        (1, 0, False, 1),
-        slow(2, 4, True, 2 + 2 + 2),
-    ],  # of each weight: T = 4, the rollout, two leaps, again in the backward
+    [(1, 0, False, 1), (2, 4, True, 2 + 2 + 2)],  # of each weight: T = 4, the rollout, two leaps, again in the backward
 )
 def test_the_plan_moves_every_state_to_the_host_and_counts_the_way_there(models, gpus, lora_rank, reshard, gathers):
     changes = {"lora_rank": lora_rank, "reshard_after_forward": reshard, "precision": "bfloat16", "cpu_offload": True}

@@ -363,7 +363,7 @@ def test_the_export_is_the_average_of_the_weights(models, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "more"), [("flux", "--precision bfloat16"), slow("sd3", ""), ("flux", "--lora-rank 2 --lora-alpha 6")]
+    ("name", "more"), [slow("flux", "--precision bfloat16"), slow("sd3", ""), ("flux", "--lora-rank 2 --lora-alpha 6")]
 )
 def test_export_gives_the_raw_and_the_averaged_weights_of_any_checkpoint(models, tmp_path, capsys, name, more):
     """What the checkpoint's files hold; the last average is, with every other file, what the run's end wrote."""
@@ -415,7 +415,7 @@ def test_export_refuses_what_is_no_checkpoint_of_an_image_model(models, tmp_path
 
 
 LORA, IN_4_BITS = {"lora_rank": 2, "lora_alpha": 6.0}, {"lora_rank": 2, "load_in_4bit": True}
-EXPORTED = [("flux", {}), ("flux", LORA), ("sd3", {}), ("klein", LORA), slow("sd3", LORA), slow("klein", {})]
+EXPORTED = [("flux", {}), ("flux", LORA), *(slow(name, change) for name in ("sd3", "klein") for change in ({}, LORA))]
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_a_leash_starts_from_the_pretrained_model_whatever_was_trained_before():
     assert "v_norm" not in run(hyper={"lam": None})["metrics"][0]
 
 
-SLOW = {"ablations", "leash", "beyond", "shapes"}
+SLOW = {"ablations", "leash", "beyond", "cost", "shapes"}
 EXPERIMENTS = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in laboratory.ALL]
 
 

@@ -125,9 +125,8 @@ def test_a_simulated_step_costs_what_a_real_one_costs(models, name, changes):
     assert costs.peaks["backward"]["weights"] == step.phases["backward"].peak["weights"]
 
 
-@pytest.mark.parametrize(
-    ("steps", "reshard", "gathers"), [slow(1, True, 2 + 2 + 2), (3, False, 1)]
-)  # rollout, leaps, back
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "reshard", "gathers"), [(1, True, 2 + 2 + 2), (3, False, 1)])  # rollout, leaps, back
 def test_nodes_exchange_gradients_once_an_iteration_and_gather_weights_once_a_microbatch(
     models, steps, reshard, gathers
 ):

@@ -139,6 +139,7 @@ LEFT = ("._config.json", "._diffusion_pytorch_model.safetensors", ".DS_Store", "
 COPIES = ("config (1).json", "config copy.json", "tokenizer-old.json", "notes.txt", "a.model.safetensors.index.json")
 
 
+@pytest.mark.slow
 def test_what_operating_systems_leave_in_a_folder_changes_nothing(models, tmp_path):
     """In the pipeline's folders, in a checkpoint, among scores, and in a folder to fill."""
     expected = tiny.train(tmp_path / "once", tiny.flags(models, "flux"))
