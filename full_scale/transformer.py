@@ -201,7 +201,8 @@ def check_memory(
     needed = gathered + sum(p.nbytes for p in moved)
     for p in model.parameters():
         needed += (5 * p.nbytes if p.requires_grad else p.numel() / 2 if in_4bit else p.nbytes) / shards
-    free, on_cpu = _free_memory(device), ("process on the CPU", "leave out --cpu-offload, use GPUs")
+    free = _free_memory(device)
+    on_cpu = "process on the CPU", "leave out --cpu-offload" if torch.cuda.is_available() else "use GPUs"
     where, remedy = ("GPU", "use more GPUs") if device.type == "cuda" else on_cpu
     fault = f"weights and optimizer need {needed / 2**30:.0f} GiB for each {where}, {free / 2**30:.0f} are free"
     remedy += ", --reshard-after-forward" if gathered else ""

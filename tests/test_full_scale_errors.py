@@ -265,7 +265,10 @@ def test_a_local_path_asks_no_network(models, monkeypatch):
 
 @pytest.mark.parametrize(
     ("device", "words"),
-    [("cuda", "for each GPU.* use more GPUs, --lora-rank 64"), ("cpu", "for each process on the CPU.* use GPUs,")],
+    [
+        ("cuda", "for each GPU.* use more GPUs, --lora-rank 64"),
+        ("cpu", "for each process on the CPU.*free: use GPUs, --lora-rank"),
+    ],
 )
 def test_too_little_memory_says_what_to_change(models, monkeypatch, device, words):
     task = TASKS["flux"](options_of(models, "flux"), 4)
